@@ -1,0 +1,64 @@
+# Every target does all that it needs by itself, in .venv; a second run starts in seconds.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
+    $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
+TORCH_VERSION ?= 2.13.0
+VENV := .venv
+RUN := $(VENV)/bin
+CSRC := $(shell find csrc -type f 2>/dev/null)
+CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(CSRC))
+SWEEP_METHODS ?= full,hash,qr,low_dim
+SWEEP_OUT ?= sweep-results/synthetic
+
+.DEFAULT_GOAL := help
+.PHONY: help setup sweep test test-slow check format sanitize benchmark clean
+
+help: ## show the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/.installed ## a virtual environment with torch and everything else
+
+$(VENV)/.python:
+	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.10 found; set PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# A machine with an NVIDIA driver gets the CUDA build of torch. Others try the CPU build first:
+# point pip at PyTorch's index of CPU wheels to save some gigabytes.
+$(VENV)/.torch: $(VENV)/.python
+	@if command -v nvidia-smi >/dev/null 2>&1; then \
+	    $(RUN)/pip install -q "torch==$(TORCH_VERSION)"; \
+	else \
+	    $(RUN)/pip install -q "torch==$(TORCH_VERSION)+cpu" 2>/dev/null \
+	        || $(RUN)/pip install -q "torch==$(TORCH_VERSION)"; \
+	fi
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py constraints.txt $(CSRC)
+	$(RUN)/pip install -q -c constraints.txt "setuptools>=77" wheel
+	$(RUN)/pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	@touch $@
+
+sweep: setup ## which of the methods loses least, on the synthetic click log, in minutes
+	$(RUN)/embcompress sweep --data synthetic --methods $(SWEEP_METHODS) \
+	    --budgets 50%,10%,1% --seeds 0 --out $(SWEEP_OUT)
+
+test: setup ## the tests, in parallel
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: setup ## large and long tests
+	$(RUN)/python -m pytest -m slow
+
+check: setup ## lint, types and formatting
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+	@if [ -n "$(CXX_FILES)" ]; then $(RUN)/clang-format --dry-run -Werror $(CXX_FILES); fi
+
+format: setup ## format Python and C++ files
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+	@if [ -n "$(CXX_FILES)" ]; then $(RUN)/clang-format -i $(CXX_FILES); fi
+
+clean: ## remove the environment and everything built
+	rm -rf $(VENV) build *.egg-info embcompress/*.so

@@ -1,0 +1,192 @@
+"""Bytes in, plans out: budgets are promises, kept to the byte."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+
+from embcompress.methods.base import Method, TableSpec
+from embcompress.plan import LookupPlan
+
+Budget = int | float | str
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)},
+    **{f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)},
+}
+_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)")
+_PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
+
+#: Used where neither a budget nor the method's settings fix a size.
+DEFAULT_BUDGET = "10%"
+
+
+class BudgetError(ValueError):
+    """The budget cannot be met.
+
+    Attributes:
+        smallest: bytes of the smallest budget that can.
+    """
+
+    def __init__(self, message: str, smallest: int) -> None:
+        super().__init__(message)
+        self.smallest = smallest
+
+    def __reduce__(self) -> tuple[type[BudgetError], tuple[str, int]]:
+        return type(self), (str(self), self.smallest)
+
+
+def parse_budget(budget: Budget, dense_bytes: int) -> int:
+    """Bytes of a budget.
+
+    Args:
+        budget: bytes (int), ``"16MiB"``, ``"5%"``, or a float in (0, 1]: a fraction.
+        dense_bytes: bytes of the float32 tables that fractions refer to.
+
+    Raises:
+        TypeError: a budget that is no number or string.
+        ValueError: a budget that is not understood or not positive.
+    """
+    if isinstance(budget, bool) or not isinstance(budget, int | float | str):
+        raise TypeError(f"budget must be an int, a float or a string, got {budget!r}")
+    if isinstance(budget, int):
+        parsed = float(budget)
+        exact = budget
+    elif isinstance(budget, float):
+        if not 0 < budget <= 1:
+            raise ValueError(f"a float budget is a fraction in (0, 1], got {budget}; bytes are int")
+        exact = int(budget * dense_bytes)
+        parsed = budget
+    else:
+        exact, parsed = _parse_text(budget, dense_bytes)
+    if not parsed > 0:
+        raise ValueError(f"budget must be positive, got {budget!r}")
+    return exact
+
+
+def _parse_text(budget: str, dense_bytes: int) -> tuple[int, float]:
+    text = budget.strip()
+    if match := _PERCENT.fullmatch(text):
+        share = float(match[1])
+        return int(share * dense_bytes / 100), share
+    match = _BYTES.fullmatch(text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise ValueError(f"budget {budget!r} is not understood; write 65536, '16MiB', '5%' or 0.05")
+    number = float(match[1]) * _UNITS[match[2].upper()]
+    return int(number), number
+
+
+def format_bytes(count: int) -> str:
+    """``1536`` -> ``"1.5 KiB"``."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{int(size)} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def smallest_plan(method: Method, table: TableSpec) -> LookupPlan:
+    """The plan of the method's smallest size."""
+    return method.plan(table, method.sizes(table)[0])
+
+
+def default_plan(method: Method, table: TableSpec) -> LookupPlan:
+    """The plan where no budget is given: 10 % of the table, or the smallest size above that."""
+    budget = parse_budget(DEFAULT_BUDGET, table.dense_bytes)
+    return fit_plan(method, table, max(budget, smallest_plan(method, table).bytes))
+
+
+def fit_plan(method: Method, table: TableSpec, budget_bytes: int) -> LookupPlan:
+    """The largest plan of the method that takes at most ``budget_bytes``.
+
+    Raises:
+        BudgetError: not even the smallest size fits.
+    """
+    sizes = method.sizes(table)
+    # Bytes rise with the size, so the sizes that fit are the first ones.
+    fitting = bisect_right(sizes, budget_bytes, key=lambda size: method.plan(table, size).bytes)
+    if fitting == 0:
+        smallest = smallest_plan(method, table).bytes
+        raise BudgetError(
+            f"{_table_name(table)}: {method.name!r} cannot take {budget_bytes} bytes; the smallest "
+            f"budget it can meet is {smallest} bytes "
+            f"({100 * smallest / table.dense_bytes:.3g}% of the dense table)",
+            smallest,
+        )
+    return method.plan(table, sizes[fitting - 1])
+
+
+def _table_name(table: TableSpec) -> str:
+    name = f"table {table.name!r}" if table.name else "table"
+    return f"{name} of {table.num_embeddings} × {table.embedding_dim}"
+
+
+def allocate(
+    tables: Sequence[TableSpec],
+    methods: Sequence[Method],
+    budget_bytes: int,
+    full: Callable[[TableSpec], LookupPlan],
+) -> list[LookupPlan]:
+    """Plans for several tables under one budget.
+
+    Every table may take up to a common level of bytes, the highest that the budget allows. So a
+    table smaller than the level stays full: an id of a small table is seen often, and its bytes
+    buy more there than in the tail of a large one. What remains of the budget because sizes are
+    discrete is given to the tables one after another, smallest first.
+
+    Args:
+        tables: the tables.
+        methods: the method of each.
+        budget_bytes: for all of them together.
+        full: the uncompressed plan of a table.
+
+    Returns:
+        A plan for each table; the uncompressed one where that is no larger.
+
+    Raises:
+        BudgetError: naming the smallest budget for all tables together.
+    """
+
+    def fit(index: int, level: int) -> LookupPlan:
+        """The best plan of the table within the level, or its smallest plan above it."""
+        table, method = tables[index], methods[index]
+        dense = full(table)
+        smallest = smallest_plan(method, table)
+        if dense.bytes <= max(level, smallest.bytes):
+            return dense
+        return fit_plan(method, table, max(level, smallest.bytes))
+
+    def total(plans: Sequence[LookupPlan]) -> int:
+        return sum(plan.bytes for plan in plans)
+
+    def at_level(level: int) -> list[LookupPlan]:
+        return [fit(index, level) for index in range(len(tables))]
+
+    smallest = total(at_level(0))
+    if smallest > budget_bytes:
+        names = ", ".join(sorted({method.name for method in methods}))
+        raise BudgetError(
+            f"{len(tables)} tables cannot take {budget_bytes} bytes with {names}; the smallest "
+            f"budget they can meet is {smallest} bytes",
+            smallest,
+        )
+    level = _highest(0, budget_bytes, lambda level: total(at_level(level)) <= budget_bytes)
+    plans = at_level(level)
+    left = budget_bytes - total(plans)
+    for index in sorted(range(len(tables)), key=lambda index: tables[index].dense_bytes):
+        grown = fit(index, plans[index].bytes + left)
+        left -= grown.bytes - plans[index].bytes
+        plans[index] = grown
+    return plans
+
+
+def _highest(low: int, high: int, holds: Callable[[int], bool]) -> int:
+    """Largest integer in [low, high] for which the monotone ``holds`` is true; it is at low."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low

@@ -1,0 +1,223 @@
+"""Many tables, looked up in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from embcompress.budget import Budget, allocate, default_plan, parse_budget
+from embcompress.engine import Bags, lookup_features, make_bags
+from embcompress.methods import Method, TableSpec, resolve_method
+from embcompress.methods.full import Full
+from embcompress.modules import EmbeddingBag, dtype_name
+from embcompress.plan import LookupPlan, Pool
+
+#: What a feature of a batch may be: (B,) ids, (B, L) bags, a jagged nested tensor, or
+#: (ids, offsets) or (ids, offsets, per_sample_weights) as for EmbeddingBag.
+FeatureInput = Tensor | tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    """One table of a collection.
+
+    Attributes:
+        name: name of the module; hash keys are derived from it. No dots.
+        num_embeddings, embedding_dim: shape of the table that it stands for.
+        features: names of the features that read it (default: its own name).
+        mode: ``"sum"``, ``"mean"`` or ``"max"``.
+    """
+
+    name: str
+    num_embeddings: int
+    embedding_dim: int
+    features: tuple[str, ...] = ()
+    mode: Pool = "sum"
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        return self.features or (self.name,)
+
+
+def full_plan(table: TableSpec) -> LookupPlan:
+    """The uncompressed plan of a table."""
+    method = Full()
+    return method.plan(table, method.sizes(table)[0])
+
+
+class EmbeddingBagCollection(nn.Module):
+    """Tables of many features under one budget, looked up in one call.
+
+    Args:
+        tables: the tables; feature names must be unique over all of them.
+        method: one method for all; tables that are better left full under the budget are.
+        budget: for all tables together, as in :class:`~embcompress.EmbeddingBag`; fractions are
+            of all dense float32 tables. None: every table at its default size.
+        seed: hash keys are derived from it and from each table's name.
+        device, dtype: of the stores.
+
+    Attributes:
+        embedding_bags: ModuleDict of :class:`~embcompress.EmbeddingBag` by table name.
+        feature_names: order of the features in input and output.
+        embedding_dims: width of each feature's columns in the output.
+
+    Raises:
+        BudgetError: the budget cannot be met; the error names the smallest that can.
+        ValueError: names that are not unique or cannot name a module.
+
+    Example::
+
+        >>> import torch, embcompress as ec
+        >>> tables = [ec.TableConfig("user", 1000, 8), ec.TableConfig("item", 5000, 8)]
+        >>> collection = ec.EmbeddingBagCollection(tables, method="hash", budget="10%")
+        >>> collection({"user": torch.tensor([1, 2]), "item": torch.tensor([[3, 4], [5, 6]])}).shape
+        torch.Size([2, 16])
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[TableConfig],
+        *,
+        method: str | Method = "full",
+        budget: Budget | None = None,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_names(tables)
+        resolved = resolve_method(method)
+        name = dtype_name(torch.get_default_dtype() if dtype is None else dtype)
+        specs = [
+            TableSpec(table.num_embeddings, table.embedding_dim, table.name, seed, name)
+            for table in tables
+        ]
+        if budget is None:
+            plans = [default_plan(resolved, spec) for spec in specs]
+        else:
+            dense = sum(spec.dense_bytes for spec in specs)
+            limit = parse_budget(budget, dense)
+            plans = allocate(specs, [resolved] * len(specs), limit, full_plan)
+        self.embedding_bags = nn.ModuleDict()
+        for table, plan in zip(tables, plans, strict=True):
+            used = "full" if plan.is_dense else resolved.name
+            bag = EmbeddingBag.from_plan(plan.with_pool(table.mode), used, device=device)
+            self.embedding_bags[table.name] = bag
+        self._tables_of_features = {
+            feature: table.name for table in tables for feature in table.feature_names
+        }
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        return tuple(self._tables_of_features)
+
+    @property
+    def embedding_dims(self) -> tuple[int, ...]:
+        return tuple(bag.embedding_dim for bag in self._bags_of_features())
+
+    def _bags_of_features(self) -> list[EmbeddingBag]:
+        bags = (self.embedding_bags[table] for table in self._tables_of_features.values())
+        return [bag for bag in bags if isinstance(bag, EmbeddingBag)]
+
+    def reset_parameters(self, std: float = 1.0) -> None:
+        """Draw all stores anew, vectors of every table with this standard deviation."""
+        for bag in self.embedding_bags.values():
+            assert isinstance(bag, EmbeddingBag)
+            bag.reset_parameters(std)
+
+    def forward(
+        self,
+        input: Tensor | Mapping[str, FeatureInput],
+        offsets: Tensor | None = None,
+        per_sample_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Pooled vectors of all features.
+
+        Args:
+            input: a mapping with one entry a feature (see :data:`FeatureInput`); or (N,) ids,
+                feature-major: all bags of the first feature, then all of the second, …
+            offsets: with ids: (F * B + 1,), from 0 to N; bag b of feature f is number f * B + b.
+            per_sample_weights: with ids: (N,) float, for features of ``mode="sum"``.
+
+        Returns:
+            (B, sum of embedding_dims), the columns of each feature in order.
+        """
+        if isinstance(input, Mapping):
+            if offsets is not None or per_sample_weights is not None:
+                raise ValueError("a mapping carries its own offsets and weights")
+            input, offsets, per_sample_weights = self._concatenate(input)
+        elif offsets is None:
+            raise ValueError("offsets must be given with ids; or pass a mapping of features")
+        bags = self._bags_of_features()
+        checked = make_bags(input, offsets, per_sample_weights, include_last_offset=True)
+        return lookup_features(
+            [bag.plan for bag in bags],
+            [bag.stores() for bag in bags],
+            checked.ids,
+            checked.offsets,
+            checked.weights,
+        )
+
+    def _concatenate(
+        self, features: Mapping[str, FeatureInput]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Feature-major ids, offsets and weights of a mapping."""
+        missing = [name for name in self.feature_names if name not in features]
+        if missing:
+            raise ValueError(f"input lacks the features {missing}")
+        bags = [_feature_bags(name, features[name]) for name in self.feature_names]
+        batches = {
+            name: bag.offsets.numel() - 1
+            for name, bag in zip(self.feature_names, bags, strict=True)
+        }
+        if len(set(batches.values())) > 1:
+            raise ValueError(f"features have different batch sizes: {batches}")
+        ids = torch.cat([bag.ids.long() for bag in bags])
+        starts, base = [], 0
+        for bag in bags:
+            starts.append(bag.offsets[:-1].long() + base)
+            base += bag.ids.numel()
+        offsets = torch.cat([*starts, ids.new_full((1,), base)])
+        if all(bag.weights is None for bag in bags):
+            return ids, offsets, None
+        dtype = next(bag.weights.dtype for bag in bags if bag.weights is not None)
+        weights = [
+            torch.ones_like(bag.ids, dtype=dtype) if bag.weights is None else bag.weights
+            for bag in bags
+        ]
+        return ids, offsets, torch.cat(weights)
+
+
+def _feature_bags(name: str, value: FeatureInput) -> Bags:
+    """Canonical bags of one feature; errors name the feature."""
+    parts = value if isinstance(value, tuple) else (value,)
+    if not 1 <= len(parts) <= 3:
+        raise ValueError(f"feature {name!r}: expected ids, offsets and weights at most")
+    ids = parts[0]
+    offsets = parts[1] if len(parts) > 1 else None
+    weights = parts[2] if len(parts) > 2 else None
+    if ids.dim() == 1 and offsets is None and not ids.is_nested:
+        ids = ids[:, None]  # one id a bag
+    try:
+        return make_bags(ids, offsets, weights, include_last_offset=False)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"feature {name!r}: {error}") from None
+
+
+def _check_names(tables: Sequence[TableConfig]) -> None:
+    if not tables:
+        raise ValueError("tables must not be empty")
+    names = [table.name for table in tables]
+    features = [feature for table in tables for feature in table.feature_names]
+    for what, values in (("table", names), ("feature", features)):
+        if len(set(values)) != len(values):
+            raise ValueError(f"{what} names must be unique, got {values}")
+    for name in names:
+        if not name or "." in name or hasattr(nn.ModuleDict, name):
+            raise ValueError(
+                f"table name {name!r} cannot name a module; use e.g. "
+                f"TableConfig('table_{name.replace('.', '_')}', …, features=({name!r},))"
+            )

@@ -1,0 +1,263 @@
+"""The judge: a slow, obvious, pure-torch reading of a plan.
+
+Every kernel is tested against this file, and it runs everything where no kernel is built. It is
+differentiable by autograd, works in float64, and is written without any of the kernels' code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from embcompress.engine.bags import Bags
+from embcompress.hashing import MASK64, MIX_MULTIPLIERS, MIX_SHIFTS
+from embcompress.plan import Address, Code, Digit, Hash, LookupPlan, Probe, Sign, Store, Weight
+
+Stores = Mapping[str, Tensor]
+
+# ------------------------------------------------------------------------------ 64-bit integers
+# torch has no unsigned 64-bit arithmetic: int64 multiplication wraps, and a logical shift is an
+# arithmetic one with the copied sign bits masked off.
+
+_LOW32 = (1 << 32) - 1
+
+
+def _signed(value: int) -> int:
+    """The int64 with the same 64 bits."""
+    value &= MASK64
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shift_right(value: Tensor, count: int) -> Tensor:
+    return (value >> count) & ((1 << (64 - count)) - 1)
+
+
+def mix64(value: Tensor) -> Tensor:
+    """Elementwise :func:`embcompress.hashing.mix64` on the bits of an int64 tensor."""
+    value = value ^ _shift_right(value, MIX_SHIFTS[0])
+    value = value * _signed(MIX_MULTIPLIERS[0])
+    value = value ^ _shift_right(value, MIX_SHIFTS[1])
+    value = value * _signed(MIX_MULTIPLIERS[1])
+    return value ^ _shift_right(value, MIX_SHIFTS[2])
+
+
+def multiply_high(value: Tensor, factor: int) -> Tensor:
+    """High 64 bits of the unsigned product of each 64-bit value with ``factor`` < 2**63."""
+    high, low = _shift_right(value, 32), value & _LOW32
+    factor_high, factor_low = factor >> 32, factor & _LOW32
+    cross_a, cross_b = high * factor_low, low * factor_high
+    carry = (cross_a & _LOW32) + (cross_b & _LOW32) + _shift_right(low * factor_low, 32)
+    return (
+        high * factor_high
+        + _shift_right(cross_a, 32)
+        + _shift_right(cross_b, 32)
+        + _shift_right(carry, 32)
+    )
+
+
+def hash_bucket(ids: Tensor, key: int, buckets: int) -> Tensor:
+    """Elementwise :func:`embcompress.hashing.hash_bucket`; int64 ids of any value."""
+    return multiply_high(mix64(ids ^ _signed(key)), buckets)
+
+
+# ------------------------------------------------------------------------------------ gathering
+
+
+def unpack_bits(packed: Tensor, positions: Tensor, bits: int) -> Tensor:
+    """Unsigned numbers of ``bits`` ≤ 32 bits at the given positions of a bit stream.
+
+    Args:
+        packed: (bytes,) uint8, numbers packed low bits first without padding.
+        positions: int64, any shape.
+
+    Returns:
+        int64 of the shape of ``positions``.
+    """
+    first_bit = positions * bits
+    first_byte, shift = first_bit // 8, first_bit % 8
+    window = torch.zeros_like(positions)
+    for byte in range((bits + 7 + 7) // 8):
+        # The last bytes of the window may lie past the stream; they are masked off below.
+        at = (first_byte + byte).clamp(max=packed.numel() - 1)
+        window = window | (packed[at].long() << (8 * byte))
+    return (window >> shift) & ((1 << bits) - 1)
+
+
+def address_rows(
+    address: Address, ids: Tensor, plan: LookupPlan, stores: Stores
+) -> tuple[Tensor, Tensor | None]:
+    """Rows that the ids read, and where the address is present (None: everywhere)."""
+    if isinstance(address, Digit):
+        return torch.div(ids, address.divisor, rounding_mode="floor") % address.radix, None
+    if isinstance(address, Hash):
+        return hash_bucket(ids, address.key, address.buckets), None
+    return _code_rows(address, ids, plan, stores)
+
+
+def _code_rows(
+    address: Code, ids: Tensor, plan: LookupPlan, stores: Stores
+) -> tuple[Tensor, Tensor | None]:
+    codes = plan.store(address.store)
+    code_row, _ = address_rows(address.row, ids, plan, stores)
+    positions = code_row * codes.width + address.column
+    rows = unpack_bits(stores[codes.name], positions, codes.bits)
+    present = rows != (1 << codes.bits) - 1
+    if address.otherwise is None:
+        return torch.where(present, rows, 0), present
+    otherwise, _ = address_rows(address.otherwise, ids, plan, stores)
+    return torch.where(present, rows, otherwise), None
+
+
+def gather_rows(
+    plan: LookupPlan, store: Store, stores: Stores, rows: Tensor, sparse: bool
+) -> Tensor:
+    """(N, width) values of the rows, in at least float32."""
+    tensor = stores[store.name]
+    if store.is_float:
+        return _widen(F.embedding(rows, tensor, sparse=sparse))
+    assert store.quantization is not None  # the plan's own rule
+    columns = torch.arange(store.width, device=rows.device)
+    codes = unpack_bits(tensor, rows[:, None] * store.width + columns, store.bits)
+
+    def part(name: str) -> Tensor:
+        values = stores[name]
+        return _widen(values[0] if plan.store(name).rows == 1 else F.embedding(rows, values))
+
+    scale = part(store.quantization.scale)
+    if store.quantization.bias is None:
+        return scale * (codes.to(scale.dtype) - (2**store.bits - 1) / 2)
+    return scale * codes.to(scale.dtype) + part(store.quantization.bias)
+
+
+def _widen(values: Tensor) -> Tensor:
+    """float16 and bfloat16 are combined and pooled in float32."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def _probe_vectors(
+    plan: LookupPlan, stores: Stores, probe: Probe, ids: Tensor, sparse: bool
+) -> Tensor:
+    rows, present = address_rows(probe.address, ids, plan, stores)
+    vectors = gather_rows(plan, plan.store(probe.store), stores, probe.offset + rows, sparse)
+    if isinstance(probe.scale, Sign):
+        sign_bit = _shift_right(mix64(ids ^ _signed(probe.scale.key)), 63)
+        vectors = vectors * (1 - 2 * sign_bit)[:, None].to(vectors.dtype)
+    elif isinstance(probe.scale, Weight):
+        weights = stores[probe.scale.store]
+        weight_rows, _ = address_rows(probe.scale.address, ids, plan, stores)
+        weight = F.embedding(weight_rows, weights, sparse=sparse)[:, probe.scale.column]
+        vectors = vectors * _widen(weight)[:, None]
+    return vectors if present is None else torch.where(present[:, None], vectors, 0)
+
+
+def combined_vectors(plan: LookupPlan, stores: Stores, ids: Tensor, sparse: bool) -> Tensor:
+    """(N, plan.width): the probes of each id combined, before the head; zero for padding."""
+    ids = ids.long()
+    parts = [_probe_vectors(plan, stores, probe, ids, sparse) for probe in plan.probes]
+    if plan.combine == "concat":
+        vectors = torch.cat(parts, dim=-1)
+    else:
+        vectors = parts[0]
+        for part in parts[1:]:
+            vectors = vectors + part if plan.combine == "sum" else vectors * part
+    if plan.padding_idx is not None:
+        vectors = torch.where((ids != plan.padding_idx)[:, None], vectors, 0)
+    return vectors
+
+
+def _apply_head(plan: LookupPlan, stores: Stores, vectors: Tensor) -> Tensor:
+    if plan.head is None:
+        return vectors
+    return F.linear(vectors, _widen(stores[plan.head.weight]).to(vectors.dtype))
+
+
+# -------------------------------------------------------------------------------------- pooling
+
+
+def _bag_of_position(bags: Bags) -> Tensor:
+    """(N,) number of the bag that each id is in: how many bags end at or before it."""
+    positions = torch.arange(bags.ids.numel(), device=bags.ids.device)
+    return torch.searchsorted(bags.offsets[1:].long(), positions, right=True)
+
+
+def _counted(plan: LookupPlan, bags: Bags) -> Tensor:
+    """(N,) which ids count: all but padding."""
+    if plan.padding_idx is None:
+        return torch.ones_like(bags.ids, dtype=torch.bool)
+    return bags.ids != plan.padding_idx
+
+
+def _pool_sum(vectors: Tensor, bag: Tensor, batch: int) -> Tensor:
+    return vectors.new_zeros(batch, vectors.shape[1]).index_add(0, bag, vectors)
+
+
+def _pool_max(vectors: Tensor, counted: Tensor, bag: Tensor, batch: int) -> Tensor:
+    """Columnwise maximum; among equals the first id of the bag wins (and takes the gradient)."""
+    count, width = vectors.shape
+    values = torch.where(counted[:, None], vectors.detach(), -torch.inf)
+    index = bag[:, None].expand(-1, width)
+    best = values.new_full((batch, width), -torch.inf).scatter_reduce(0, index, values, "amax")
+    position = torch.arange(count, device=bag.device)[:, None].expand(-1, width)
+    is_best = counted[:, None] & (values == best[bag])
+    winner = torch.full((batch, width), count, device=bag.device)
+    winner = winner.scatter_reduce(0, index, torch.where(is_best, position, count), "amin")
+    # An extra row of zeros answers for bags without a counted id.
+    padded = torch.cat([vectors, vectors.new_zeros(1, width)])
+    return padded.gather(0, winner)
+
+
+def pool_bags(plan: LookupPlan, vectors: Tensor, bags: Bags) -> Tensor:
+    """(B, width) from the (N, width) vectors of the bags' ids; empty bags are zero."""
+    batch = bags.offsets.numel() - 1
+    bag, counted = _bag_of_position(bags), _counted(plan, bags)
+    if plan.pool == "max":
+        return _pool_max(vectors, counted, bag, batch)
+    if bags.weights is not None:
+        weighted = vectors * bags.weights.to(vectors.dtype)[:, None]
+        vectors = torch.where(counted[:, None], weighted, 0)
+    total = _pool_sum(vectors, bag, batch)
+    if plan.pool == "sum":
+        return total
+    counts = torch.zeros(batch, dtype=total.dtype, device=total.device)
+    counts = counts.index_add(0, bag, counted.to(total.dtype))
+    return total / counts.clamp(min=1)[:, None]
+
+
+def output_dtype(plan: LookupPlan, stores: Stores) -> torch.dtype:
+    """The dtype that the probes' values promote to."""
+    dtypes = []
+    for probe in plan.probes:
+        store = plan.store(probe.store)
+        name = store.name if store.quantization is None else store.quantization.scale
+        dtypes.append(stores[name].dtype)
+    result = dtypes[0]
+    for dtype in dtypes[1:]:
+        result = torch.promote_types(result, dtype)
+    return result
+
+
+def lookup_reference(
+    plan: LookupPlan, stores: Stores, bags: Bags, *, sparse: bool = False
+) -> Tensor:
+    """Run ``plan`` on checked bags.
+
+    Args:
+        plan: what to do; ``plan.pool == "none"`` reads ``bags.ids`` alone.
+        stores: a tensor for each store: float ones (rows, width), packed ones (bytes,) uint8.
+        bags: canonical, checked input.
+        sparse: gather with sparse gradients, as ``torch.nn.Embedding(sparse=True)``.
+
+    Returns:
+        (N, embedding_dim) vectors, or (B, embedding_dim) pooled bags.
+    """
+    vectors = combined_vectors(plan, stores, bags.ids, sparse)
+    if plan.pool == "none":
+        vectors = _apply_head(plan, stores, vectors)
+    elif plan.pool == "max":  # not linear: the head comes first
+        vectors = pool_bags(plan, _apply_head(plan, stores, vectors), bags)
+    else:
+        vectors = _apply_head(plan, stores, pool_bags(plan, vectors, bags))
+    return vectors.to(output_dtype(plan, stores))

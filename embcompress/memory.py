@@ -1,0 +1,119 @@
+"""What tables cost, read off their storages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from embcompress.budget import format_bytes
+from embcompress.modules import CompressedTable
+from embcompress.text_table import text_table
+
+DENSE_MODULES = (nn.Embedding, nn.EmbeddingBag)
+
+
+@dataclass(frozen=True)
+class TableMemory:
+    """One table of a model.
+
+    Attributes:
+        name: path of its module; further paths of a shared module in ``also``.
+        rows, width: shape of the dense table.
+        method: name of its method (``"full"`` for torch's modules).
+        bytes: resident bytes; storages that an earlier table counted already add nothing.
+        dense: bytes of the float32 table.
+        training: further bytes that the module holds for training, such as optimizer state.
+        also: other paths that lead to the same module.
+    """
+
+    name: str
+    rows: int
+    width: int
+    method: str
+    bytes: int
+    dense: int
+    training: int = 0
+    also: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """The tables of a model and their bytes; prints as a table."""
+
+    tables: tuple[TableMemory, ...] = field(default_factory=tuple)
+
+    @property
+    def total(self) -> int:
+        """Bytes resident at lookup time, each storage once."""
+        return sum(table.bytes for table in self.tables)
+
+    @property
+    def dense(self) -> int:
+        """Bytes of the float32 tables that they stand for."""
+        return sum(table.dense for table in self.tables)
+
+    @property
+    def ratio(self) -> float:
+        """``total / dense`` (1.0 where there are no tables)."""
+        return self.total / self.dense if self.dense else 1.0
+
+    @property
+    def training(self) -> int:
+        """Bytes held for training on top of ``total``."""
+        return sum(table.training for table in self.tables)
+
+    def __str__(self) -> str:
+        rows = [
+            (t.name, t.rows, t.width, t.method, format_bytes(t.dense), format_bytes(t.bytes))
+            for t in self.tables
+        ]
+        total = ("total", "", "", f"{self.ratio:.4%}", *map(format_bytes, (self.dense, self.total)))
+        return text_table(("table", "rows", "width", "method", "dense", "bytes"), [*rows, total])
+
+
+def memory(module: nn.Module) -> MemoryReport:
+    """Memory of every embedding table in a module, torch's own and ours.
+
+    Args:
+        module: any module; a table counts once however many paths lead to it, and tables that
+            share a storage count its bytes once.
+    """
+    paths: dict[CompressedTable | nn.Embedding | nn.EmbeddingBag, list[str]] = {}
+    for path, child in module.named_modules(remove_duplicate=False):
+        if isinstance(child, (CompressedTable, *DENSE_MODULES)):
+            paths.setdefault(child, []).append(path)
+    counted: set[tuple[str, int]] = set()
+    tables = []
+    for child, names in paths.items():
+        if isinstance(child, CompressedTable):
+            resident, method = list(child.stores().values()), child.method
+        else:
+            resident, method = [child.weight], "full"
+        size = _new_bytes(resident, counted)
+        training = _new_bytes([*child.parameters(), *child.buffers()], counted)
+        rows, width = child.num_embeddings, child.embedding_dim
+        tables.append(
+            TableMemory(
+                names[0], rows, width, method, size, rows * width * 4, training, tuple(names[1:])
+            )
+        )
+    return MemoryReport(tuple(tables))
+
+
+def _new_bytes(tensors: list[Tensor], counted: set[tuple[str, int]]) -> int:
+    """Bytes of the storages that are not in ``counted`` yet; they are added to it."""
+    size = 0
+    for tensor in tensors:
+        key = storage_key(tensor)
+        if key not in counted:
+            counted.add(key)
+            size += tensor.untyped_storage().nbytes()
+    return size
+
+
+def storage_key(tensor: Tensor) -> tuple[str, int]:
+    """Identifies the storage of a tensor; equal for tensors that share it."""
+    if tensor.device.type == "meta":  # no storage: the tensor itself
+        return "meta", id(tensor)
+    return str(tensor.device), tensor.untyped_storage().data_ptr()

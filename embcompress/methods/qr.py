@@ -1,0 +1,94 @@
+"""Quotient-remainder and k-ary mixed-radix partitions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from embcompress.methods import register
+from embcompress.methods.base import Method, TableSpec
+from embcompress.plan import Combine, Digit, LookupPlan, Probe, Store
+
+
+def root_ceiling(n: int, k: int) -> int:
+    """Smallest integer ``m`` ≥ 1 with ``m**k >= n``; the float root is only a first guess."""
+    root = max(1, round(n ** (1 / k)))
+    while root**k < n:
+        root += 1
+    while root > 1 and (root - 1) ** k >= n:
+        root -= 1
+    return root
+
+
+@register
+@dataclass(frozen=True)
+class QuotientRemainder(Method):
+    """Quotient-remainder partitions, R[x mod m] ∘ Q[x div m]; every id keeps a vector of its own.
+
+    The id is written in a mixed radix of k digits (k = 2: remainder and quotient), each digit
+    has a small table, and the k rows are combined *per id*, before pooling.
+
+    Memory: (m + ⌈n/m⌉)·d numbers for k = 2, at least 2√n·d; about k·n^(1/k)·d for k digits.
+    With ``"concat"`` every table has a k-th of the columns.
+
+    Source: Shi et al., "Compositional embeddings using complementary partitions", KDD 2020,
+    sections 3 and 4. What differs: digits are integer arithmetic (a float quotient reads wrong
+    rows past 2**24 ids), rows are combined before pooling (pooling each table first is wrong for
+    bags of several ids), and the start values give the combined vector the variance of a full
+    table.
+
+    Attributes:
+        combine: ``"mul"``, ``"sum"`` or ``"concat"``.
+        partitions: number of digits k, ≥ 2.
+    """
+
+    name: ClassVar[str] = "qr"
+    combine: Combine = "mul"
+    partitions: int = 2
+
+    def __post_init__(self) -> None:
+        if self.combine not in ("mul", "sum", "concat"):
+            raise ValueError(f"combine must be 'mul', 'sum' or 'concat', got {self.combine!r}")
+        if not isinstance(self.partitions, int) or self.partitions < 2:
+            raise ValueError(f"partitions must be an integer of at least 2, got {self.partitions}")
+
+    def sizes(self, table: TableSpec) -> range:
+        return range(root_ceiling(table.num_embeddings, self.partitions), table.num_embeddings + 1)
+
+    def radices(self, num_embeddings: int, modulus: int) -> tuple[int, ...]:
+        """Mixed radix whose first digit is ``x mod modulus``, the others balanced."""
+        radices = [modulus]
+        rest = -(-num_embeddings // modulus)
+        for digits_left in range(self.partitions - 1, 0, -1):
+            radices.append(root_ceiling(rest, digits_left))
+            rest = -(-rest // radices[-1])
+        return tuple(radices)
+
+    def widths(self, embedding_dim: int) -> tuple[int, ...]:
+        """Columns of each digit's table."""
+        if self.combine != "concat":
+            return (embedding_dim,) * self.partitions
+        if embedding_dim < self.partitions:
+            raise ValueError(
+                f"qr with combine='concat' needs embedding_dim >= partitions = {self.partitions}, "
+                f"got {embedding_dim}; use combine='mul' or 'sum'"
+            )
+        base, extra = divmod(embedding_dim, self.partitions)
+        return tuple(base + (t < extra) for t in range(self.partitions))
+
+    def plan(self, table: TableSpec, size: int) -> LookupPlan:
+        radices = self.radices(table.num_embeddings, size)
+        stores, probes, divisor = [], [], 1
+        for t, (radix, width) in enumerate(
+            zip(radices, self.widths(table.embedding_dim), strict=True)
+        ):
+            stores.append(Store(f"weight_{t}", radix, width, table.dtype))
+            probes.append(Probe(f"weight_{t}", Digit(divisor, radix)))
+            divisor *= radix
+        return LookupPlan(
+            table.num_embeddings,
+            table.embedding_dim,
+            stores=tuple(stores),
+            probes=tuple(probes),
+            combine=self.combine,
+        )

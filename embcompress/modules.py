@@ -1,0 +1,502 @@
+"""``Embedding`` and ``EmbeddingBag``: torch's modules over any lookup plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from embcompress.budget import Budget, default_plan, fit_plan, parse_budget
+from embcompress.engine import Bags, GradientOptions, lookup, make_bags
+from embcompress.initialization import initialize_stores
+from embcompress.methods import Method, TableSpec, resolve_method
+from embcompress.plan import LookupPlan, PlanError, Pool
+
+_PLAN_KEY = "plan"
+_DENSE_CHUNK = 1 << 16
+
+TableType = TypeVar("TableType", bound="CompressedTable")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.float32`` -> ``"float32"``."""
+    return str(dtype).removeprefix("torch.")
+
+
+class CompressedTable(nn.Module):
+    """What :class:`Embedding` and :class:`EmbeddingBag` share: a plan and its stores.
+
+    Every store of the plan is a parameter of the module under the store's name (packed stores
+    are uint8 buffers). ``state_dict`` carries the plan of a compressed table beside them, so that
+    weights are never read through other hash keys than they were trained with.
+
+    Attributes:
+        plan: the :class:`~embcompress.plan.LookupPlan`, with the stores' present dtypes.
+        method: name of the method that made the plan.
+    """
+
+    def __init__(
+        self,
+        plan: LookupPlan,
+        method: str,
+        options: GradientOptions,
+        *,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self._plan = plan
+        self.method = method
+        self.options = options
+        for store in plan.stores:
+            if store.is_float:
+                dtype = getattr(torch, store.dtype)
+                values = torch.empty(store.rows, store.width, device=device, dtype=dtype)
+                self.register_parameter(store.name, nn.Parameter(values))
+            else:
+                packed = torch.zeros(store.bytes, device=device, dtype=torch.uint8)
+                self.register_buffer(store.name, packed)
+
+    # -- reading
+
+    @property
+    def plan(self) -> LookupPlan:
+        return self._plan
+
+    @property
+    def num_embeddings(self) -> int:
+        return self._plan.num_embeddings
+
+    @property
+    def embedding_dim(self) -> int:
+        return self._plan.embedding_dim
+
+    @property
+    def padding_idx(self) -> int | None:
+        return self._plan.padding_idx
+
+    @property
+    def sparse(self) -> bool:
+        return self.options.sparse
+
+    def stores(self) -> dict[str, Tensor]:
+        """The physical tables by store name."""
+        return {store.name: getattr(self, store.name) for store in self._plan.stores}
+
+    @torch.no_grad()
+    def to_dense(self) -> Tensor:
+        """The (num_embeddings, embedding_dim) table that the module stands for.
+
+        The row of ``padding_idx`` is what a lookup of that id gives. For tables that fit in
+        memory; it is computed in chunks.
+        """
+        plan = self._plan.with_pool("none", self._plan.padding_idx)
+        stores = self.stores()
+        device = next(iter(stores.values())).device
+        chunks = []
+        for start in range(0, plan.num_embeddings, _DENSE_CHUNK):
+            end = min(start + _DENSE_CHUNK, plan.num_embeddings)
+            ids = torch.arange(start, end, device=device)
+            chunks.append(lookup(plan, stores, Bags(ids, ids)))
+        return torch.cat(chunks)
+
+    # -- changing
+
+    def reset_parameters(self, std: float = 1.0) -> None:
+        """Draw all stores anew, so that the vectors have mean 0 and this standard deviation.
+
+        Random numbers come from torch's global generator. A full table is drawn as torch does.
+        """
+        initialize_stores(self._plan, self.stores(), std)
+        if self._plan.is_dense and self.padding_idx is not None:
+            with torch.no_grad():
+                self.stores()[self._plan.stores[0].name][self.padding_idx].zero_()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> CompressedTable:
+        super()._apply(fn, recurse)
+        floats = {s.name: getattr(self, s.name) for s in self._plan.stores if s.is_float}
+        self._plan = self._plan.with_dtypes({n: dtype_name(t.dtype) for n, t in floats.items()})
+        return self
+
+    # -- state
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self._plan.is_dense:
+            encoded = bytearray(self._plan.to_json().encode())
+            destination[prefix + _PLAN_KEY] = torch.frombuffer(encoded, dtype=torch.uint8)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = prefix + _PLAN_KEY
+        saved = state_dict.pop(key, None)
+        if saved is not None:
+            error = self._plan_mismatch(saved)
+            if error:
+                error_msgs.append(f"{key}: {error}")
+        elif not self._plan.is_dense:
+            missing_keys.append(key)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _plan_mismatch(self, saved: Tensor) -> str | None:
+        try:
+            plan = LookupPlan.from_json(bytes(saved.cpu().numpy()).decode())
+        except (PlanError, UnicodeDecodeError) as error:
+            return f"the saved plan cannot be read: {error}"
+        if _addressing(plan) == _addressing(self._plan):
+            return None
+        return (
+            f"the saved weights belong to another plan:\n  saved: {plan}\n  here:  {self._plan}\n"
+            "create the module with the same method, budget, seed and name"
+        )
+
+    def extra_repr(self) -> str:
+        text = f"{self.num_embeddings}, {self.embedding_dim}, method={self.method!r}"
+        if self.padding_idx is not None:
+            text += f", padding_idx={self.padding_idx}"
+        return f"{text}, bytes={self._plan.bytes}"
+
+
+def _addressing(plan: LookupPlan) -> LookupPlan:
+    """The plan without what may differ between the modules that share weights."""
+    floats = {store.name: "float32" for store in plan.stores if store.is_float}
+    return plan.with_pool("none").with_dtypes(floats)
+
+
+# --------------------------------------------------------------------------------- constructors
+
+
+def make_plan(table: TableSpec, method: Method, budget: Budget | None) -> LookupPlan:
+    """The method's plan for the table within the budget (None: its default size)."""
+    if budget is None:
+        return default_plan(method, table)
+    return fit_plan(method, table, parse_budget(budget, table.dense_bytes))
+
+
+def _normalize_padding(padding_idx: int | None, num_embeddings: int) -> int | None:
+    """Torch's rule: a negative padding_idx counts from the end."""
+    if padding_idx is None:
+        return None
+    if not -num_embeddings <= padding_idx < num_embeddings:
+        raise ValueError(
+            f"padding_idx must be in [{-num_embeddings}, {num_embeddings}), got {padding_idx}"
+        )
+    return padding_idx % num_embeddings
+
+
+def _check_options(plan: LookupPlan, method: str, options: GradientOptions) -> None:
+    if plan.is_dense:
+        return
+    if options.max_norm is not None:
+        raise ValueError(
+            f"max_norm renormalizes rows of the dense table, and {method!r} has no such rows: a "
+            "physical row is a part of many vectors; use method='full' or leave max_norm None"
+        )
+    if options.scale_grad_by_freq:
+        raise ValueError(
+            f"scale_grad_by_freq divides by how often an id occurs in the batch, and rows of "
+            f"{method!r} are shared by several ids; use method='full' or leave it False"
+        )
+
+
+def _check_weight(weight: Tensor, plan: LookupPlan, method: str) -> None:
+    if not plan.is_dense:
+        raise ValueError(
+            f"_weight is a dense table and cannot be the stores of method {method!r}; "
+            "use method='full', or load a state_dict of the compressed module"
+        )
+    expected = (plan.num_embeddings, plan.embedding_dim)
+    if tuple(weight.shape) != expected:
+        raise ValueError(f"_weight has shape {tuple(weight.shape)}, expected {expected}")
+
+
+def _construct(
+    module: CompressedTable,
+    num_embeddings: int,
+    embedding_dim: int,
+    pool: Pool,
+    padding_idx: int | None,
+    options: GradientOptions,
+    weight: Tensor | None,
+    freeze: bool,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    method: str | Method,
+    budget: Budget | None,
+    seed: int,
+    name: str,
+) -> None:
+    """The one constructor behind both modules' signatures."""
+    method = resolve_method(method)
+    if dtype is None:
+        dtype = torch.get_default_dtype() if weight is None else weight.dtype
+    table = TableSpec(num_embeddings, embedding_dim, name, seed, dtype_name(dtype))
+    plan = make_plan(table, method, budget)
+    plan = plan.with_pool(pool, _normalize_padding(padding_idx, num_embeddings))
+    _check_options(plan, method.name, options)
+    if weight is not None:
+        _check_weight(weight, plan, method.name)
+        CompressedTable.__init__(module, plan, method.name, options, device="meta")
+        setattr(module, plan.stores[0].name, nn.Parameter(weight))
+    else:
+        CompressedTable.__init__(module, plan, method.name, options, device=device)
+        module.reset_parameters()
+    if freeze:
+        module.requires_grad_(False)
+
+
+class Embedding(CompressedTable):
+    """A drop-in for :class:`torch.nn.Embedding` over a compressed table.
+
+    Args:
+        num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq,
+        sparse, _weight, _freeze, device, dtype: as in :class:`torch.nn.Embedding`. ``max_norm``,
+            ``scale_grad_by_freq`` and ``_weight`` speak of dense rows: for ``"full"`` alone.
+        method: a name from :func:`embcompress.methods`, or a method object with its settings.
+        budget: bytes (int), ``"16MiB"``, ``"5%"`` or 0.05 of the dense float32 table. None:
+            10 %, or the smallest size that the method can take if that is more.
+        seed: hash keys are derived from it (start values come from torch's generator).
+        name: the table's name; hash keys are derived from it.
+
+    Where it differs from torch: the vector of ``padding_idx`` of a compressed table is always
+    zero, and ids outside ``[0, num_embeddings)`` raise IndexError on every backend.
+
+    Raises:
+        BudgetError: the budget cannot be met; the error says which could.
+        ValueError: an argument that makes no sense, or none for this method.
+
+    Example::
+
+        >>> import torch, embcompress as ec
+        >>> table = ec.Embedding(1_000_000, 16, method="hash", budget="1%")
+        >>> table(torch.tensor([[3, 999_999]])).shape
+        torch.Size([1, 2, 16])
+        >>> table.plan.bytes
+        640000
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        _weight: Tensor | None = None,
+        _freeze: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        method: str | Method = "full",
+        budget: Budget | None = None,
+        seed: int = 0,
+        name: str = "",
+    ) -> None:
+        options = GradientOptions(max_norm, norm_type, scale_grad_by_freq, sparse)
+        _construct(
+            self, num_embeddings, embedding_dim, "none", padding_idx, options, _weight, _freeze,
+            device, dtype, method, budget, seed, name,
+        )  # fmt: skip
+
+    @classmethod
+    def from_plan(
+        cls,
+        plan: LookupPlan,
+        method: str = "plan",
+        *,
+        sparse: bool = False,
+        device: torch.device | str | None = None,
+    ) -> Embedding:
+        """A module that runs any plan (its pooling is replaced by none)."""
+        plan = plan.with_pool("none", plan.padding_idx)
+        return _from_plan(cls, plan, method, sparse, device)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        embeddings: Tensor,
+        freeze: bool = True,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+    ) -> Embedding:
+        """As :meth:`torch.nn.Embedding.from_pretrained`: a full table around ``embeddings``."""
+        if embeddings.dim() != 2:
+            raise ValueError(f"embeddings must be 2-D, got {embeddings.dim()}-D")
+        rows, width = embeddings.shape
+        return cls(
+            rows, width, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse,
+            _weight=embeddings, _freeze=freeze,
+        )  # fmt: skip
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Vectors of the ids.
+
+        Args:
+            input: (*) int32 or int64.
+
+        Returns:
+            (*, embedding_dim).
+        """
+        if self._plan.is_dense or input.dim() == 1:
+            return lookup(self._plan, self.stores(), Bags(input, input), self.options)
+        ids = input.reshape(-1)
+        vectors = lookup(self._plan, self.stores(), Bags(ids, ids), self.options)
+        return vectors.reshape(*input.shape, self.embedding_dim)
+
+
+class EmbeddingBag(CompressedTable):
+    """A drop-in for :class:`torch.nn.EmbeddingBag` over a compressed table.
+
+    Args:
+        num_embeddings, embedding_dim, max_norm, norm_type, scale_grad_by_freq, mode, sparse,
+        _weight, include_last_offset, padding_idx, device, dtype: as in
+            :class:`torch.nn.EmbeddingBag`.
+        method, budget, seed, name: as in :class:`Embedding`.
+
+    Every id's vector is assembled before the bag is pooled. Where it differs from torch: offsets
+    that do not end at the number of ids, and per-sample weights with another mode than
+    ``"sum"``, raise ValueError; ids outside the vocabulary raise IndexError.
+
+    Example::
+
+        >>> import torch, embcompress as ec
+        >>> bags = ec.EmbeddingBag(1_000_000, 16, mode="sum", method="qr", budget="1%")
+        >>> bags(torch.tensor([3, 5, 999_999]), torch.tensor([0, 2])).shape
+        torch.Size([2, 16])
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        mode: str = "mean",
+        sparse: bool = False,
+        _weight: Tensor | None = None,
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        method: str | Method = "full",
+        budget: Budget | None = None,
+        seed: int = 0,
+        name: str = "",
+    ) -> None:
+        if mode not in ("sum", "mean", "max"):
+            raise ValueError(f"mode must be 'sum', 'mean' or 'max', got {mode!r}")
+        options = GradientOptions(max_norm, norm_type, scale_grad_by_freq, sparse)
+        _construct(
+            self, num_embeddings, embedding_dim, cast(Pool, mode), padding_idx, options, _weight,
+            False, device, dtype, method, budget, seed, name,
+        )  # fmt: skip
+        self.include_last_offset = include_last_offset
+
+    @classmethod
+    def from_plan(
+        cls,
+        plan: LookupPlan,
+        method: str = "plan",
+        *,
+        sparse: bool = False,
+        include_last_offset: bool = False,
+        device: torch.device | str | None = None,
+    ) -> EmbeddingBag:
+        """A module that runs any plan that pools.
+
+        Raises:
+            ValueError: ``plan.pool`` is ``"none"``.
+        """
+        if plan.pool == "none":
+            raise ValueError("plan.pool is 'none'; use plan.with_pool('sum') or Embedding")
+        module = _from_plan(cls, plan, method, sparse, device)
+        module.include_last_offset = include_last_offset
+        return module
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        embeddings: Tensor,
+        freeze: bool = True,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        mode: str = "mean",
+        sparse: bool = False,
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+    ) -> EmbeddingBag:
+        """As :meth:`torch.nn.EmbeddingBag.from_pretrained`: a full table around ``embeddings``."""
+        if embeddings.dim() != 2:
+            raise ValueError(f"embeddings must be 2-D, got {embeddings.dim()}-D")
+        rows, width = embeddings.shape
+        module = cls(
+            rows, width, max_norm, norm_type, scale_grad_by_freq, mode, sparse, embeddings,
+            include_last_offset, padding_idx,
+        )  # fmt: skip
+        return module.requires_grad_(not freeze)
+
+    @property
+    def mode(self) -> str:
+        return self._plan.pool
+
+    def forward(
+        self,
+        input: Tensor,
+        offsets: Tensor | None = None,
+        per_sample_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Pooled vectors of bags of ids.
+
+        Args:
+            input: (N,) ids with ``offsets``, (B, L) ids, or a 2-D jagged nested tensor; int32 or
+                int64.
+            offsets: (B,) start of each bag, or (B + 1,) with ``include_last_offset``; rising
+                from 0.
+            per_sample_weights: float, of the shape of ``input``; ``mode="sum"`` alone.
+
+        Returns:
+            (B, embedding_dim); zeros for empty bags.
+        """
+        if per_sample_weights is not None and self.mode != "sum":
+            raise ValueError(f"per_sample_weights needs mode='sum', this module has {self.mode!r}")
+        bags = make_bags(
+            input, offsets, per_sample_weights, include_last_offset=self.include_last_offset
+        )
+        return lookup(self._plan, self.stores(), bags, self.options)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, mode={self.mode!r}"
+
+
+def _from_plan(
+    cls: type[TableType],
+    plan: LookupPlan,
+    method: str,
+    sparse: bool,
+    device: torch.device | str | None,
+) -> TableType:
+    module = cls.__new__(cls)
+    CompressedTable.__init__(module, plan, method, GradientOptions(sparse=sparse), device=device)
+    module.reset_parameters()
+    return module

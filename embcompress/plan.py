@@ -1,0 +1,437 @@
+"""Lookup plans: which rows an id reads, and how they become its vector.
+
+A plan is plain data. It prints, compares, hashes, goes to JSON and back, and is all that a
+saved artifact, a kernel or a lowering needs to know::
+
+    vector(id) = head( combine_t( scale_t(id) * store_t[ offset_t + address_t(id), : ] ) )
+    bag        = pool over the ids of the bag
+
+Nothing here knows about ``torch.nn``; see :mod:`embcompress.engine` for what runs a plan.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, TypeAlias, get_args
+
+from embcompress.hashing import MASK64
+
+Combine: TypeAlias = Literal["sum", "mul", "concat"]
+Pool: TypeAlias = Literal["none", "sum", "mean", "max"]
+
+FLOAT_BITS = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16}
+_UNSIGNED = re.compile(r"uint([1-9]|1[0-9]|2[0-9]|3[0-2])$")
+#: Widths in bits that packed *values* may have (codes may have any width up to 32).
+PACKED_VALUE_BITS = (1, 2, 4, 8)
+
+
+class PlanError(ValueError):
+    """A plan that contradicts itself, or JSON that is not a plan."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise :class:`PlanError` with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise PlanError(message)
+
+
+# ------------------------------------------------------------------------------------ stores
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the codes ``c`` of a packed store become values: ``scale * c + bias``.
+
+    Attributes:
+        scale: name of a float store whose shape broadcasts to the packed store's: 1 or
+            ``rows`` rows, 1 or ``width`` columns (so per table, per column, per row).
+        bias: name of a store of the same shape, or None for a symmetric code,
+            ``scale * (c - (2**bits - 1) / 2)``.
+    """
+
+    scale: str
+    bias: str | None = None
+
+
+@dataclass(frozen=True)
+class Store:
+    """A physical table of ``rows`` × ``width`` numbers.
+
+    Attributes:
+        name: name of the module's parameter or buffer that holds it.
+        rows: number of rows, ≥ 1.
+        width: numbers in a row, ≥ 1.
+        dtype: ``"float64"``, ``"float32"``, ``"float16"``, ``"bfloat16"``, or ``"uint1"`` to
+            ``"uint32"``. Unsigned stores are one stream of bits, without padding between rows:
+            number ``j`` of row ``i`` starts at bit ``(i * width + j) * bits``, low bits first.
+        quantization: makes the unsigned numbers of a store *values*; without it they are codes,
+            which only a :class:`Code` address may read.
+    """
+
+    name: str
+    rows: int
+    width: int
+    dtype: str = "float32"
+    quantization: Quantization | None = None
+
+    def __post_init__(self) -> None:
+        require(bool(re.fullmatch(r"[A-Za-z_]\w*", self.name)), f"store name {self.name!r}")
+        require(self.rows >= 1 and self.width >= 1, f"store {self.name!r} has no rows or columns")
+        require(
+            self.dtype in FLOAT_BITS or bool(_UNSIGNED.match(self.dtype)),
+            f"store {self.name!r} has unknown dtype {self.dtype!r}",
+        )
+        if self.quantization is not None:
+            require(
+                not self.is_float and self.bits in PACKED_VALUE_BITS,
+                f"store {self.name!r}: quantized values take uint1, uint2, uint4 or uint8, "
+                f"not {self.dtype!r}",
+            )
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in FLOAT_BITS
+
+    @property
+    def bits(self) -> int:
+        """Bits of one number."""
+        return FLOAT_BITS[self.dtype] if self.is_float else int(self.dtype[4:])
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the whole store."""
+        return -(-self.rows * self.width * self.bits // 8)
+
+
+# --------------------------------------------------------------------------------- addresses
+
+
+@dataclass(frozen=True)
+class Digit:
+    """One digit of the id in a mixed radix: ``(id // divisor) % radix``.
+
+    The identity (divisor 1, radix = number of ids), the remainder (divisor 1) and the quotient
+    are all digits.
+    """
+
+    kind: ClassVar[str] = "digit"
+    divisor: int
+    radix: int
+
+    def __post_init__(self) -> None:
+        require(self.divisor >= 1 and self.radix >= 1, f"{self}: divisor and radix must be ≥ 1")
+
+    @property
+    def size(self) -> int:
+        return self.radix
+
+
+@dataclass(frozen=True)
+class Hash:
+    """A keyed hash of the id into ``[0, buckets)`` (docs/hashing.md)."""
+
+    kind: ClassVar[str] = "hash"
+    key: int
+    buckets: int
+
+    def __post_init__(self) -> None:
+        require(0 <= self.key <= MASK64, f"{self}: key must be an unsigned 64-bit integer")
+        require(1 <= self.buckets < 2**63, f"{self}: buckets must be in [1, 2**63)")
+
+    @property
+    def size(self) -> int:
+        return self.buckets
+
+
+@dataclass(frozen=True)
+class Code:
+    """The address is read from a table of codes: ``codes[row(id), column]``.
+
+    A code with all bits set is *absent*: the probe adds nothing, or takes ``otherwise``.
+
+    Attributes:
+        store: name of an unsigned store without quantization.
+        size: every code that is not absent is below this bound.
+        row: address of the row in the table of codes.
+        column: column of the table of codes.
+        otherwise: address to use where the code is absent; its rows follow the same bound.
+    """
+
+    kind: ClassVar[str] = "code"
+    store: str
+    size: int
+    row: Digit | Hash
+    column: int = 0
+    otherwise: Digit | Hash | None = None
+
+    def __post_init__(self) -> None:
+        require(self.size >= 1 and self.column >= 0, f"{self}: size ≥ 1 and column ≥ 0")
+        if self.otherwise is not None:
+            require(self.otherwise.size <= self.size, f"{self}: otherwise.size exceeds size")
+
+
+Address: TypeAlias = Digit | Hash | Code
+
+
+# ------------------------------------------------------------------------------------ scales
+
+
+@dataclass(frozen=True)
+class Sign:
+    """The row is multiplied by a hashed sign, -1 or +1."""
+
+    kind: ClassVar[str] = "sign"
+    key: int
+
+    def __post_init__(self) -> None:
+        require(0 <= self.key <= MASK64, f"{self}: key must be an unsigned 64-bit integer")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The row is multiplied by a learned number, ``store[address(id), column]``."""
+
+    kind: ClassVar[str] = "weight"
+    store: str
+    address: Digit | Hash
+    column: int = 0
+
+
+Scale: TypeAlias = Sign | Weight
+
+
+# ----------------------------------------------------------------------------- probes, heads
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One gather: row ``offset + address(id)`` of ``store``, times ``scale``."""
+
+    store: str
+    address: Address
+    scale: Scale | None = None
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear head without bias; its weight is a store of ``embedding_dim`` rows."""
+
+    kind: ClassVar[str] = "linear"
+    weight: str
+
+
+@dataclass(frozen=True)
+class LookupPlan:
+    """Everything that says how an id becomes its vector and a bag its pooled vector.
+
+    Attributes:
+        num_embeddings: ids are in ``[0, num_embeddings)``.
+        embedding_dim: width of the vector.
+        stores: the physical tables, uniquely named; all that is resident at lookup time.
+        probes: the gathers, at least one.
+        combine: how the probes' rows become one vector: ``"sum"``, ``"mul"`` (elementwise
+            product) or ``"concat"``, always per id, before pooling.
+        head: None, or :class:`Linear`.
+        pool: ``"none"`` (a vector for every id), ``"sum"``, ``"mean"`` or ``"max"`` over a bag.
+        padding_idx: this *id* gives a zero vector, no gradient, and is not counted in a bag.
+    """
+
+    num_embeddings: int
+    embedding_dim: int
+    stores: tuple[Store, ...]
+    probes: tuple[Probe, ...]
+    combine: Combine = "sum"
+    head: Linear | None = None
+    pool: Pool = "none"
+    padding_idx: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.num_embeddings >= 1 and self.embedding_dim >= 1, "an empty table")
+        require(self.combine in get_args(Combine), f"unknown combine {self.combine!r}")
+        require(self.pool in get_args(Pool), f"unknown pool {self.pool!r}")
+        require(len(self.probes) >= 1, "a plan needs at least one probe")
+        names = [store.name for store in self.stores]
+        require(len(set(names)) == len(names), f"store names are not unique: {names}")
+        if self.padding_idx is not None:
+            require(0 <= self.padding_idx < self.num_embeddings, f"padding_idx {self.padding_idx}")
+        for store in self.stores:
+            self._check_quantization(store)
+        for probe in self.probes:
+            self._check_probe(probe)
+        self._check_widths()
+
+    # -- reading
+
+    def store(self, name: str) -> Store:
+        """The store of that name; raises :class:`PlanError` if there is none."""
+        for store in self.stores:
+            if store.name == name:
+                return store
+        raise PlanError(f"the plan has no store {name!r}, only {[s.name for s in self.stores]}")
+
+    @property
+    def width(self) -> int:
+        """Width of the combined vector, before the head."""
+        widths = [self.store(probe.store).width for probe in self.probes]
+        return sum(widths) if self.combine == "concat" else widths[0]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes resident at lookup time: every store, code table, scale and head."""
+        return sum(store.bytes for store in self.stores)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the float32 table that the plan stands for."""
+        return self.num_embeddings * self.embedding_dim * 4
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether this is the uncompressed table itself: row ``id`` of one float store."""
+        (first, *others) = self.probes
+        return (
+            not others
+            and self.head is None
+            and len(self.stores) == 1
+            and self.stores[0].is_float
+            and first == Probe(first.store, Digit(1, self.num_embeddings))
+            and self.stores[0].rows == self.num_embeddings
+        )
+
+    def with_pool(self, pool: Pool, padding_idx: int | None = None) -> LookupPlan:
+        """The same plan for another pooling and padding id."""
+        return replace(self, pool=pool, padding_idx=padding_idx)
+
+    def with_dtypes(self, dtypes: Mapping[str, str]) -> LookupPlan:
+        """The same plan with other dtypes for the named stores."""
+        stores = tuple(replace(s, dtype=dtypes.get(s.name, s.dtype)) for s in self.stores)
+        return self if stores == self.stores else replace(self, stores=stores)
+
+    # -- consistency
+
+    def _check_quantization(self, store: Store) -> None:
+        if store.quantization is None:
+            return
+        scale = self.store(store.quantization.scale)
+        parts = [scale]
+        if store.quantization.bias is not None:
+            parts.append(self.store(store.quantization.bias))
+        for part in parts:
+            require(
+                part.is_float
+                and part.rows in (1, store.rows)
+                and part.width in (1, store.width)
+                and (part.rows, part.width) == (scale.rows, scale.width),
+                f"store {part.name!r} does not broadcast over the rows of {store.name!r}",
+            )
+
+    def _check_address(self, address: Address, rows: int, what: str) -> None:
+        require(address.size <= rows, f"{what} reaches row {address.size - 1} of {rows}")
+        if isinstance(address, Code):
+            codes = self.store(address.store)
+            require(
+                not codes.is_float and codes.quantization is None and address.column < codes.width,
+                f"{what} reads codes from {codes.name!r}, column {address.column}",
+            )
+            require(
+                address.size < 2**codes.bits,
+                f"{what}: {codes.bits} bits cannot hold {address.size} codes and 'absent'",
+            )
+            self._check_address(address.row, codes.rows, f"row of {what}")
+
+    def _check_probe(self, probe: Probe) -> None:
+        store = self.store(probe.store)
+        what = f"probe of {store.name!r}"
+        require(
+            store.is_float or store.quantization is not None, f"{what} reads codes as if values"
+        )
+        require(probe.offset >= 0, f"{what}: negative offset")
+        self._check_address(probe.address, store.rows - probe.offset, what)
+        if isinstance(probe.scale, Weight):
+            weights = self.store(probe.scale.store)
+            require(
+                weights.is_float and probe.scale.column < weights.width,
+                f"{what} takes its scale from column {probe.scale.column} of {weights.name!r}",
+            )
+            self._check_address(probe.scale.address, weights.rows, f"scale of {what}")
+
+    def _check_widths(self) -> None:
+        widths = {self.store(probe.store).width for probe in self.probes}
+        require(
+            self.combine == "concat" or len(widths) == 1,
+            f"combine={self.combine!r} needs rows of one width, got {sorted(widths)}",
+        )
+        if self.head is None:
+            shape = (self.width,)
+            require(
+                shape == (self.embedding_dim,),
+                f"the probes give width {self.width}, not embedding_dim {self.embedding_dim}",
+            )
+        else:
+            weight = self.store(self.head.weight)
+            require(
+                weight.is_float and (weight.rows, weight.width) == (self.embedding_dim, self.width),
+                f"the head's weight is {weight.rows} × {weight.width}, "
+                f"not {self.embedding_dim} × {self.width}",
+            )
+
+    # -- text
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        """The plan as a JSON object; :meth:`from_json` gives an equal plan back."""
+        from embcompress.plan_json import encode_plan
+
+        return encode_plan(self, indent)
+
+    @classmethod
+    def from_json(cls, text: str) -> LookupPlan:
+        """Read a plan, checking everything.
+
+        Raises:
+            PlanError: if the text is not JSON, has unknown or missing fields, or contradicts
+                itself.
+        """
+        from embcompress.plan_json import decode_plan
+
+        return decode_plan(text)
+
+    def __str__(self) -> str:
+        sign = {"sum": " + ", "mul": " × ", "concat": " ‖ "}[self.combine]
+        formula = sign.join(_probe_text(probe) for probe in self.probes)
+        if self.head is not None:
+            formula = f"{self.head.weight} @ ({formula})"
+        if self.pool != "none":
+            formula = f"{self.pool} over ids of {formula}"
+        stores = ", ".join(f"{s.name} {s.rows}×{s.width} {s.dtype}" for s in self.stores)
+        return (
+            f"{self.num_embeddings} × {self.embedding_dim} in {self.bytes} bytes: "
+            f"{formula}  [{stores}]"
+        )
+
+
+# ---------------------------------------------------------------------------------- printing
+
+
+def _address_text(address: Address) -> str:
+    if isinstance(address, Digit):
+        if address.divisor == 1:
+            return f"x mod {address.radix}"
+        return f"x div {address.divisor} mod {address.radix}"
+    if isinstance(address, Hash):
+        return f"hash_{address.key & 0xFFFF:04x}(x) of {address.buckets}"
+    text = f"{address.store}[{_address_text(address.row)}, {address.column}]"
+    return text if address.otherwise is None else f"{text} or {_address_text(address.otherwise)}"
+
+
+def _probe_text(probe: Probe) -> str:
+    offset = f"{probe.offset} + " if probe.offset else ""
+    row = f"{probe.store}[{offset}{_address_text(probe.address)}]"
+    if isinstance(probe.scale, Sign):
+        return f"±{row}"
+    if isinstance(probe.scale, Weight):
+        scale = probe.scale
+        return f"{scale.store}[{_address_text(scale.address)}, {scale.column}]·{row}"
+    return row
