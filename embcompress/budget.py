@@ -151,14 +151,15 @@ def allocate(
         BudgetError: naming the smallest budget for all tables together.
     """
 
+    dense_plans = [full(table) for table in tables]
+    smallest_bytes = [smallest_plan(m, t).bytes for m, t in zip(methods, tables, strict=True)]
+
     def fit(index: int, level: int) -> LookupPlan:
         """The best plan of the table within the level, or its smallest plan above it."""
-        table, method = tables[index], methods[index]
-        dense = full(table)
-        smallest = smallest_plan(method, table)
-        if dense.bytes <= max(level, smallest.bytes):
-            return dense
-        return fit_plan(method, table, max(level, smallest.bytes))
+        level = max(level, smallest_bytes[index])
+        if dense_plans[index].bytes <= level:
+            return dense_plans[index]
+        return fit_plan(methods[index], tables[index], level)
 
     def total(plans: Sequence[LookupPlan]) -> int:
         return sum(plan.bytes for plan in plans)

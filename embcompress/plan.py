@@ -121,7 +121,7 @@ class Digit:
     radix: int
 
     def __post_init__(self) -> None:
-        require(self.divisor >= 1 and self.radix >= 1, f"{self}: divisor and radix must be ≥ 1")
+        require(self.divisor >= 1 and self.radix >= 1, "a digit's divisor and radix must be ≥ 1")
 
     @property
     def size(self) -> int:
@@ -137,8 +137,8 @@ class Hash:
     buckets: int
 
     def __post_init__(self) -> None:
-        require(0 <= self.key <= MASK64, f"{self}: key must be an unsigned 64-bit integer")
-        require(1 <= self.buckets < 2**63, f"{self}: buckets must be in [1, 2**63)")
+        require(0 <= self.key <= MASK64, "a hash key must be an unsigned 64-bit integer")
+        require(1 <= self.buckets < 2**63, "a hash's buckets must be in [1, 2**63)")
 
     @property
     def size(self) -> int:
@@ -167,9 +167,9 @@ class Code:
     otherwise: Digit | Hash | None = None
 
     def __post_init__(self) -> None:
-        require(self.size >= 1 and self.column >= 0, f"{self}: size ≥ 1 and column ≥ 0")
+        require(self.size >= 1 and self.column >= 0, "a code's size must be ≥ 1, its column ≥ 0")
         if self.otherwise is not None:
-            require(self.otherwise.size <= self.size, f"{self}: otherwise.size exceeds size")
+            require(self.otherwise.size <= self.size, "a code's otherwise reaches past its size")
 
 
 Address: TypeAlias = Digit | Hash | Code
@@ -186,7 +186,7 @@ class Sign:
     key: int
 
     def __post_init__(self) -> None:
-        require(0 <= self.key <= MASK64, f"{self}: key must be an unsigned 64-bit integer")
+        require(0 <= self.key <= MASK64, "a sign's key must be an unsigned 64-bit integer")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,151 @@
+"""From a spec such as ``"ml-100k=DIR"`` to a prepared click log, prepared once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from embcompress.data.click_log import FORMAT, ClickLog
+from embcompress.data.criteo import CriteoSettings, prepare_criteo
+from embcompress.data.movielens import FORMATS, prepare_movielens
+from embcompress.data.schema import ClickLogSchema, prepare_schema
+from embcompress.data.synthetic import SyntheticSettings, prepare_synthetic
+
+ACCEPTED = """accepted data:
+  ml-100k=DIR, ml-1m=DIR, ml-20m=DIR     MovieLens (20m: also newer CSV releases)
+  criteo=FILE[,min_count=N,hash_ids_to=N]  Criteo text, .gz, or a directory of day files
+  schema=FILE[,source=PATH]              a parquet or CSV log that a schema describes
+  synthetic[:rows=N,ids=N,seed=N,...]    a synthetic click log"""
+
+
+def default_cache() -> Path:
+    """``$EMBCOMPRESS_CACHE``, or ``~/.cache/embcompress``."""
+    return Path(os.environ.get("EMBCOMPRESS_CACHE", Path.home() / ".cache" / "embcompress"))
+
+
+def load_click_log(
+    spec: str, *, cache: Path | str | None = None, progress: bool = True
+) -> ClickLog:
+    """Prepare a click log once and open it.
+
+    Args:
+        spec: see :data:`ACCEPTED`.
+        cache: directory of prepared logs (default: :func:`default_cache`). The key is made of
+            the sources' paths, sizes and times of change, and of the settings.
+        progress: whether to show it on standard error.
+
+    Raises:
+        ValueError: the spec is not understood; lists what is.
+        FileNotFoundError: a source is missing.
+    """
+    kind, sources, settings, prepare = _parse(spec)
+    identity = json.dumps(
+        [
+            FORMAT,
+            kind,
+            [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in sources],
+            settings,
+        ],
+        sort_keys=True,
+    )
+    key = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+    target = (Path(cache) if cache is not None else default_cache()) / f"{kind}-{key}"
+    if (target / "meta.json").is_file():
+        return ClickLog.open(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return prepare(target, progress)
+
+
+Prepare = Callable[[Path, bool], ClickLog]
+
+
+def _parse(spec: str) -> tuple[str, Sequence[Path], dict[str, Any], Prepare]:
+    """Kind, source files, settings and the preparation of a spec."""
+    if spec == "synthetic" or spec.startswith("synthetic:"):
+        return _synthetic(spec.partition(":")[2])
+    kind, separator, rest = spec.partition("=")
+    if not separator or not rest:
+        raise ValueError(f"data {spec!r} is not understood; {ACCEPTED}")
+    if kind in FORMATS:
+        return _movielens(kind, Path(rest))
+    if kind == "criteo":
+        return _criteo(rest)
+    if kind == "schema":
+        return _schema(rest)
+    raise ValueError(f"data {spec!r} is of unknown kind {kind!r}; {ACCEPTED}")
+
+
+def _options(text: str, cls: type) -> dict[str, Any]:
+    """``"a=1,b=2"`` as arguments of a settings dataclass."""
+    known = {field.name: str(field.type) for field in fields(cls)}
+    values: dict[str, Any] = {}
+    for item in filter(None, text.split(",")):
+        name, separator, value = item.partition("=")
+        if name not in known or not separator:
+            raise ValueError(f"option {item!r} is not understood; options: {', '.join(known)}")
+        try:
+            values[name] = float(value) if known[name] == "float" else int(value)
+        except ValueError:
+            raise ValueError(f"option {name} must be a number, got {value!r}") from None
+    return values
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    return path
+
+
+def _synthetic(options: str) -> tuple[str, Sequence[Path], dict[str, Any], Prepare]:
+    settings = SyntheticSettings(**_options(options, SyntheticSettings))
+
+    def prepare(target: Path, progress: bool) -> ClickLog:
+        return prepare_synthetic(settings, target, progress=progress)
+
+    return "synthetic", (), asdict(settings), prepare
+
+
+def _movielens(kind: str, directory: Path) -> tuple[str, Sequence[Path], dict[str, Any], Prepare]:
+    ratings = _existing(directory / FORMATS[kind].ratings)
+
+    def prepare(target: Path, progress: bool) -> ClickLog:
+        return prepare_movielens(kind, directory, target, progress=progress)
+
+    return kind, [ratings], {}, prepare
+
+
+def _criteo(rest: str) -> tuple[str, Sequence[Path], dict[str, Any], Prepare]:
+    name, _, options = rest.partition(",")
+    settings = CriteoSettings(**_options(options, CriteoSettings))
+    path = _existing(Path(name))
+    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    if not files:
+        raise FileNotFoundError(f"{path} holds no files")
+
+    def prepare(target: Path, progress: bool) -> ClickLog:
+        return prepare_criteo(files, target, settings, progress=progress)
+
+    return "criteo", files, asdict(settings), prepare
+
+
+def _schema(rest: str) -> tuple[str, Sequence[Path], dict[str, Any], Prepare]:
+    name, _, options = rest.partition(",")
+    path = _existing(Path(name))
+    schema = ClickLogSchema.load(path)
+    sources = [path.parent / source for source in schema.sources]
+    if options:
+        key, _, value = options.partition("=")
+        if key != "source" or not value:
+            raise ValueError(f"option {options!r} is not understood; options: source")
+        sources = [Path(value)]
+    sources = [_existing(source) for source in sources]
+
+    def prepare(target: Path, progress: bool) -> ClickLog:
+        return prepare_schema(schema, sources, target, progress=progress)
+
+    return f"schema-{schema.name}", sources, asdict(schema), prepare
