@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ def multilayer_perceptron(widths: Sequence[int], *, last_activation: bool) -> nn
     Weights are N(0, 2 / (inputs + outputs)), biases N(0, 1 / outputs).
     """
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
+    for inputs, outputs in pairwise(widths):
         linear = nn.Linear(inputs, outputs)
         nn.init.normal_(linear.weight, std=(2.0 / (inputs + outputs)) ** 0.5)
         nn.init.normal_(linear.bias, std=(1.0 / outputs) ** 0.5)

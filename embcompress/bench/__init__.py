@@ -1,0 +1,1 @@
+"""The memory-budget sweep: runs, records, report."""

@@ -1,0 +1,156 @@
+"""The memory-budget sweep: which method loses least at which budget."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable
+from pathlib import Path
+
+from embcompress.bench.display import SweepDisplay
+from embcompress.bench.environment import environment
+from embcompress.bench.records import Record, RecordFile, only_writer
+from embcompress.bench.settings import Run, SweepSettings, jsonable
+from embcompress.bench.training import (
+    Trained,
+    build_model,
+    test_scores,
+    train,
+    validation_record,
+)
+from embcompress.budget import BudgetError
+from embcompress.data.click_log import ClickLog
+from embcompress.data.load import load_click_log
+from embcompress.memory import MemoryReport, memory
+
+RESULTS, IMPOSSIBLE = "results.jsonl", "impossible.jsonl"
+
+
+class Sweep:
+    """Runs what is missing of a sweep and keeps its records in a directory.
+
+    ``results.jsonl`` has a line for every finished run, ``impossible.jsonl`` one for every run
+    whose method cannot meet the budget, with the smallest that it can.
+    """
+
+    def __init__(self, settings: SweepSettings, directory: Path, cache: Path | None) -> None:
+        self.settings, self.directory, self.cache = settings, directory, cache
+        self.results = RecordFile(directory / RESULTS)
+        self.impossible = RecordFile(directory / IMPOSSIBLE)
+
+    def _is_done(self, run: Run) -> bool:
+        return run.key in self.results or run.key in self.impossible
+
+    def run(self, display: SweepDisplay) -> None:
+        """Do every missing run."""
+        runs = list(self.settings.runs())
+        display.start(len(runs), sum(map(self._is_done, runs)))
+        for data in self.settings.data:
+            missing = [run for run in runs if run.data == data and not self._is_done(run)]
+            if missing:
+                log = load_click_log(data, cache=self.cache)
+                for run in missing:
+                    self._run_one(run, log, display)
+
+    def _run_one(self, run: Run, log: ClickLog, display: SweepDisplay) -> None:
+        display.begin(run)
+        try:
+            learning_rates = self._learning_rates(run)
+            model = build_model(log, run.training, run.method, run.budget, run.seed)
+        except BudgetError as error:
+            self.impossible.append(_impossible_record(run, error))
+            display.end(run, None)
+            return
+        size = memory(model)
+        split = log.split(
+            run.training.split,  # type: ignore[arg-type]
+            seed=run.seed,
+            validation=run.training.validation,
+            test=run.training.test,
+        )
+        trials: list[Trained] = []
+        for learning_rate in learning_rates:
+            if trials:
+                model = build_model(log, run.training, run.method, run.budget, run.seed)
+            observe = display.observer(learning_rate)
+            trials.append(train(model, log, split, run.training, learning_rate, run.seed, observe))
+        best = max(trials, key=lambda trial: trial.validation[trial.best_epoch - 1].auc)
+        scores = test_scores(best, log, split.test)
+        record = _result_record(run, log, best, trials, size)
+        record["auc"], record["logloss"] = (
+            scores[best.best_epoch].auc,
+            scores[best.best_epoch].logloss,
+        )
+        record["single_epoch"] = {"auc": scores[1].auc, "logloss": scores[1].logloss}
+        self.results.append(record)
+        display.end(run, record)
+
+    def _learning_rates(self, run: Run) -> tuple[float, ...]:
+        """All of them for the first seed of a cell; its choice for the others."""
+        first = Run(run.data, run.method, run.budget, self.settings.seeds[0], run.training)
+        if run.seed != first.seed and first.key in self.results:
+            return (self.results.records[first.key]["learning_rate"],)
+        return run.training.learning_rates
+
+
+def _impossible_record(run: Run, error: BudgetError) -> Record:
+    return {
+        "key": run.key,
+        "status": "impossible",
+        "method": run.method,
+        "budget": run.budget,
+        "smallest_bytes": error.smallest,
+        "seed": run.seed,
+        "data": run.data,
+        "message": str(error),
+    }
+
+
+def _result_record(
+    run: Run, log: ClickLog, best: Trained, trials: Iterable[Trained], size: MemoryReport
+) -> Record:
+    return {
+        "key": run.key,
+        "method": run.method,
+        "budget": run.budget,
+        "bytes": size.total,
+        "dense_bytes": size.dense,
+        "seed": run.seed,
+        "data": run.data,
+        "model": run.training.model,
+        "auc": None,
+        "logloss": None,
+        "single_epoch": None,
+        "train_seconds": best.train_seconds,
+        "examples_per_second": best.examples / best.train_seconds,
+        "learning_rate": best.learning_rate,
+        "best_epoch": best.best_epoch,
+        "epochs": len(best.validation),
+        "validation": validation_record(best),
+        "learning_rate_trials": [
+            {"learning_rate": t.learning_rate, "auc": t.validation[t.best_epoch - 1].auc}
+            for t in trials
+        ],
+        "rows": len(log),
+        "teacher_auc": log.meta.get("teacher_auc"),
+        "settings": jsonable(run.training.__dict__),
+        **environment(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def run_sweep(
+    settings: SweepSettings, directory: Path, *, cache: Path | None = None, quiet: bool = False
+) -> Sweep:
+    """Run a sweep, or what is missing of it.
+
+    Args:
+        settings: what to run.
+        directory: where the records are; finished runs there are skipped.
+        cache: prepared click logs (see :func:`embcompress.data.load_click_log`).
+        quiet: show no progress.
+    """
+    with only_writer(directory):
+        sweep = Sweep(settings, directory, cache)
+        with SweepDisplay(quiet=quiet) as display:
+            sweep.run(display)
+    return sweep

@@ -1,0 +1,174 @@
+"""Training one model on one click log: the loop that every method shares."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from embcompress.bench.settings import TrainingSettings
+from embcompress.collection import EmbeddingBagCollection, TableConfig
+from embcompress.data.click_log import Batch, ClickLog, Split
+from embcompress.models import DLRM
+
+_EVALUATION_ROWS = 8192
+#: Called after every few steps with (epoch, share of the epoch done, examples a second).
+StepObserver = Callable[[int, float, float], None]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Quality of predictions: area under the ROC curve, and mean log-loss in nats."""
+
+    auc: float
+    logloss: float
+
+
+@dataclass
+class Trained:
+    """A trained model: what it scored after each epoch, and the weights worth keeping.
+
+    Attributes:
+        validation: score after each epoch.
+        states: weights after the first and after the best epoch, by epoch from 1.
+        best_epoch: the epoch with the best validation AUC.
+    """
+
+    model: nn.Module
+    learning_rate: float
+    validation: list[Score] = field(default_factory=list)
+    states: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    best_epoch: int = 0
+    train_seconds: float = 0.0
+    examples: int = 0
+
+
+def build_model(
+    log: ClickLog, settings: TrainingSettings, method: str, budget: str, seed: int
+) -> DLRM:
+    """A DLRM over one table a feature.
+
+    Raises:
+        BudgetError: the method cannot meet the budget for these tables.
+    """
+    tables = [
+        TableConfig(f"t_{f.name}", f.num_embeddings, settings.embedding_dim, (f.name,))
+        for f in log.features
+    ]
+    torch.manual_seed(seed)
+    collection = EmbeddingBagCollection(tables, method=method, budget=budget, seed=seed)
+    collection.reset_parameters(settings.table_std)
+    return DLRM(collection, len(log.dense_names))
+
+
+def make_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    """The optimizer of all runs: Adagrad, for tables and layers alike."""
+    return torch.optim.Adagrad(model.parameters(), lr=learning_rate)
+
+
+def predict(model: nn.Module, log: ClickLog, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Click probabilities of the rows, in their order."""
+    model.eval()
+    parts = []
+    with torch.no_grad():
+        for start in range(0, len(rows), _EVALUATION_ROWS):
+            batch = log.batch(rows[start : start + _EVALUATION_ROWS])
+            parts.append(torch.sigmoid(model(batch.dense, batch.ids, batch.offsets)))
+    return torch.cat(parts).numpy()
+
+
+def evaluate(model: nn.Module, log: ClickLog, rows: NDArray[np.int64]) -> Score:
+    """AUC and log-loss of the rows."""
+    from sklearn.metrics import log_loss, roc_auc_score
+
+    label, probability = log.labels[rows], predict(model, log, rows).astype(np.float64)
+    if not np.isfinite(probability).all():  # a learning rate too far: the worst score there is
+        return Score(0.0, float("inf"))
+    return Score(
+        float(roc_auc_score(label, probability)), float(log_loss(label, probability, labels=[0, 1]))
+    )
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    logits = model(batch.dense, batch.ids, batch.offsets)
+    nn.functional.binary_cross_entropy_with_logits(logits, batch.label).backward()
+    optimizer.step()
+
+
+def train(
+    model: nn.Module,
+    log: ClickLog,
+    split: Split,
+    settings: TrainingSettings,
+    learning_rate: float,
+    seed: int,
+    observe: StepObserver | None = None,
+) -> Trained:
+    """Train until the validation AUC stops rising; test rows are not touched."""
+    trained = Trained(model, learning_rate)
+    optimizer = make_optimizer(model, learning_rate)
+    rng = np.random.default_rng(seed)
+    for epoch in range(1, settings.epochs + 1):
+        rows = split.train if settings.split == "time" else rng.permutation(split.train)
+        started = time.perf_counter()
+        _train_epoch(model, log, rows, settings.batch_size, optimizer, epoch, observe)
+        trained.train_seconds += time.perf_counter() - started
+        trained.examples += len(rows)
+        trained.validation.append(evaluate(model, log, split.validation))
+        _keep_state(trained, epoch)
+        if epoch - trained.best_epoch >= settings.patience:
+            break
+    return trained
+
+
+def _train_epoch(
+    model: nn.Module,
+    log: ClickLog,
+    rows: NDArray[np.int64],
+    batch_size: int,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    observe: StepObserver | None,
+) -> None:
+    model.train()
+    started = last = time.perf_counter()
+    for start in range(0, len(rows), batch_size):
+        _step(model, optimizer, log.batch(rows[start : start + batch_size]))
+        now = time.perf_counter()
+        if observe is not None and now - last > 0.2:
+            done = min(start + batch_size, len(rows))
+            observe(epoch, done / len(rows), done / (now - started))
+            last = now
+
+
+def _keep_state(trained: Trained, epoch: int) -> None:
+    """Keep the weights of the first epoch and of the best so far."""
+    best = epoch == 1 or trained.validation[-1].auc > trained.validation[trained.best_epoch - 1].auc
+    if not best:
+        return
+    state = {key: value.detach().clone() for key, value in trained.model.state_dict().items()}
+    if trained.best_epoch > 1:
+        del trained.states[trained.best_epoch]
+    trained.states[epoch] = state
+    trained.best_epoch = epoch
+
+
+def test_scores(trained: Trained, log: ClickLog, rows: NDArray[np.int64]) -> dict[int, Score]:
+    """Test scores after the first and the best epoch: the one look at the test rows."""
+    scores = {}
+    for epoch, state in trained.states.items():
+        # load_state_dict takes the plans out of its argument's copy, not out of the model.
+        trained.model.load_state_dict(state)
+        scores[epoch] = evaluate(trained.model, log, rows)
+    return scores
+
+
+def validation_record(trained: Trained) -> list[dict[str, float]]:
+    """Validation scores as JSON objects, an epoch each."""
+    return [asdict(score) for score in trained.validation]
