@@ -22,9 +22,11 @@ Combine: TypeAlias = Literal["sum", "mul", "concat"]
 Pool: TypeAlias = Literal["none", "sum", "mean", "max"]
 
 FLOAT_BITS = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16}
-_UNSIGNED = re.compile(r"uint([1-9]|1[0-9]|2[0-9]|3[0-2])$")
+_UNSIGNED = re.compile(r"uint([1-9]|1[0-9]|2[0-9]|3[0-2])")
 #: Widths in bits that packed *values* may have (codes may have any width up to 32).
 PACKED_VALUE_BITS = (1, 2, 4, 8)
+#: Ids, addresses and positions of bits are signed 64-bit integers in every engine.
+INT64_END = 2**63
 
 
 class PlanError(ValueError):
@@ -80,8 +82,12 @@ class Store:
         require(bool(re.fullmatch(r"[A-Za-z_]\w*", self.name)), f"store name {self.name!r}")
         require(self.rows >= 1 and self.width >= 1, f"store {self.name!r} has no rows or columns")
         require(
-            self.dtype in FLOAT_BITS or bool(_UNSIGNED.match(self.dtype)),
+            self.dtype in FLOAT_BITS or bool(_UNSIGNED.fullmatch(self.dtype)),
             f"store {self.name!r} has unknown dtype {self.dtype!r}",
+        )
+        require(
+            self.rows * self.width * self.bits < INT64_END,
+            f"store {self.name!r} has 2**63 bits or more",
         )
         if self.quantization is not None:
             require(
@@ -121,7 +127,10 @@ class Digit:
     radix: int
 
     def __post_init__(self) -> None:
-        require(self.divisor >= 1 and self.radix >= 1, "a digit's divisor and radix must be ≥ 1")
+        require(
+            1 <= self.divisor < INT64_END and 1 <= self.radix < INT64_END,
+            "a digit's divisor and radix must be in [1, 2**63)",
+        )
 
     @property
     def size(self) -> int:
@@ -138,7 +147,7 @@ class Hash:
 
     def __post_init__(self) -> None:
         require(0 <= self.key <= MASK64, "a hash key must be an unsigned 64-bit integer")
-        require(1 <= self.buckets < 2**63, "a hash's buckets must be in [1, 2**63)")
+        require(1 <= self.buckets < INT64_END, "a hash's buckets must be in [1, 2**63)")
 
     @property
     def size(self) -> int:
@@ -149,7 +158,7 @@ class Hash:
 class Code:
     """The address is read from a table of codes: ``codes[row(id), column]``.
 
-    A code with all bits set is *absent*: the probe adds nothing, or takes ``otherwise``.
+    A code with all bits set is *absent*: the probe's vector is zero, or takes ``otherwise``.
 
     Attributes:
         store: name of an unsigned store without quantization.
@@ -197,6 +206,9 @@ class Weight:
     store: str
     address: Digit | Hash
     column: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.column >= 0, "a weight's column must be ≥ 0")
 
 
 Scale: TypeAlias = Sign | Weight
@@ -250,6 +262,7 @@ class LookupPlan:
 
     def __post_init__(self) -> None:
         require(self.num_embeddings >= 1 and self.embedding_dim >= 1, "an empty table")
+        require(self.num_embeddings < INT64_END, "num_embeddings must be below 2**63")
         require(self.combine in get_args(Combine), f"unknown combine {self.combine!r}")
         require(self.pool in get_args(Pool), f"unknown pool {self.pool!r}")
         require(len(self.probes) >= 1, "a plan needs at least one probe")

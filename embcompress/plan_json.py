@@ -40,7 +40,7 @@ def _decode(cls: type, data: Any, **nested: Any) -> Any:
     """Build dataclass ``cls`` from a JSON object; ``nested`` decodes the fields it names."""
     require(isinstance(data, dict), f"expected an object for {cls.__name__}, got {data!r}")
     known = {field.name: field for field in fields(cls)}
-    unknown = set(data) - set(known) - {"kind"}
+    unknown = set(data) - set(known) - ({"kind"} if hasattr(cls, "kind") else set())
     require(not unknown, f"{cls.__name__} has no field {sorted(unknown)}")
     arguments = {}
     for name, value in data.items():
@@ -70,8 +70,9 @@ def _check_scalar(cls: type, name: str, annotation: str, value: Any) -> None:
 def _decode_kind(data: Any, *allowed: type, optional: bool = False) -> Any:
     if data is None and optional:
         return None
-    require(isinstance(data, dict) and data.get("kind") in _KINDS, f"unknown kind in {data!r}")
-    cls = _KINDS[data["kind"]]
+    kind = data.get("kind") if isinstance(data, dict) else None
+    require(isinstance(kind, str) and kind in _KINDS, f"unknown kind in {data!r}")
+    cls = _KINDS[kind]
     require(cls in allowed, f"{cls.__name__} is not allowed here")
     return _decode(
         cls,
@@ -122,9 +123,10 @@ def decode_plan(text: str) -> LookupPlan:
     """See :meth:`LookupPlan.from_json`."""
     try:
         data = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: an integer of too many digits, too
         raise PlanError(f"not JSON: {error}") from None
     require(isinstance(data, dict), f"a plan is a JSON object, not {type(data).__name__}")
     version = data.pop("format", None)
-    require(version == FORMAT, f"plan format {version!r}; this version reads {FORMAT}")
+    right = isinstance(version, int) and not isinstance(version, bool) and version == FORMAT
+    require(right, f"plan format {version!r}; this version reads {FORMAT}")
     return _decode_plan_fields(data)

@@ -165,7 +165,8 @@ def _find_candidates(model: nn.Module) -> list[_Candidate]:
         group.modules[module] = names
     owners = _parameter_owners(model)
     for key, group in groups.items():
-        group.refusal = _refusal(group, owners[key])
+        # A parametrized weight is computed anew at every access, and nothing owns it.
+        group.refusal = _refusal(group, owners.get(key, []))
     return list(groups.values())
 
 
@@ -191,9 +192,6 @@ def _parameter_owners(model: nn.Module) -> dict[tuple[str, int], list[tuple[nn.M
         for name, tensor in tensors:
             full_name = f"{path}.{name}" if path else name
             owners.setdefault(storage_key(tensor), []).append((module, full_name))
-        if parametrize.is_parametrized(module) and _is_table(module):
-            # The weight is computed anew at every access; nothing in the model owns it.
-            owners.setdefault(storage_key(_dense_weight(module)), [])
     return owners
 
 
@@ -308,7 +306,8 @@ def _start_deviation(weight: Tensor) -> float:
 
 def _swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        # Not named_children(): it names a module once, however many names lead to it.
+        for name, child in list(parent._modules.items()):
             if child in replacements:
                 setattr(parent, name, replacements[child])
 

@@ -63,9 +63,7 @@ def test_budgets_of_another_type(budget: object) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @settings(deadline=None, max_examples=60)
 @given(rows=st.integers(1, 10**9), width=st.integers(1, 256), share=st.floats(1e-4, 1.0))
-def test_a_plan_never_exceeds_its_budget(
-    method: str, rows: int, width: int, share: float
-) -> None:
+def test_a_plan_never_exceeds_its_budget(method: str, rows: int, width: int, share: float) -> None:
     table, chosen = TableSpec(rows, width, "t"), resolve_method(method)
     budget = max(1, int(share * table.dense_bytes))
     try:

@@ -122,17 +122,22 @@ def _from_mapping(cls: type, data: Any, where: str) -> Any:
 # ------------------------------------------------------------------------------------ reading
 
 
-def _batches(path: Path, columns: Sequence[str], malformed: MalformedRows) -> Iterator[Any]:
-    """Record batches with the wanted columns of one file."""
+def _open_parquet(path: Path) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(path)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} is not a parquet file, or damaged: {error}") from error
+
+
+def _batches(path: Path, columns: Sequence[str], malformed: MalformedRows) -> Iterator[Any]:
+    """Record batches with the wanted columns of one file."""
     from pyarrow import csv
 
     if path.suffix == ".parquet":
-        try:
-            file = pq.ParquetFile(path)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{path} is not a parquet file, or damaged: {error}") from error
+        file = _open_parquet(path)
         _check_columns(path, columns, file.schema_arrow.names)
         yield from file.iter_batches(_BATCH_ROWS, columns=list(columns))
         return
@@ -320,10 +325,8 @@ def prepare_schema(
 
 def _with_progress(reader: _Reader, title: str, progress: bool) -> Iterator[_Block]:
     """The reader's blocks, shown by rows where the number of rows is known."""
-    import pyarrow.parquet as pq
-
     total = sum(
-        pq.ParquetFile(path).metadata.num_rows if path.suffix == ".parquet" else 0
+        _open_parquet(path).metadata.num_rows if path.suffix == ".parquet" else 0
         for path in reader.sources
     )
     with RowProgress(title, total or 1, visible=progress) as bar:

@@ -40,13 +40,13 @@ class SyntheticSettings:
     """
 
     rows: int = 200_000
-    ids: int = 40_000
-    features: int = 6
+    ids: int = 10_000
+    features: int = 4
     bag_length: float = 3.0
     dense: int = 4
     exponent: float = 1.05
     drift: float = 0.1
-    strength: float = 1.5
+    strength: float = 2.0
     seed: int = 0
 
     def __post_init__(self) -> None:

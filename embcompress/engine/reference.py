@@ -195,13 +195,16 @@ def _pool_sum(vectors: Tensor, bag: Tensor, batch: int) -> Tensor:
 
 
 def _pool_max(vectors: Tensor, counted: Tensor, bag: Tensor, batch: int) -> Tensor:
-    """Columnwise maximum; among equals the first id of the bag wins (and takes the gradient)."""
+    """Columnwise maximum; among equals the first id of the bag wins (and takes the gradient).
+
+    NaN is larger than every number, as in :func:`torch.amax`.
+    """
     count, width = vectors.shape
     values = torch.where(counted[:, None], vectors.detach(), -torch.inf)
     index = bag[:, None].expand(-1, width)
     best = values.new_full((batch, width), -torch.inf).scatter_reduce(0, index, values, "amax")
     position = torch.arange(count, device=bag.device)[:, None].expand(-1, width)
-    is_best = counted[:, None] & (values == best[bag])
+    is_best = counted[:, None] & ((values == best[bag]) | values.isnan())
     winner = torch.full((batch, width), count, device=bag.device)
     winner = winner.scatter_reduce(0, index, torch.where(is_best, position, count), "amin")
     # An extra row of zeros answers for bags without a counted id.
@@ -253,6 +256,11 @@ def lookup_reference(
     Returns:
         (N, embedding_dim) vectors, or (B, embedding_dim) pooled bags.
     """
+    dtype = output_dtype(plan, stores)
+    if not sparse:
+        # Widened whole where a gradient is wanted, so that it adds up in float32 and is rounded
+        # once. (Sparse gradients are in the dtype of their store, as torch's are.)
+        stores = {name: _widen(t) if t.requires_grad else t for name, t in stores.items()}
     vectors = combined_vectors(plan, stores, bags.ids, sparse)
     if plan.pool == "none":
         vectors = _apply_head(plan, stores, vectors)
@@ -260,4 +268,4 @@ def lookup_reference(
         vectors = pool_bags(plan, _apply_head(plan, stores, vectors), bags)
     else:
         vectors = _apply_head(plan, stores, pool_bags(plan, vectors, bags))
-    return vectors.to(output_dtype(plan, stores))
+    return vectors.to(dtype)

@@ -1,0 +1,166 @@
+"""How far a result may be from the exact one: a bound from rounding errors, not a guess.
+
+The exact result is the reference in float64. Every float32 result is a sum of products of N
+terms; whatever the order of summation its error is at most ``(N + factors) * eps`` times the same
+sum over absolute values. Where all numbers are whole and that sum stays below 2**23, every order
+gives the exact result, and the comparison is bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from embcompress.engine.reference import lookup_reference, output_dtype
+from embcompress.plan import FLOAT_BITS, LookupPlan, Sign
+from tests.plan_cases import Case, pack_bits, with_leaves
+
+Lookup = Callable[[Case], Tensor]
+
+#: Whole numbers (and halves, from symmetric codes) below this are exact in float32.
+EXACT_END = 2.0**23
+WEIGHTS = "per_sample_weights"
+
+
+@dataclass(frozen=True)
+class Result:
+    """Values, and gradients by store name (None: nothing flows there)."""
+
+    output: Tensor
+    gradients: dict[str, Tensor | None]
+
+
+def reference(case: Case, sparse: bool = False) -> Tensor:
+    return lookup_reference(case.plan, case.stores, case.bags, sparse=sparse)
+
+
+def run(case: Case, gradient: Tensor, lookup: Lookup = reference) -> Result:
+    """Forward and backward with a gradient of the output (cast to its dtype)."""
+    leaves = with_leaves(case)
+    output = lookup(leaves)
+    inputs = {name: t for name, t in leaves.stores.items() if t.requires_grad}
+    if leaves.bags.weights is not None:
+        inputs[WEIGHTS] = leaves.bags.weights
+    if output.requires_grad:
+        output.backward(gradient.to(output.dtype))
+    return Result(output.detach(), {name: t.grad for name, t in inputs.items()})
+
+
+def output_gradient(case: Case) -> Tensor:
+    """A float64 gradient for the case's output, exact in its dtype."""
+    generator = torch.Generator().manual_seed(case.number)
+    rows = case.bags.ids.numel() if case.plan.pool == "none" else case.bags.offsets.numel() - 1
+    shape = (rows, case.plan.embedding_dim)
+    if case.whole:
+        return torch.randint(-2, 3, shape, generator=generator).double()
+    values = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return values.to(output_dtype(case.plan, case.stores)).double()
+
+
+def in_float64(case: Case) -> Case:
+    """The same numbers in float64."""
+    plan = case.plan.with_dtypes({s.name: "float64" for s in case.plan.stores if s.is_float})
+    stores = {n: t.double() if t.is_floating_point() else t for n, t in case.stores.items()}
+    weights = None if case.bags.weights is None else case.bags.weights.double()
+    return replace(case, plan=plan, stores=stores, bags=replace(case.bags, weights=weights))
+
+
+def absolute(case: Case) -> Case:
+    """The case whose result is the sum of the absolute values of all terms, in float64.
+
+    A maximum becomes a sum, which is no smaller.
+    """
+    case = in_float64(case)
+    probes = tuple(
+        replace(p, scale=None) if isinstance(p.scale, Sign) else p for p in case.plan.probes
+    )
+    pool = "sum" if case.plan.pool == "max" else case.plan.pool
+    stores = {n: t.abs() if t.is_floating_point() else t for n, t in case.stores.items()}
+    for store in case.plan.stores:
+        if store.quantization is not None and store.quantization.bias is None:
+            stores[store.name] = _codes_above_the_middle(stores[store.name], store.bits)
+    weights = None if case.bags.weights is None else case.bags.weights.abs()
+    plan = replace(case.plan, probes=probes, pool=pool)
+    return replace(case, plan=plan, stores=stores, bags=replace(case.bags, weights=weights))
+
+
+def _codes_above_the_middle(packed: Tensor, bits: int) -> Tensor:
+    """Codes mirrored so that ``code - (2**bits - 1) / 2`` is its absolute value."""
+    stream = int.from_bytes(bytes(packed.tolist()), "little")
+    mask, count = (1 << bits) - 1, packed.numel() * 8 // bits
+    codes = ((stream >> (position * bits)) & mask for position in range(count))
+    return pack_bits([max(code, mask - code) for code in codes], bits)
+
+
+def accumulation_eps(plan: LookupPlan) -> float:
+    """Unit of rounding: of float64 where every float is, of float32 elsewhere."""
+    bits = {FLOAT_BITS[store.dtype] for store in plan.stores if store.is_float}
+    return torch.finfo(torch.float64 if bits == {64} else torch.float32).eps
+
+
+def check(
+    case: Case, lookup: Lookup, *, eps: float | None = None, gradient_eps: float | None = None
+) -> None:
+    """Assert that values and gradients of ``lookup`` are those of the reference.
+
+    Args:
+        case: what to look up.
+        lookup: runs a case; differentiable.
+        eps, gradient_eps: unit of rounding of the accumulation, where it is not
+            :func:`accumulation_eps`.
+    """
+    gradient = output_gradient(case)
+    actual = run(case, gradient, lookup)
+    # In other precision a maximum of almost equal numbers may be another id's.
+    rounded = case.plan.pool == "max" and not case.whole
+    expected = run(case if rounded else in_float64(case), gradient)
+    magnitude = run(absolute(case), gradient.abs())
+    eps = eps or accumulation_eps(case.plan)
+    exact = case.whole and case.plan.pool != "mean"
+    terms = case.bags.ids.numel() + case.plan.width + case.plan.embedding_dim
+    factor = terms + 4 * len(case.plan.probes) + 8
+
+    assert actual.output.dtype == output_dtype(case.plan, case.stores), case
+    assert_within(
+        actual.output, expected.output, magnitude.output, exact, factor * eps, f"output of {case}"
+    )
+    for name, ours in actual.gradients.items():
+        theirs, size = expected.gradients[name], magnitude.gradients[name]
+        what = f"gradient of {name} of {case}"
+        if ours is None or theirs is None or size is None:
+            assert all(g is None or not g.to_dense().any() for g in (ours, theirs)), what
+            continue
+        unit = gradient_eps or eps
+        assert_within(
+            ours.to_dense(), theirs.to_dense(), size.to_dense(), exact, factor * unit, what
+        )
+
+
+def assert_within(
+    actual: Tensor, expected: Tensor, magnitude: Tensor, exact: bool, tolerance: float, what: str
+) -> None:
+    """Assert ``|actual - expected| <= tolerance * magnitude`` and half a step of the dtype."""
+    rounded = expected.to(actual.dtype)
+    assert actual.shape == rounded.shape, f"shape of {what}"
+    if exact and (magnitude < EXACT_END).all():
+        assert torch.equal(actual, rounded), _difference(actual, rounded, what)
+        return
+    info = torch.finfo(actual.dtype)
+    bound = tolerance * magnitude + info.eps * (expected.abs().double() + info.tiny)
+    error = (actual.double() - expected.double()).abs()
+    within = (error <= bound) | (actual == rounded)  # equal infinities have no difference
+    assert within.all(), _difference(actual, rounded, what, within)
+
+
+def _difference(actual: Tensor, expected: Tensor, what: str, within: Tensor | None = None) -> str:
+    wrong = (actual != expected) if within is None else ~within
+    where = tuple(wrong.nonzero()[0].tolist())
+    return (
+        f"{what}: {int(wrong.sum())} of {wrong.numel()} numbers differ, first at {where}: "
+        f"{actual[where].item()!r}, not {expected[where].item()!r}"
+    )
+
+

@@ -1,0 +1,125 @@
+"""A second reading of plans, one number at a time: Python's own integers and floats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from embcompress.hashing import hash_bucket, hash_sign
+from embcompress.plan import Address, Code, Digit, Hash, LookupPlan, Probe, Sign, Store, Weight
+
+Vector = list[float]
+
+
+class ScalarLoop:
+    """Looks ids up in plain lists. Every float is a double."""
+
+    def __init__(self, plan: LookupPlan, stores: dict[str, Tensor]) -> None:
+        self.plan = plan
+        self.floats = {
+            s.name: stores[s.name].detach().double().tolist() for s in plan.stores if s.is_float
+        }
+        self.streams = {
+            s.name: int.from_bytes(bytes(stores[s.name].tolist()), "little")
+            for s in plan.stores
+            if not s.is_float
+        }
+
+    def code(self, store: Store, row: int, column: int) -> int:
+        position = (row * store.width + column) * store.bits
+        return (self.streams[store.name] >> position) & ((1 << store.bits) - 1)
+
+    def row(self, address: Address, id: int) -> int | None:
+        if isinstance(address, Digit):
+            return (id // address.divisor) % address.radix
+        if isinstance(address, Hash):
+            return hash_bucket(id, address.key, address.buckets)
+        assert isinstance(address, Code)
+        store = self.plan.store(address.store)
+        code_row = self.row(address.row, id)
+        assert code_row is not None
+        code = self.code(store, code_row, address.column)
+        if code != 2**store.bits - 1:
+            return code
+        return None if address.otherwise is None else self.row(address.otherwise, id)
+
+    def value(self, store: Store, row: int, column: int) -> float:
+        if store.quantization is None:
+            return self.floats[store.name][row][column]
+
+        def part(name: str) -> float:
+            table = self.floats[name]
+            line = table[0] if len(table) == 1 else table[row]
+            return line[0] if len(line) == 1 else line[column]
+
+        scale, code = part(store.quantization.scale), self.code(store, row, column)
+        if store.quantization.bias is None:
+            return scale * (code - (2**store.bits - 1) / 2)
+        return scale * code + part(store.quantization.bias)
+
+    def scale(self, probe: Probe, id: int) -> float:
+        if isinstance(probe.scale, Sign):
+            return hash_sign(id, probe.scale.key)
+        if isinstance(probe.scale, Weight):
+            row = self.row(probe.scale.address, id)
+            assert row is not None
+            return self.floats[probe.scale.store][row][probe.scale.column]
+        return 1.0
+
+    def probe(self, probe: Probe, id: int) -> Vector:
+        store = self.plan.store(probe.store)
+        row = self.row(probe.address, id)
+        if row is None:
+            return [0.0] * store.width
+        scale = self.scale(probe, id)
+        return [
+            scale * self.value(store, probe.offset + row, column) for column in range(store.width)
+        ]
+
+    def vector(self, id: int) -> Vector:
+        """The combined vector of an id, before the head."""
+        if id == self.plan.padding_idx:
+            return [0.0] * self.plan.width
+        parts = [self.probe(probe, id) for probe in self.plan.probes]
+        if self.plan.combine == "concat":
+            return [value for part in parts for value in part]
+        combine = math.fsum if self.plan.combine == "sum" else math.prod
+        return [combine(values) for values in zip(*parts, strict=True)]
+
+    def head(self, vector: Vector) -> Vector:
+        if self.plan.head is None:
+            return vector
+        return [
+            math.fsum(w * v for w, v in zip(row, vector, strict=True))
+            for row in self.floats[self.plan.head.weight]
+        ]
+
+    def bag(self, ids: Sequence[int], weights: Sequence[float] | None) -> Vector:
+        """The pooled vector of a bag, after the head."""
+        plan, counted = self.plan, [i for i, id in enumerate(ids) if id != self.plan.padding_idx]
+        vectors = [self.head(self.vector(ids[i])) for i in counted]
+        if not vectors:
+            return [0.0] * plan.embedding_dim
+        columns = list(zip(*vectors, strict=True))
+        if plan.pool == "max":
+            return [max(column) for column in columns]
+        if weights is not None:
+            columns = [
+                tuple(weights[i] * v for i, v in zip(counted, column, strict=True))
+                for column in columns
+            ]
+        size = len(counted) if plan.pool == "mean" else 1
+        return [math.fsum(column) / size for column in columns]
+
+    def lookup(
+        self, ids: Sequence[int], offsets: Sequence[int], weights: Sequence[float] | None
+    ) -> list[Vector]:
+        if self.plan.pool == "none":
+            return [self.head(self.vector(id)) for id in ids]
+        ranges = zip(offsets, offsets[1:], strict=False)
+        return [
+            self.bag(ids[begin:end], None if weights is None else weights[begin:end])
+            for begin, end in ranges
+        ]

@@ -1,0 +1,361 @@
+"""Random valid plans with their stores and inputs, each fixed by the number of the case.
+
+The cases walk over the whole vocabulary of :mod:`embcompress.plan`. Half of them hold small
+whole numbers only: their sums are exact in float32 in any order, so that engines can be compared
+bit for bit, and equal vectors (ties of a maximum) are frequent.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from embcompress.engine import Bags
+from embcompress.plan import (
+    PACKED_VALUE_BITS,
+    Address,
+    Code,
+    Combine,
+    Digit,
+    Hash,
+    Linear,
+    LookupPlan,
+    Pool,
+    Probe,
+    Quantization,
+    Scale,
+    Sign,
+    Store,
+    Weight,
+)
+
+WIDTHS = (1, 1, 2, 3, 4, 5, 7, 8, 8, 12, 16, 16, 17, 24, 31, 32, 33, 64, 100, 128)
+CONCAT_WIDTHS = (1, 2, 3, 4, 5, 8, 16, 17, 32)
+VOCABULARIES = (1, 2, 7, 50, 50, 300, 1000, 2**24 + 3, 2**31, 2**31 + 5, 2**40, 2**62, 2**63 - 1)
+FLOATS = ("float32", "float32", "float32", "float16", "bfloat16", "float64")
+MAX_PROBES = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """One plan with tensors for its stores and an input.
+
+    Attributes:
+        number: the case's number; equal numbers give equal cases.
+        plan, stores, bags: arguments of :func:`embcompress.engine.lookup`.
+        whole: every float of the stores and weights is a small whole number.
+    """
+
+    number: int
+    plan: LookupPlan
+    stores: dict[str, Tensor]
+    bags: Bags
+    whole: bool
+
+    def __str__(self) -> str:
+        return (
+            f"case {self.number}: {self.plan}, {self.bags.ids.numel()} {self.bags.ids.dtype} ids in "
+            f"{self.bags.offsets.numel() - 1} bags, "
+            f"{'no' if self.bags.weights is None else self.bags.weights.dtype} weights"
+        )
+
+
+def make_case(
+    number: int, *, pool: Pool | None = None, dtype: str | None = None, small: bool = False
+) -> Case:
+    """The case of that number.
+
+    Args:
+        number: ≥ 0.
+        pool: fixes the pooling.
+        dtype: fixes the dtype of every float store.
+        small: few ids, for loops in Python.
+    """
+    choice = random.Random(f"embcompress case {number}")
+    generator = torch.Generator().manual_seed(number)
+    plan = PlanMaker(choice, pool, dtype).make()
+    whole = choice.random() < 0.5
+    stores = make_stores(plan, generator, whole=whole)
+    bags = make_bags_of(plan, choice, generator, whole=whole, small=small)
+    return Case(number, plan, stores, bags, whole)
+
+
+# -------------------------------------------------------------------------------------- plans
+
+
+class PlanMaker:
+    """Draws one plan, store by store."""
+
+    def __init__(self, choice: random.Random, pool: Pool | None, dtype: str | None) -> None:
+        self.choice = choice
+        self.pool: Pool = pool or choice.choice(("none", "sum", "sum", "mean", "max"))
+        self.main_dtype = dtype or choice.choice(FLOATS)
+        self.mixed_dtypes = dtype is None and choice.random() < 0.15
+        self.num_embeddings = choice.choice(VOCABULARIES)
+        self.stores: list[Store] = []
+
+    def make(self) -> LookupPlan:
+        choice = self.choice
+        if choice.random() < 0.04:
+            return self.dense()
+        combine: Combine = choice.choice(("sum", "mul", "concat"))
+        count = choice.randint(1, MAX_PROBES)
+        common = choice.choice(WIDTHS)
+        widths = [choice.choice(CONCAT_WIDTHS) if combine == "concat" else common] * count
+        if combine == "concat":
+            widths = [choice.choice(CONCAT_WIDTHS) for _ in range(count)]
+        probes = tuple(self.probe(width) for width in widths)
+        width = sum(widths) if combine == "concat" else common
+        embedding_dim, head = width, None
+        if choice.random() < 0.3:
+            embedding_dim = choice.choice(WIDTHS)
+            head = Linear(self.float_store(embedding_dim, width).name)
+        if choice.random() < 0.03:
+            self.float_store(3, 2)  # resident, but read by nobody
+        choice.shuffle(self.stores)
+        return LookupPlan(
+            self.num_embeddings,
+            embedding_dim,
+            stores=tuple(self.stores),
+            probes=probes,
+            combine=combine,
+            head=head,
+            pool=self.pool,
+            padding_idx=self.padding(),
+        )
+
+    def dense(self) -> LookupPlan:
+        self.num_embeddings = self.choice.choice((1, 7, 50, 300))
+        store = self.float_store(self.num_embeddings, self.choice.choice(WIDTHS))
+        return LookupPlan(
+            self.num_embeddings,
+            store.width,
+            stores=(store,),
+            probes=(Probe(store.name, Digit(1, store.rows)),),
+            pool=self.pool,
+            padding_idx=self.padding(),
+        )
+
+    def padding(self) -> int | None:
+        if self.choice.random() < 0.6:
+            return None
+        return self.choice.choice((0, self.num_embeddings // 2, self.num_embeddings - 1))
+
+    # -- stores
+
+    def add(self, store: Store) -> Store:
+        self.stores.append(store)
+        return store
+
+    def name(self) -> str:
+        return f"store_{len(self.stores)}"
+
+    def float_store(self, rows: int, width: int) -> Store:
+        dtype = self.choice.choice(FLOATS) if self.mixed_dtypes else self.main_dtype
+        return self.add(Store(self.name(), rows, width, dtype))
+
+    def value_store(self, width: int) -> Store:
+        """A store of values, new or shared with an earlier probe."""
+        fitting = [
+            store
+            for store in self.stores
+            if store.width == width and (store.is_float or store.quantization is not None)
+        ]
+        if fitting and self.choice.random() < 0.4:
+            return self.choice.choice(fitting)
+        rows = self.choice.randint(1, 60)
+        return self.quantized(rows, width) if self.choice.random() < 0.3 else (
+            self.float_store(rows, width)
+        )  # fmt: skip
+
+    def quantized(self, rows: int, width: int) -> Store:
+        shape = (self.choice.choice((1, rows)), self.choice.choice((1, width)))
+        scale = self.float_store(*shape).name
+        bias = self.float_store(*shape).name if self.choice.random() < 0.5 else None
+        bits = self.choice.choice(PACKED_VALUE_BITS)
+        quantization = Quantization(scale, bias)
+        return self.add(Store(self.name(), rows, width, f"uint{bits}", quantization))
+
+    def code_store(self, size: int) -> Store:
+        """A store whose codes can count to ``size``, new or shared."""
+        fitting = [
+            store
+            for store in self.stores
+            if not store.is_float and store.quantization is None and size < 2**store.bits
+        ]
+        if fitting and self.choice.random() < 0.3:
+            return self.choice.choice(fitting)
+        bits = self.choice.randint(size.bit_length(), 32)
+        shape = (self.choice.randint(1, 40), self.choice.randint(1, 3))
+        return self.add(Store(self.name(), *shape, f"uint{bits}"))
+
+    # -- probes
+
+    def key(self) -> int:
+        return self.choice.getrandbits(64)
+
+    def simple_address(self, reach: int) -> Digit | Hash:
+        """A digit or a hash below ``reach``."""
+        size = self.choice.choice((reach, self.choice.randint(1, reach)))
+        if self.choice.random() < 0.5:
+            return Hash(self.key(), size)
+        divisors = (1, 1, 2, 3, 17, size, 2**33, self.choice.randint(1, 2**63 - 1))
+        return Digit(self.choice.choice(divisors), size)
+
+    def address(self, reach: int) -> Address:
+        if self.choice.random() < 0.65:
+            return self.simple_address(reach)
+        size = self.choice.choice((1, reach, self.choice.randint(1, reach)))
+        store = self.code_store(size)
+        otherwise = self.simple_address(size) if self.choice.random() < 0.5 else None
+        column = self.choice.randrange(store.width)
+        return Code(store.name, size, self.simple_address(store.rows), column, otherwise)
+
+    def scale(self) -> Scale | None:
+        drawn = self.choice.random()
+        if drawn < 0.55:
+            return None
+        if drawn < 0.75:
+            return Sign(self.key())
+        floats = [store for store in self.stores if store.is_float]
+        if floats and self.choice.random() < 0.3:  # learned numbers beside the values themselves
+            store = self.choice.choice(floats)
+        else:
+            store = self.float_store(self.choice.randint(1, 40), self.choice.randint(1, 4))
+        column = self.choice.randrange(store.width)
+        return Weight(store.name, self.simple_address(store.rows), column)
+
+    def probe(self, width: int) -> Probe:
+        store = self.value_store(width)
+        offset = 0
+        if store.rows > 1 and self.choice.random() < 0.3:
+            offset = self.choice.randint(1, store.rows - 1)
+        return Probe(store.name, self.address(store.rows - offset), self.scale(), offset)
+
+
+# ------------------------------------------------------------------------------------- stores
+
+
+def pack_bits(numbers: list[int], bits: int) -> Tensor:
+    """(bytes,) uint8: the numbers packed low bits first, without padding."""
+    stream = 0
+    for position, number in enumerate(numbers):
+        stream |= number << (position * bits)
+    size = -(-len(numbers) * bits // 8)
+    return torch.tensor(list(stream.to_bytes(size, "little")), dtype=torch.uint8)
+
+
+def make_stores(plan: LookupPlan, generator: torch.Generator, *, whole: bool) -> dict[str, Tensor]:
+    """Tensors for every store of a plan, its codes within their bounds or absent."""
+    bounds: dict[str, int] = {}
+    for probe in plan.probes:
+        if isinstance(probe.address, Code):
+            name, size = probe.address.store, probe.address.size
+            bounds[name] = min(size, bounds.get(name, size))
+    scales = {s.quantization.scale for s in plan.stores if s.quantization is not None}
+    tensors = {}
+    for store in plan.stores:
+        if store.is_float:
+            values = _floats((store.rows, store.width), generator, whole)
+            if whole and store.name in scales:
+                values *= 2  # a symmetric code is a half, its value shall be a whole number
+            tensors[store.name] = values.to(getattr(torch, store.dtype))
+        else:
+            count = store.rows * store.width
+            bound = bounds.get(store.name, 1 << store.bits)
+            codes = torch.randint(0, bound, (count,), generator=generator)
+            if store.quantization is None:
+                share = float(torch.randint(0, 3, (), generator=generator)) / 2
+                absent = torch.rand(count, generator=generator) < share**2
+                codes[absent] = (1 << store.bits) - 1
+            tensors[store.name] = pack_bits(codes.tolist(), store.bits)
+    return tensors
+
+
+def _floats(shape: tuple[int, ...], generator: torch.Generator, whole: bool) -> Tensor:
+    """Float64 numbers: normal ones, or -2, -1, 0, 1, 2."""
+    if whole:
+        return torch.randint(-2, 3, shape, generator=generator).double()
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+# ------------------------------------------------------------------------------------- inputs
+
+
+def _lengths(choice: random.Random, small: bool) -> list[int]:
+    """Lengths of the bags of one batch."""
+    many = 12 if small else 120
+    kinds: tuple[Callable[[], list[int]], ...] = (
+        lambda: [],
+        lambda: [0] * choice.randint(1, 5),
+        lambda: [choice.randint(0, many)],
+        lambda: [1] * choice.randint(1, 2 * many),
+        lambda: [choice.randint(1, 4)] * choice.randint(1, many // 4),
+        lambda: [choice.randint(0, 5) for _ in range(choice.randint(1, many // 2))],
+        lambda: [choice.choice((0, 0, 0, many // 4)) for _ in range(choice.randint(1, 12))],
+        lambda: [choice.randint(0, 3) for _ in range(6)] + [4 * many] + [1, 0],
+    )
+    return choice.choice(kinds)()
+
+
+def _draw_ids(
+    plan: LookupPlan, count: int, choice: random.Random, generator: torch.Generator
+) -> Tensor:
+    n = plan.num_embeddings
+    kind = choice.choice(("uniform", "uniform", "few", "hot", "one", "ends"))
+    ids = torch.randint(0, n, (count,), generator=generator)
+    if kind == "few":
+        few = torch.randint(0, n, (4,), generator=generator)
+        ids = few[torch.randint(0, 4, (count,), generator=generator)]
+    elif kind == "hot":
+        ids[torch.rand(count, generator=generator) < 0.8] = choice.randrange(n)
+    elif kind == "one":
+        ids[:] = choice.randrange(n)
+    elif kind == "ends":
+        ends = torch.tensor([0, min(1, n - 1), max(0, n - 2), n - 1])
+        ids = ends[torch.randint(0, 4, (count,), generator=generator)]
+    if plan.padding_idx is not None:
+        ids[torch.rand(count, generator=generator) < choice.choice((0.0, 0.3, 1.0))] = (
+            plan.padding_idx
+        )
+    return ids
+
+
+def make_bags_of(
+    plan: LookupPlan,
+    choice: random.Random,
+    generator: torch.Generator,
+    *,
+    whole: bool,
+    small: bool = False,
+) -> Bags:
+    """Canonical bags for a plan: empty, single, equal, ragged or with one huge bag."""
+    lengths = _lengths(choice, small)
+    count = sum(lengths)
+    ids = _draw_ids(plan, count, choice, generator)
+    if plan.num_embeddings <= 2**31 and choice.random() < 0.4:
+        ids = ids.int()
+    if plan.pool == "none":
+        return Bags(ids, ids)
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    weights = None
+    if plan.pool == "sum" and choice.random() < 0.4:
+        dtype = getattr(torch, choice.choice(FLOATS))
+        weights = _floats((count,), generator, whole).to(dtype)
+    return Bags(ids, ends.to(ids.dtype), weights)
+
+
+def with_leaves(case: Case) -> Case:
+    """A copy of the case whose floats are leaves that require gradients."""
+
+    def leaf(tensor: Tensor) -> Tensor:
+        copy = tensor.detach().clone()
+        return copy.requires_grad_() if copy.is_floating_point() else copy
+
+    stores = {name: leaf(tensor) for name, tensor in case.stores.items()}
+    weights = None if case.bags.weights is None else leaf(case.bags.weights)
+    return replace(case, stores=stores, bags=replace(case.bags, weights=weights))

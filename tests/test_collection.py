@@ -1,0 +1,95 @@
+"""Many tables in one call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import embcompress as ec
+
+TABLES = [
+    ec.TableConfig("user", 500, 8),
+    ec.TableConfig("word", 3000, 8, ("query", "title"), "mean"),
+    ec.TableConfig("tag", 40, 4, mode="max"),
+]
+
+
+def collection(method: str = "hash", budget: str | None = "20%") -> ec.EmbeddingBagCollection:
+    torch.manual_seed(0)
+    return ec.EmbeddingBagCollection(TABLES, method=method, budget=budget)
+
+
+FEATURES = {
+    "user": torch.tensor([1, 2, 3]),
+    "query": torch.tensor([[5, 6], [7, 8], [9, 9]]),
+    "title": (torch.tensor([1, 2, 3, 4]), torch.tensor([0, 0, 3])),
+    "tag": torch.nested.nested_tensor([torch.arange(2), torch.arange(5), torch.arange(0)],
+                                      layout=torch.jagged),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", sorted(ec.methods()))
+def test_one_call_equals_a_call_for_each_table(method: str) -> None:
+    module = collection(method, None)
+    bags = module.embedding_bags
+    expected = [
+        bags["user"](FEATURES["user"][:, None]),
+        bags["word"](FEATURES["query"]),
+        bags["word"](*FEATURES["title"]),
+        bags["tag"](FEATURES["tag"]),
+    ]
+    actual = module(FEATURES)
+    assert module.feature_names == ("user", "query", "title", "tag")
+    assert module.embedding_dims == (8, 8, 8, 4)
+    torch.testing.assert_close(actual, torch.cat(expected, dim=1))
+
+
+def test_feature_major_ids_and_a_mapping_are_the_same() -> None:
+    module = collection()
+    ids = torch.tensor([1, 2, 3, 5, 6, 7, 8, 9, 9, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 4])
+    offsets = torch.tensor([0, 1, 2, 3, 5, 7, 9, 9, 12, 13, 15, 20, 20])
+    assert torch.equal(module(ids, offsets), module(FEATURES))
+
+
+def test_weights_reach_the_features_that_have_them() -> None:
+    tables = [ec.TableConfig("a", 100, 4), ec.TableConfig("b", 100, 4)]
+    module = ec.EmbeddingBagCollection(tables, method="hash", budget="50%")
+    ids, offsets, weights = torch.tensor([1, 2, 3]), torch.tensor([0, 1]), torch.randn(3)
+    out = module({"a": (ids, offsets, weights), "b": (ids, offsets)})
+    expected = module.embedding_bags["a"](ids, offsets, weights)
+    torch.testing.assert_close(out[:, :4], expected)
+
+
+def test_the_budget_is_for_all_tables_together() -> None:
+    for method in ("hash", "qr", "low_dim"):
+        module = collection(method, "30%")
+        assert 0 < ec.memory(module).total <= 0.3 * ec.memory(module).dense
+    with pytest.raises(ec.BudgetError):
+        collection("low_dim", "1%")
+
+
+def test_vectors_do_not_depend_on_the_order_of_the_tables() -> None:
+    ordered = collection(budget=None)
+    reverse = ec.EmbeddingBagCollection(TABLES[::-1], method="hash")
+    for name, bag in ordered.embedding_bags.items():
+        assert reverse.embedding_bags[name].plan == bag.plan
+
+
+def test_state_and_errors() -> None:
+    module, twin = collection(), collection()
+    twin.load_state_dict(module.state_dict())
+    assert torch.equal(twin(FEATURES), module(FEATURES))
+    with pytest.raises(ValueError, match=r"lacks the features \['tag'\]"):
+        module({name: FEATURES[name] for name in ("user", "query", "title")})
+    with pytest.raises(ValueError, match="different batch sizes"):
+        module({**FEATURES, "user": torch.tensor([1])})
+    with pytest.raises(TypeError, match="feature 'user'"):
+        module({**FEATURES, "user": torch.tensor([1.0, 2.0, 3.0])})
+    with pytest.raises(IndexError, match="id 500"):
+        module({**FEATURES, "user": torch.tensor([1, 500, 2])})
+    with pytest.raises(ValueError, match=r"13 entries|features \* B"):
+        module(torch.arange(3), torch.tensor([0, 1, 3]))
+    with pytest.raises(ValueError, match="must be unique"):
+        ec.EmbeddingBagCollection([TABLES[0], TABLES[0]])
+    with pytest.raises(ValueError, match="cannot name a module"):
+        ec.EmbeddingBagCollection([ec.TableConfig("items", 10, 4)])

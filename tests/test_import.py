@@ -1,0 +1,28 @@
+"""Importing is quiet: no CUDA, no threads, no network, nothing but torch and numpy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+CODE = """
+import socket, sys, threading
+
+def refuse(*arguments, **options):
+    raise AssertionError("network at import")
+
+socket.socket.connect = refuse
+threads = threading.active_count()
+import torch
+import embcompress
+assert threading.active_count() == threads
+assert not torch.cuda.is_initialized()
+extras = {"pandas", "pyarrow", "rich", "typer", "sklearn", "matplotlib", "plotly", "fbgemm_gpu",
+          "torchrec", "yaml", "xxhash"}
+assert not extras & set(sys.modules), extras & set(sys.modules)
+assert {"compress", "memory", "methods", "EmbeddingBag"} <= set(embcompress.__all__)
+"""
+
+
+def test_import_is_quiet() -> None:
+    subprocess.run([sys.executable, "-c", CODE], check=True)
