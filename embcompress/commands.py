@@ -109,12 +109,12 @@ def sweep(
 @_friendly
 def report(directory: Annotated[Path, typer.Argument(help="of a sweep")]) -> None:
     """Write the report of a sweep again, from its records."""
-    from embcompress.bench.report import markdown_table, print_tables, write_report
+    from embcompress.bench.report import markdown_results, print_tables, write_report
 
     summaries = write_report(directory)
     print_tables(summaries)
     for summary in summaries:
-        print(f"\n{markdown_table(summary)}")
+        print(f"\n{markdown_results(summary)}")
 
 
 @app.command()
@@ -139,12 +139,20 @@ def prepare(
 
 @app.command()
 @_friendly
-def methods() -> None:
+def methods(
+    markdown: Annotated[bool, typer.Option("--markdown", help="as a Markdown table")] = False,
+) -> None:
     """Every method."""
     from embcompress.methods import methods as known
-    from embcompress.text_table import text_table
+    from embcompress.text_table import markdown_table, text_table
 
-    print(text_table(("method", "what it does"), list(known().items())))
+    rows = list(known().items())
+    if markdown:
+        print(
+            markdown_table(("method", "what it does"), [(f"`{name}`", text) for name, text in rows])
+        )
+    else:
+        print(text_table(("method", "what it does"), rows))
 
 
 @app.command()

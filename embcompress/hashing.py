@@ -50,8 +50,13 @@ def derive_key(seed: int, name: str, probe: int) -> int:
     Returns:
         The first 8 bytes, little-endian, of BLAKE2b-64 over seed (8 bytes, two's complement,
         little-endian), probe (4 bytes, little-endian) and the UTF-8 name.
+
+    Raises:
+        ValueError: a seed or probe outside its range.
     """
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must fit in a signed 64-bit integer, got {seed}")
+    if not 0 <= probe < 2**32:
+        raise ValueError(f"probe must be in [0, 2**32), got {probe}")
     message = (seed & MASK64).to_bytes(8, "little") + probe.to_bytes(4, "little") + name.encode()
     return int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little")

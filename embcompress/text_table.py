@@ -1,4 +1,4 @@
-"""Aligned plain-text tables."""
+"""Plain-text and Markdown tables."""
 
 from __future__ import annotations
 
@@ -28,3 +28,9 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def _cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
+    return "\n".join([lines[0], "| --- " * len(header) + "|", *lines[1:]])

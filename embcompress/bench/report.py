@@ -12,6 +12,7 @@ from typing import Any
 from embcompress.bench.plots import save_plots
 from embcompress.bench.records import Record
 from embcompress.bench.summary import Cell, Summary, load_records, summarize
+from embcompress.text_table import markdown_table
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
@@ -50,14 +51,11 @@ def table_rows(summary: Summary) -> tuple[list[str], list[list[tuple[str, bool]]
     return ["test AUC", *budgets], rows
 
 
-def markdown_table(summary: Summary) -> str:
+def markdown_results(summary: Summary) -> str:
     """The table in Markdown, the best of each budget in bold."""
     header, rows = table_rows(summary)
-    lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
-    for row in rows:
-        texts = [f"**{text}**" if best else text for text, best in row]
-        lines.append("| " + " | ".join(texts) + " |")
-    return "\n".join(lines)
+    texts = [[f"**{text}**" if best else text for text, best in row] for row in rows]
+    return markdown_table(header, texts)
 
 
 def print_tables(summaries: list[Summary]) -> None:

@@ -211,7 +211,8 @@ class _Checkpoint:
         return waited >= max(_CHECKPOINT_SECONDS, 20 * self._cost)
 
     def remove(self) -> None:
-        for path in (*self.directory.glob("counts_*.npz"), self.directory / "checkpoint.json"):
+        # Also what a kill left half-written.
+        for path in (*self.directory.glob("counts_*"), *self.directory.glob("checkpoint.json*")):
             path.unlink(missing_ok=True)
 
 

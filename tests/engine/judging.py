@@ -162,5 +162,3 @@ def _difference(actual: Tensor, expected: Tensor, what: str, within: Tensor | No
         f"{what}: {int(wrong.sum())} of {wrong.numel()} numbers differ, first at {where}: "
         f"{actual[where].item()!r}, not {expected[where].item()!r}"
     )
-
-

@@ -1,0 +1,184 @@
+"""The sweep: its records, that kills lose and repeat nothing, and its report."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from embcompress.bench.records import RecordFile, only_writer
+from embcompress.bench.report import markdown_results, write_report
+from embcompress.bench.settings import SweepSettings, TrainingSettings
+from embcompress.bench.summary import Statistic, load_records, summarize
+from embcompress.bench.sweep import run_sweep
+
+DATA = "synthetic:rows=1500,ids=300,features=3"
+COMMAND = [
+    sys.executable, "-m", "embcompress.cli", "sweep", "--data", DATA, "--methods", "full,hash,qr",
+    "--budgets", "50%,5%", "--seeds", "0,1", "--epochs", "2", "--learning-rates", "0.01,0.03",
+    "--batch-size", "128",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small sweep that was killed ten times on its way."""
+    directory = tmp_path_factory.mktemp("sweep")
+    command = [*COMMAND, "--out", str(directory / "out"), "--cache", str(directory / "cache")]
+    results, chance = directory / "out" / "results.jsonl", random.Random(0)
+    kept: list[str] = []
+    kills = 0
+    while kills < 10:
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        assert process.stderr is not None
+        process.stderr.readline()  # it has begun to work
+        try:
+            process.wait(chance.uniform(0.0, 0.25))
+            break  # it finished first
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        kills += 1
+        lines = results.read_text().split("\n")[:-1] if results.exists() else []
+        assert lines[: len(kept)] == kept  # no finished run was lost or written again
+        kept = lines
+    subprocess.run(command, check=True, capture_output=True)
+    assert kills >= 3
+    assert results.read_text().split("\n")[: len(kept)] == kept
+    return directory / "out"
+
+
+def test_no_run_is_lost_or_repeated(finished: Path) -> None:
+    records = load_records(finished)
+    keys = [record["key"] for record in records]
+    assert len(set(keys)) == len(keys)
+    settings = SweepSettings(
+        (DATA,), ("full", "hash", "qr"), ("50%", "5%"), (0, 1),
+        TrainingSettings(epochs=2, learning_rates=(0.01, 0.03), batch_size=128),
+    )  # fmt: skip
+    assert set(keys) == {run.key for run in settings.runs()}
+
+
+def test_records_keep_the_contract(finished: Path) -> None:
+    for line in (finished / "results.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        assert record["bytes"] <= record["dense_bytes"]
+        if record["method"] != "full":
+            share = float(record["budget"].rstrip("%")) / 100
+            assert record["bytes"] <= share * record["dense_bytes"]
+        assert 0 < record["auc"] < 1 and record["logloss"] > 0
+        assert record["train_seconds"] > 0 and record["examples_per_second"] > 0
+        assert 1 <= record["best_epoch"] <= record["epochs"] == len(record["validation"])
+        best = max(score["auc"] for score in record["validation"])
+        assert record["validation"][record["best_epoch"] - 1]["auc"] == best
+        assert set(record["single_epoch"]) == {"auc", "logloss"}
+        for name in ("seed", "data", "model", "date", "versions", "hardware", "settings"):
+            assert name in record
+
+
+def test_learning_rates_are_chosen_once_a_cell(finished: Path) -> None:
+    for record in load_records(finished):
+        if "auc" not in record:
+            continue
+        trials = record["learning_rate_trials"]
+        assert len(trials) == (2 if record["seed"] == 0 else 1)
+        assert record["learning_rate"] == max(trials, key=lambda t: t["auc"])["learning_rate"]
+
+
+def test_impossible_budgets_are_kept_apart_and_shown(finished: Path) -> None:
+    impossible = [r for r in load_records(finished) if r.get("status") == "impossible"]
+    assert {(r["method"], r["budget"]) for r in impossible} == {("qr", "5%")}
+    (summary,) = summarize(load_records(finished))
+    needed = impossible[0]["smallest_bytes"] / summary.dense_bytes
+    assert f"needs {100 * needed:.2g}%" in markdown_results(summary)
+
+
+def test_a_run_is_the_same_again(finished: Path, tmp_path: Path) -> None:
+    settings = SweepSettings(
+        (DATA,), ("hash",), ("50%",), (0,),
+        TrainingSettings(epochs=2, learning_rates=(0.01, 0.03), batch_size=128),
+    )  # fmt: skip
+    sweep = run_sweep(settings, tmp_path, cache=finished.parent / "cache", quiet=True)
+    (again,) = sweep.results
+    first = RecordFile(finished / "results.jsonl").records[again["key"]]
+    assert (again["auc"], again["logloss"]) == (first["auc"], first["logloss"])
+
+
+def test_the_report_is_written(finished: Path) -> None:
+    (summary,) = write_report(finished, "embcompress sweep …")
+    page = (finished / "report.html").read_text()
+    assert "embcompress sweep …" in page and page.count("data:image/png") == 2
+    assert all(
+        (finished / f"{name}.png").read_bytes()[:4] == b"\x89PNG" for name in ("auc", "logloss")
+    )
+    table = markdown_results(summary)
+    assert table.count("**") == 2 * len(summary.budgets)
+    assert "full (100%)" in table and "±" in table
+    with pytest.raises(FileNotFoundError, match="no results"):
+        write_report(finished.parent)
+
+
+def test_a_torn_last_line_is_cut_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"key": "a"}\n{"key": "b"}\n{"key": "c", "au')
+    file = RecordFile(path)
+    assert list(file.records) == ["a", "b"]
+    file.append({"key": "c"})
+    assert path.read_text() == '{"key": "a"}\n{"key": "b"}\n{"key": "c"}\n'
+    with pytest.raises(ValueError, match="already"):
+        file.append({"key": "a"})
+    path.write_text('{"key": "a"}\nnonsense\n{"key": "b"}\n')
+    with pytest.raises(ValueError, match=r"results\.jsonl:2 is not a record"):
+        RecordFile(path)
+
+
+def test_two_sweeps_do_not_write_to_one_directory(tmp_path: Path) -> None:
+    with (
+        only_writer(tmp_path),
+        pytest.raises(RuntimeError, match="another sweep"),
+        only_writer(tmp_path),
+    ):
+        raise AssertionError
+
+
+def test_statistics() -> None:
+    assert Statistic.of([0.5, 0.7]).text(2) == "0.60 ± 0.14"
+    assert Statistic.of([0.5]).text() == "0.5000"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sweep", "--data", "nonsense"], "accepted data"),
+        (["sweep", "--data", DATA, "--methods", "magic"], "unknown method 'magic'"),
+        (["sweep", "--data", DATA, "--seeds", "one"], "--seeds must be numbers"),
+        (["sweep", "--data", DATA, "--model", "gpt"], "unknown model"),
+        (["report", "/no/such/sweep"], "no results.jsonl"),
+        (["plan", "--rows", "1000", "--width", "8", "--method", "qr", "--budget", "9"], "smallest"),
+        (
+            ["plan", "--rows", "1000", "--width", "8", "--method", "qr", "--budget", "x"],
+            "understood",
+        ),
+    ],
+)
+def test_errors_of_use_are_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "embcompress.cli", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr
+    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+def test_small_commands(tmp_path: Path) -> None:
+    def run(*arguments: str) -> str:
+        command = [sys.executable, "-m", "embcompress.cli", *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    assert "low_dim" in run("methods")
+    assert "hash_" in run(
+        "plan", "--rows", "1000000", "--width", "16", "--method", "hash", "--budget", "1%"
+    )
+    assert "1,500 rows" in run("prepare", "--data", DATA, "--cache", str(tmp_path))

@@ -1,0 +1,392 @@
+"""Every rule of a plan, and JSON that comes from anywhere."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embcompress import plan as plan_module
+from embcompress import plan_json
+from embcompress.plan import (
+    Code,
+    Digit,
+    Hash,
+    Linear,
+    LookupPlan,
+    PlanError,
+    Probe,
+    Quantization,
+    Sign,
+    Store,
+    Weight,
+)
+from tests.plan_cases import make_case
+
+ROWS = Store("rows", 10, 4)
+CODES = Store("codes", 10, 2, "uint3")
+READ = Probe("rows", Digit(1, 10))
+
+
+def table(*stores: Store, probe: Probe = READ, **fields: Any) -> LookupPlan:
+    return LookupPlan(10, 4, **{"stores": (ROWS, *stores), "probes": (probe,), **fields})
+
+
+def coded(code: Code, *stores: Store) -> LookupPlan:
+    return table(CODES, *stores, probe=Probe("rows", code))
+
+
+def packed(scale: Store, bias: Store | None = None) -> LookupPlan:
+    quantization = Quantization(scale.name, None if bias is None else bias.name)
+    store = Store("packed", 10, 4, "uint4", quantization)
+    return table(store, scale, *([] if bias is None else [bias]))
+
+
+#: Something that breaks a rule, and words of the error.
+BROKEN: dict[str, tuple[Callable[[], object], str]] = {
+    "store name": (lambda: Store("a b", 1, 1), "store name 'a b'"),
+    "empty store name": (lambda: Store("", 1, 1), "store name ''"),
+    "name with a dot": (lambda: Store("a.b", 1, 1), "store name"),
+    "no rows": (lambda: Store("s", 0, 1), "no rows or columns"),
+    "no columns": (lambda: Store("s", 1, 0), "no rows or columns"),
+    "dtype": (lambda: Store("s", 1, 1, "int8"), "unknown dtype 'int8'"),
+    "dtype of 33 bits": (lambda: Store("s", 1, 1, "uint33"), "unknown dtype"),
+    "dtype of 0 bits": (lambda: Store("s", 1, 1, "uint0"), "unknown dtype"),
+    "dtype with a newline": (lambda: Store("s", 1, 1, "uint8\n"), "unknown dtype"),
+    "too many bits": (lambda: Store("s", 2**40, 2**20), "2\\*\\*63 bits or more"),
+    "quantized float": (
+        lambda: Store("s", 1, 1, "float32", Quantization("t")),
+        "take uint1, uint2, uint4 or uint8, not 'float32'",
+    ),
+    "quantized to 3 bits": (
+        lambda: Store("s", 1, 1, "uint3", Quantization("t")),
+        "take uint1, uint2, uint4 or uint8, not 'uint3'",
+    ),
+    "divisor": (lambda: Digit(0, 5), "divisor and radix"),
+    "large divisor": (lambda: Digit(2**63, 5), "divisor and radix"),
+    "radix": (lambda: Digit(1, 0), "divisor and radix"),
+    "large radix": (lambda: Digit(1, 2**63), "divisor and radix"),
+    "negative hash key": (lambda: Hash(-1, 5), "unsigned 64-bit"),
+    "large hash key": (lambda: Hash(2**64, 5), "unsigned 64-bit"),
+    "no buckets": (lambda: Hash(0, 0), "buckets must be"),
+    "too many buckets": (lambda: Hash(0, 2**63), "buckets must be"),
+    "negative sign key": (lambda: Sign(-1), "unsigned 64-bit"),
+    "large sign key": (lambda: Sign(2**64), "unsigned 64-bit"),
+    "code of size 0": (lambda: Code("codes", 0, Digit(1, 10)), "size must be ≥ 1"),
+    "negative code column": (lambda: Code("codes", 1, Digit(1, 10), -1), "column ≥ 0"),
+    "otherwise past the size": (
+        lambda: Code("codes", 5, Digit(1, 10), otherwise=Digit(1, 6)),
+        "otherwise reaches past its size",
+    ),
+    "negative weight column": (lambda: Weight("w", Digit(1, 1), -1), "column must be ≥ 0"),
+    "no ids": (lambda: replace(table(), num_embeddings=0), "empty table"),
+    "no width": (lambda: replace(table(), embedding_dim=0), "empty table"),
+    "too many ids": (lambda: replace(table(), num_embeddings=2**63), "below 2\\*\\*63"),
+    "combine": (lambda: table(combine="max"), "unknown combine 'max'"),
+    "pool": (lambda: table(pool="median"), "unknown pool 'median'"),
+    "no probes": (lambda: table(probes=()), "at least one probe"),
+    "same name twice": (lambda: table(Store("rows", 3, 3)), "not unique"),
+    "negative padding": (lambda: table(padding_idx=-1), "padding_idx -1"),
+    "padding past the ids": (lambda: table(padding_idx=10), "padding_idx 10"),
+    "unknown store": (lambda: table(probe=Probe("other", Digit(1, 1))), "no store 'other'"),
+    "unknown code store": (lambda: coded(Code("other", 3, Digit(1, 10))), "no store 'other'"),
+    "unknown weight store": (
+        lambda: table(probe=replace(READ, scale=Weight("other", Digit(1, 1)))),
+        "no store 'other'",
+    ),
+    "unknown head": (lambda: table(head=Linear("other")), "no store 'other'"),
+    "unknown quantization scale": (
+        lambda: table(Store("packed", 2, 2, "uint4", Quantization("other"))),
+        "no store 'other'",
+    ),
+    "scale of other rows": (lambda: packed(Store("scale", 3, 4)), "does not broadcast"),
+    "scale of other columns": (lambda: packed(Store("scale", 10, 2)), "does not broadcast"),
+    "scale of codes": (lambda: packed(Store("scale", 1, 1, "uint8")), "does not broadcast"),
+    "bias of another shape": (
+        lambda: packed(Store("scale", 1, 4), Store("bias", 1, 1)),
+        "store 'bias' does not broadcast",
+    ),
+    "address past the rows": (
+        lambda: table(probe=Probe("rows", Digit(1, 11))),
+        "probe of 'rows' reaches row 10 of 10",
+    ),
+    "offset past the rows": (lambda: table(probe=replace(READ, offset=1)), "reaches row 9 of 9"),
+    "negative offset": (lambda: table(probe=replace(READ, offset=-1)), "negative offset"),
+    "codes read as values": (
+        lambda: table(CODES, probe=Probe("codes", Digit(1, 10))),
+        "reads codes as if values",
+    ),
+    "codes in a float store": (lambda: coded(Code("rows", 3, Digit(1, 10))), "reads codes from"),
+    "codes in a quantized store": (
+        lambda: coded(
+            Code("packed", 3, Digit(1, 10)),
+            Store("packed", 10, 4, "uint4", Quantization("scale")),
+            Store("scale", 1, 1),
+        ),
+        "reads codes from 'packed'",
+    ),
+    "code column": (lambda: coded(Code("codes", 3, Digit(1, 10), 2)), "column 2"),
+    "codes of too few bits": (lambda: coded(Code("codes", 8, Digit(1, 10))), "3 bits cannot hold"),
+    "code row past the codes": (
+        lambda: coded(Code("codes", 3, Digit(1, 11))),
+        "row of probe of 'rows' reaches row 10 of 10",
+    ),
+    "weight column": (
+        lambda: table(probe=replace(READ, scale=Weight("rows", Digit(1, 10), 4))),
+        "takes its scale from column 4 of 'rows'",
+    ),
+    "weight of codes": (
+        lambda: table(CODES, probe=replace(READ, scale=Weight("codes", Digit(1, 10)))),
+        "takes its scale from column 0 of 'codes'",
+    ),
+    "weight past its rows": (
+        lambda: table(probe=replace(READ, scale=Weight("rows", Digit(1, 11)))),
+        "scale of probe of 'rows' reaches row 10 of 10",
+    ),
+    "rows of two widths": (
+        lambda: table(Store("other", 5, 3), probes=(READ, Probe("other", Digit(1, 5)))),
+        "needs rows of one width, got \\[3, 4\\]",
+    ),
+    "width": (lambda: replace(table(), embedding_dim=5), "width 4, not embedding_dim 5"),
+    "width of concat": (
+        lambda: table(probes=(READ, READ), combine="concat"),
+        "width 8, not embedding_dim 4",
+    ),
+    "shape of the head": (
+        lambda: table(Store("head", 4, 3), head=Linear("head")),
+        "the head's weight is 4 × 3, not 4 × 4",
+    ),
+    "head of codes": (
+        lambda: table(Store("head", 4, 4, "uint8"), head=Linear("head")),
+        "the head's weight",
+    ),
+}
+
+TEXT = table().to_json()
+
+
+def changed(**fields: Any) -> str:
+    return json.dumps({**json.loads(TEXT), **fields})
+
+
+def without(name: str) -> str:
+    data = json.loads(TEXT)
+    del data[name]
+    return json.dumps(data)
+
+
+def with_probe(**fields: Any) -> str:
+    return changed(probes=[{**json.loads(TEXT)["probes"][0], **fields}])
+
+
+def with_store(**fields: Any) -> str:
+    return changed(stores=[{**json.loads(TEXT)["stores"][0], **fields}])
+
+
+DIGIT = {"kind": "digit", "divisor": 1, "radix": 10}
+
+#: JSON that is not a plan, and words of the error.
+HOSTILE: dict[str, tuple[str, str]] = {
+    "nothing": ("", "not JSON"),
+    "cut short": (TEXT[:-5], "not JSON"),
+    "deeply nested": ("[" * 100_000, "not JSON"),
+    "deeply nested, closed": ("[" * 50_000 + "]" * 50_000, "not JSON|JSON object"),
+    "an endless number": (TEXT.replace("10", "1" * 5000), "not JSON|below|2\\*\\*63"),
+    "a list": ("[]", "JSON object, not list"),
+    "a number": ("3", "JSON object, not int"),
+    "no version": (without("format"), "plan format None"),
+    "a later version": (changed(format=2), "plan format 2"),
+    "a version that is true": (changed(format=True), "plan format True"),
+    "a float version": (changed(format=1.0), "plan format 1.0"),
+    "an unknown field": (changed(colour=3), "LookupPlan has no field \\['colour'\\]"),
+    "a kind where none belongs": (changed(kind="digit"), "LookupPlan has no field"),
+    "a missing field": (without("probes"), "LookupPlan lacks \\['probes'\\]"),
+    "a float for int": (changed(embedding_dim=4.0), "must be int, got 4.0"),
+    "a bool for int": (changed(num_embeddings=True), "must be int, got True"),
+    "a string for int": (changed(num_embeddings="10"), "must be int, got '10'"),
+    "null for int": (changed(num_embeddings=None), "must be int, got None"),
+    "NaN for int": (changed(num_embeddings=float("nan")), "must be int, got nan"),
+    "a number for str": (with_store(name=3), "Store.name must be str, got 3"),
+    "an object for stores": (changed(stores={}), "expected a list"),
+    "a store that is none": (changed(stores=[3]), "expected an object for Store"),
+    "a store with a kind": (with_store(kind="digit"), "Store has no field"),
+    "a quantization that is a name": (with_store(quantization="scale"), "Quantization"),
+    "a probe without address": (changed(probes=[{"store": "rows"}]), "Probe lacks"),
+    "an address without kind": (with_probe(address={"divisor": 1}), "unknown kind"),
+    "an address of unknown kind": (with_probe(address={"kind": "table"}), "unknown kind"),
+    "an address whose kind is a list": (with_probe(address={"kind": []}), "unknown kind"),
+    "an address that is a scale": (
+        with_probe(address={"kind": "sign", "key": 1}),
+        "Sign is not allowed here",
+    ),
+    "an address that is null": (with_probe(address=None), "unknown kind"),
+    "a code read through a code": (
+        with_probe(
+            address={
+                "kind": "code",
+                "store": "rows",
+                "size": 1,
+                "row": {"kind": "code", "store": "rows", "size": 1, "row": DIGIT},
+            }
+        ),
+        "Code is not allowed here",
+    ),
+    "a digit with a row": (with_probe(address={**DIGIT, "row": DIGIT}), "Digit has no field"),
+    "a plan that contradicts itself": (changed(num_embeddings=0), "empty table"),
+}
+
+
+@pytest.mark.parametrize("rule", BROKEN)
+def test_a_broken_rule_raises(rule: str) -> None:
+    make, words = BROKEN[rule]
+    with pytest.raises(PlanError, match=words):
+        make()
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_json_raises(what: str) -> None:
+    text, words = HOSTILE[what]
+    with pytest.raises(PlanError, match=words):
+        LookupPlan.from_json(text)
+
+
+@pytest.mark.parametrize("module", [plan_module, plan_json], ids=lambda module: module.__name__)
+def test_every_rule_has_a_failing_example(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lines of all ``require(…)`` calls are those that the examples above break."""
+    rules = {
+        node.lineno
+        for node in ast.walk(ast.parse(inspect.getsource(module)))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "require"
+    }
+    broken = set()
+
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            # The line where the statement of a call that spans several begins.
+            line = sys._getframe(1).f_lineno
+            broken.add(max(rule for rule in rules if rule <= line))
+            raise PlanError(message)
+
+    monkeypatch.setattr(module, "require", require)
+    for make, _ in BROKEN.values():
+        with pytest.raises(PlanError):
+            make()
+    for text, _ in HOSTILE.values():
+        with pytest.raises(PlanError):
+            LookupPlan.from_json(text)
+    assert broken == rules
+
+
+# --------------------------------------------------------------------------------- round trips
+
+
+@pytest.mark.parametrize("first", range(0, 400, 100))
+def test_generated_plans_round_trip(first: int) -> None:
+    for number in range(first, first + 100):
+        plan = make_case(number).plan
+        assert LookupPlan.from_json(plan.to_json()) == plan
+        assert LookupPlan.from_json(plan.to_json(indent=2)) == plan
+        assert hash(plan) == hash(LookupPlan.from_json(plan.to_json()))
+
+
+def test_generated_plans_print_what_they_read() -> None:
+    for number in range(200):
+        plan = make_case(number).plan
+        assert all(probe.store in str(plan) for probe in plan.probes)
+        assert plan.bytes == sum(store.bytes for store in plan.stores)
+
+
+def test_bytes_are_those_of_the_tensors() -> None:
+    for number in range(200):
+        case = make_case(number)
+        assert case.plan.bytes == sum(t.numel() * t.element_size() for t in case.stores.values())
+
+
+# --------------------------------------------------------------------------------------- fuzz
+
+ANY_JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([0, 1, -1, 2**31, 2**63 - 1, 2**63, 2**64])
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["digit", "hash", "code", "sign", "weight", "linear", "rows", "store_0"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner),
+    max_leaves=6,
+)
+
+
+def places(data: Any) -> list[tuple[Any, Any]]:
+    """Every (container, key) of a JSON value."""
+    keys = data.keys() if isinstance(data, dict) else range(len(data))
+    found = []
+    for key in keys:
+        found.append((data, key))
+        if isinstance(data[key], dict | list):
+            found += places(data[key])
+    return found
+
+
+def read_or_refuse(text: str) -> None:
+    try:
+        plan = LookupPlan.from_json(text)
+    except PlanError:
+        return
+    assert LookupPlan.from_json(plan.to_json()) == plan
+
+
+@settings(deadline=None, max_examples=600)
+@given(number=st.integers(0, 10_000), data=st.data())
+def test_a_mutated_plan_is_read_or_refused(number: int, data: st.DataObject) -> None:
+    mutant = json.loads(make_case(number, small=True).plan.to_json())
+    for _ in range(data.draw(st.integers(1, 3))):
+        container, key = data.draw(st.sampled_from(places(mutant)))
+        change = data.draw(st.sampled_from(["replace", "delete", "add", "copy"]))
+        if change == "replace":
+            container[key] = data.draw(ANY_JSON)
+        elif change == "delete":
+            del container[key]
+        elif change == "copy":
+            other, other_key = data.draw(st.sampled_from(places(mutant)))
+            container[key] = json.loads(json.dumps(other[other_key]))
+        elif isinstance(container, dict):
+            container[data.draw(st.text(max_size=6))] = data.draw(ANY_JSON)
+        else:
+            container.append(data.draw(ANY_JSON))
+        if not places(mutant):
+            break
+    read_or_refuse(json.dumps(mutant))
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    number=st.integers(0, 10_000),
+    position=st.floats(0, 1, exclude_max=True),
+    length=st.integers(0, 4),
+    inserted=st.text(max_size=4) | st.sampled_from(['"', "{", "}", "[", "]", ",", ":", "0", "-"]),
+)
+def test_a_mutated_text_is_read_or_refused(
+    number: int, position: float, length: int, inserted: str
+) -> None:
+    text = make_case(number, small=True).plan.to_json()
+    start = int(position * len(text))
+    read_or_refuse(text[:start] + inserted + text[start + length :])
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text() | ANY_JSON.map(json.dumps))
+def test_any_text_is_refused(text: str) -> None:
+    with pytest.raises(PlanError):
+        LookupPlan.from_json(text)
