@@ -1,0 +1,284 @@
+// Backward: gradients of rows, learned scales and per-sample weights, the same for any number of
+// threads: every partition of a store's rows goes over all ids and keeps to its own rows.
+
+#include <cmath>
+
+#include "gradients.h"
+#include "rows.h"
+
+namespace embcompress {
+namespace {
+
+// Numbers of the bags of consecutive positions.
+class BagCursor {
+  public:
+    BagCursor(const Lookup& lookup, int64_t bag) : lookup_(lookup), bag_(bag) {}
+    EMBCOMPRESS_INLINE int64_t at(int64_t position) {
+        while (lookup_.offset(bag_ + 1) <= position) ++bag_;
+        return bag_;
+    }
+
+  private:
+    const Lookup& lookup_;
+    int64_t bag_;
+};
+
+// What multiplies the output's gradient for each id: per-sample weight and 1 / count of a mean.
+class Coefficients {
+  public:
+    Coefficients(const Lookup& lookup, const Feature& feature)
+        : lookup_(lookup), feature_(feature) {}
+
+    EMBCOMPRESS_INLINE float at(int64_t position, int64_t bag) {
+        float value = lookup_.weights == nullptr
+                          ? 1.0f
+                          : load_float(lookup_.weights, lookup_.weights_dtype, position);
+        if (feature_.pool == Pool::kMean) value *= reciprocal(bag);
+        return value;
+    }
+
+  private:
+    EMBCOMPRESS_INLINE float reciprocal(int64_t bag) {
+        if (bag == bag_) return reciprocal_;
+        bag_ = bag;
+        int64_t count = 0;
+        for (int64_t p = lookup_.offset(bag); p < lookup_.offset(bag + 1); ++p) {
+            count += lookup_.id(p) != feature_.padding_idx;
+        }
+        reciprocal_ = 1.0f / static_cast<float>(std::max<int64_t>(count, 1));
+        return reciprocal_;
+    }
+
+    const Lookup& lookup_;
+    const Feature& feature_;
+    int64_t bag_ = -1;
+    float reciprocal_ = 0.0f;
+};
+
+// One use of a store by a feature: as the rows of a probe, or as its learned scale.
+struct Use {
+    const Feature* feature;
+    int64_t number;  // of the feature
+    int probe;
+    bool as_scale;
+};
+
+// The ids of a block that belong to a partition, with their gradients.
+struct Chosen {
+    int count = 0;
+    int64_t ids[kBlock];
+    const float* gradients[kBlock];
+    float coefficients[kBlock];
+};
+
+// target += gradient * coefficient * (scale of the probe) * (other rows where probes multiply)
+EMBCOMPRESS_INLINE void add_row_gradient(const RowBlock& rows, const Feature& feature, int t, int i,
+                                         const float* gradient, float coefficient, float* target) {
+    const Probe& probe = rows.probe(t);
+    float factor = coefficient;
+    if (rows.scaled()) factor *= rows.scales(t)[i];
+    if (feature.combine != Combine::kMul) {
+        const float* mine =
+            gradient + (feature.combine == Combine::kConcat ? probe.column : 0);
+        for (int64_t c = 0; c < probe.width; ++c) target[c] += factor * mine[c];
+        return;
+    }
+    const int count = rows.num_probes();
+    if (count == 2 && !rows.scaled()) {
+        const float* other = rows.pointers(1 - t)[i];
+        for (int64_t c = 0; c < probe.width; ++c) target[c] += factor * gradient[c] * other[c];
+        return;
+    }
+    for (int64_t c = 0; c < probe.width; ++c) {
+        float value = factor * gradient[c];
+        for (int u = 0; u < count; ++u) {
+            if (u != t) value *= rows.scales(u)[i] * rows.pointers(u)[i][c];
+        }
+        target[c] += value;
+    }
+}
+
+// Gradient of the scale of probe t: the dot product of the gradient with what it multiplies.
+EMBCOMPRESS_INLINE float scale_gradient(const RowBlock& rows, const Feature& feature, int t, int i,
+                                        const float* gradient, float coefficient) {
+    const Probe& probe = rows.probe(t);
+    const float* mine = gradient + (feature.combine == Combine::kConcat ? probe.column : 0);
+    float total = 0.0f;
+    for (int64_t c = 0; c < probe.width; ++c) {
+        float value = mine[c] * rows.pointers(t)[i][c];
+        if (feature.combine == Combine::kMul) {
+            for (int u = 0; u < rows.num_probes(); ++u) {
+                if (u != t) value *= rows.scales(u)[i] * rows.pointers(u)[i][c];
+            }
+        }
+        total += value;
+    }
+    return coefficient * total;
+}
+
+struct Pass {
+    const Lookup& lookup;
+    const float* grad;
+    int partition;
+    int partitions;
+};
+
+EMBCOMPRESS_INLINE float* sink_row(GradientSink& sink, int partition, int64_t row) {
+    return sink.dense != nullptr ? sink.dense + row * sink.width : sink.touched[partition].at(row);
+}
+
+// Adds the ids chosen from one block.
+EMBCOMPRESS_INLINE void add_chosen(const Pass& pass, const Use& use, const Chosen& chosen,
+                                   RowBlock& rows, GradientSink& sink) {
+    const Feature& feature = *use.feature;
+    const int t = use.probe, n = chosen.count;
+    rows.set_ids(chosen.ids, n);
+    const bool needs_others = feature.combine == Combine::kMul;
+    for (int u = 0; u < rows.num_probes(); ++u) {
+        if (u != t && !needs_others) continue;
+        rows.find_rows(u, n);
+        if (u != t || use.as_scale || rows.scaled()) rows.find_pointers(u, n);
+    }
+    for (int i = 0; i < n; ++i) {
+        if (use.as_scale) {
+            const Scale& scale = rows.probe(t).scale;
+            float* target = sink_row(sink, pass.partition, rows.scale_row(t, i));
+            target[scale.column] += scale_gradient(rows, feature, t, i, chosen.gradients[i],
+                                                   chosen.coefficients[i]);
+        } else {
+            add_row_gradient(rows, feature, t, i, chosen.gradients[i], chosen.coefficients[i],
+                             sink_row(sink, pass.partition, rows.rows(t)[i]));
+        }
+    }
+}
+
+// Goes over all ids of a feature and adds those whose row is in the partition.
+EMBCOMPRESS_INLINE bool add_use_inline(const Pass& pass, const Use& use, GradientSink& sink) {
+    const Lookup& lookup = pass.lookup;
+    const Feature& feature = *use.feature;
+    const int64_t first_bag = use.number * lookup.batch;
+    const int64_t begin = lookup.offset(first_bag), end = lookup.offset(first_bag + lookup.batch);
+    RowBlock finder(lookup, feature), rows(lookup, feature);
+    BagCursor bags(lookup, first_bag);
+    Coefficients coefficients(lookup, feature);
+    bool valid = true;
+    for (int64_t position = begin; position < end; position += kBlock) {
+        const int n = static_cast<int>(std::min<int64_t>(kBlock, end - position));
+        valid &= finder.load_ids(position, n);
+        if (!use.as_scale) finder.find_rows(use.probe, n);
+        Chosen chosen;
+        for (int i = 0; i < n; ++i) {
+            const int64_t row =
+                use.as_scale ? finder.scale_row(use.probe, i) : finder.rows(use.probe)[i];
+            if (row < 0 || partition_of(row, pass.partitions) != pass.partition) continue;
+            const int64_t bag = bags.at(position + i);
+            chosen.ids[chosen.count] = finder.ids()[i];
+            chosen.gradients[chosen.count] =
+                pass.grad + (bag - first_bag) * lookup.header.num_columns + feature.out_column;
+            chosen.coefficients[chosen.count++] = coefficients.at(position + i, bag);
+        }
+        add_chosen(pass, use, chosen, rows, sink);
+    }
+    return valid;
+}
+
+EMBCOMPRESS_CLONES bool add_use(const Pass& pass, const Use& use, GradientSink& sink) {
+    return add_use_inline(pass, use, sink);
+}
+
+std::vector<Use> uses_of(const Lookup& lookup, int64_t store) {
+    std::vector<Use> uses;
+    for (int64_t f = 0; f < lookup.header.num_features; ++f) {
+        const Feature& feature = lookup.features[f];
+        for (int t = 0; t < feature.num_probes; ++t) {
+            const Probe& probe = lookup.probes[feature.first_probe + t];
+            if (probe.store == store) uses.push_back({&feature, f, t, false});
+            if (probe.scale.kind == ScaleKind::kWeight && probe.scale.store == store) {
+                uses.push_back({&feature, f, t, true});
+            }
+        }
+    }
+    return uses;
+}
+
+// Gradient of the per-sample weights of one feature: its vector times the output's gradient.
+EMBCOMPRESS_CLONES bool weights_range(const Lookup& lookup, int64_t number, int64_t begin,
+                                      int64_t end, const float* grad, float* out) {
+    const Feature& feature = lookup.features[number];
+    const int64_t first_bag = number * lookup.batch;
+    RowBlock rows(lookup, feature);
+    BagCursor bags(lookup, first_bag);
+    std::vector<float> vector(feature.width);
+    bool valid = true;
+    for (int64_t position = begin; position < end; position += kBlock) {
+        const int n = static_cast<int>(std::min<int64_t>(kBlock, end - position));
+        valid &= rows.load_ids(position, n);
+        rows.find_all(n);
+        for (int i = 0; i < n; ++i) {
+            const float* gradient = grad +
+                                    (bags.at(position + i) - first_bag) * lookup.header.num_columns +
+                                    feature.out_column;
+            float total = 0.0f;
+            for (int t = 0; t < rows.num_probes() && !rows.skipped(i); ++t) {
+                if (feature.combine == Combine::kMul) {
+                    total = t == 0 ? scale_gradient(rows, feature, 0, i, gradient, 1.0f) : total;
+                } else {
+                    total += rows.scales(t)[i] * scale_gradient(rows, feature, t, i, gradient, 1.0f);
+                }
+            }
+            if (feature.combine == Combine::kMul && !rows.skipped(i)) total *= rows.scales(0)[i];
+            out[position + i] = total;
+        }
+    }
+    return valid;
+}
+
+}  // namespace
+
+bool accumulate_gradients(const Lookup& lookup, const float* grad,
+                          std::vector<GradientSink*>& sinks, int num_threads) {
+    struct Task {
+        int64_t store;
+        int partition;
+    };
+    std::vector<Task> tasks;
+    std::vector<std::vector<Use>> uses(sinks.size());
+    for (size_t store = 0; store < sinks.size(); ++store) {
+        if (sinks[store] == nullptr) continue;
+        uses[store] = uses_of(lookup, static_cast<int64_t>(store));
+        for (int p = 0; p < num_threads; ++p) tasks.push_back({static_cast<int64_t>(store), p});
+        if (sinks[store]->dense == nullptr) sinks[store]->touched.resize(num_threads);
+    }
+    std::atomic<bool> valid{true};
+    std::atomic<size_t> next{0};
+    parallel(num_threads, [&](int) {
+        for (size_t number = next++; number < tasks.size(); number = next++) {
+            const Task& task = tasks[number];
+            GradientSink& sink = *sinks[task.store];
+            if (sink.dense == nullptr) {
+                sink.touched[task.partition].start(sink.width, lookup.num_ids / num_threads);
+            }
+            const Pass pass{lookup, grad, task.partition, num_threads};
+            for (const Use& use : uses[task.store]) {
+                if (!add_use(pass, use, sink)) valid = false;
+            }
+        }
+    });
+    return valid;
+}
+
+bool weights_gradient(const Lookup& lookup, const float* grad, float* out, int num_threads) {
+    std::atomic<bool> valid{true};
+    for (int64_t f = 0; f < lookup.header.num_features; ++f) {
+        const int64_t begin = lookup.offset(f * lookup.batch);
+        const int64_t end = lookup.offset((f + 1) * lookup.batch);
+        parallel(num_threads, [&](int part) {
+            const int64_t from = begin + (end - begin) * part / num_threads;
+            const int64_t to = begin + (end - begin) * (part + 1) / num_threads;
+            if (!weights_range(lookup, f, from, to, grad, out)) valid = false;
+        });
+    }
+    return valid;
+}
+
+}  // namespace embcompress

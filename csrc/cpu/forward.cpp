@@ -1,0 +1,262 @@
+// Forward: address, prefetch, gather, combine and pool in one pass over blocks of ids.
+
+#include <algorithm>
+
+#include "rows.h"
+
+namespace embcompress {
+namespace {
+
+// A bag of more ids than this is cut into pieces of a fixed length, which are pooled in parallel
+// and added up in order: the result does not depend on the number of threads.
+constexpr int64_t kHugeBag = 16384;
+constexpr int64_t kPiece = 4096;
+// Below this many floats gathered a thread costs more than it gives.
+constexpr int64_t kFloatsPerThread = 16384;
+
+// Adds ids [begin, end) of a block, `kLanes` columns from `column` on, to acc. Probes are combined
+// per id. Sums run over ids in order, so vector width changes no bit.
+template <int kLanes, bool kMul>
+EMBCOMPRESS_INLINE void add_lanes(const RowBlock& rows, int first, int last, int begin, int end,
+                                  int64_t column, const float* weights, bool start, float* acc) {
+    float sum[kLanes];
+    for (int c = 0; c < kLanes; ++c) sum[c] = start ? 0.0f : acc[c];
+    const float* const* pointers = rows.pointers(first);
+    const float* scales = rows.scaled() ? rows.scales(first) : nullptr;
+    for (int i = begin; i < end; ++i) {
+        float value[kLanes];
+        const float* row = pointers[i] + column;
+        for (int c = 0; c < kLanes; ++c) value[c] = row[c];
+        if (scales != nullptr) {
+            for (int c = 0; c < kLanes; ++c) value[c] *= scales[i];
+        }
+        for (int t = 1; t < last - first; ++t) {
+            const float* other = pointers[t * kBlock + i] + column;
+            float next[kLanes];
+            for (int c = 0; c < kLanes; ++c) next[c] = other[c];
+            if (scales != nullptr) {
+                for (int c = 0; c < kLanes; ++c) next[c] *= scales[t * kBlock + i];
+            }
+            for (int c = 0; c < kLanes; ++c) {
+                value[c] = kMul ? value[c] * next[c] : value[c] + next[c];
+            }
+        }
+        if (weights != nullptr) {
+            for (int c = 0; c < kLanes; ++c) value[c] *= weights[i];
+        }
+        for (int c = 0; c < kLanes; ++c) sum[c] += value[c];
+    }
+    for (int c = 0; c < kLanes; ++c) acc[c] = sum[c];
+}
+
+template <bool kMul>
+EMBCOMPRESS_INLINE void add_columns(const RowBlock& rows, int first, int last, int begin, int end,
+                                    int64_t width, const float* weights, bool start, float* acc) {
+    int64_t c = 0;
+    for (; c + 16 <= width; c += 16) {
+        add_lanes<16, kMul>(rows, first, last, begin, end, c, weights, start, acc + c);
+    }
+    for (; c + 4 <= width; c += 4) {
+        add_lanes<4, kMul>(rows, first, last, begin, end, c, weights, start, acc + c);
+    }
+    for (; c < width; ++c) {
+        add_lanes<1, kMul>(rows, first, last, begin, end, c, weights, start, acc + c);
+    }
+}
+
+// Adds ids [begin, end) of a block to one bag's accumulator.
+EMBCOMPRESS_INLINE void add_ids(const RowBlock& rows, const Feature& feature, int begin, int end,
+                                const float* weights, bool start, float* acc) {
+    const int count = rows.num_probes();
+    if (feature.combine == Combine::kConcat) {
+        for (int t = 0; t < count; ++t) {
+            const Probe& probe = rows.probe(t);
+            add_columns<false>(rows, t, t + 1, begin, end, probe.width, weights, start,
+                               acc + probe.column);
+        }
+    } else if (feature.combine == Combine::kMul) {
+        add_columns<true>(rows, 0, count, begin, end, feature.width, weights, start, acc);
+    } else {
+        add_columns<false>(rows, 0, count, begin, end, feature.width, weights, start, acc);
+    }
+}
+
+EMBCOMPRESS_INLINE int64_t counted(const RowBlock& rows, int begin, int end) {
+    int64_t count = 0;
+    for (int i = begin; i < end; ++i) count += !rows.skipped(i);
+    return count;
+}
+
+// Pools consecutive pieces of ids; piece b is [bounds(b), bounds(b + 1)) and goes to out(b).
+// counts(b), where wanted, gets the number of ids that are not padding.
+struct Pieces {
+    const Lookup& lookup;
+    const Feature& feature;
+    int64_t first;
+    int64_t last;
+    int64_t piece_length;  // 0: the bags of the lookup; else pieces of this length
+    int64_t begin;         // of the pieces
+    int64_t end;
+    float* out;
+    int64_t stride;
+    int64_t* counts;  // nullptr: divide by the count here where the pool is a mean
+
+    int64_t bound(int64_t piece) const {
+        if (piece_length == 0) return lookup.offset(piece);
+        return std::min(begin + piece * piece_length, end);
+    }
+};
+
+EMBCOMPRESS_INLINE void load_weights(const Lookup& lookup, const RowBlock& rows, int64_t position,
+                                     int n, float* weights) {
+    for (int i = 0; i < n; ++i) {
+        weights[i] = rows.skipped(i)
+                         ? 0.0f
+                         : load_float(lookup.weights, lookup.weights_dtype, position + i);
+    }
+}
+
+EMBCOMPRESS_INLINE void finish_piece(const Pieces& pieces, int64_t piece, int64_t count,
+                                     float* acc) {
+    if (pieces.counts != nullptr) {
+        pieces.counts[piece - pieces.first] = count;
+    } else if (pieces.feature.pool == Pool::kMean && count > 0) {
+        const float divisor = static_cast<float>(count);
+        for (int64_t c = 0; c < pieces.feature.width; ++c) acc[c] /= divisor;
+    }
+}
+
+EMBCOMPRESS_INLINE bool pool_pieces_inline(const Pieces& pieces) {
+    const Feature& feature = pieces.feature;
+    RowBlock rows(pieces.lookup, feature);
+    float weights[kBlock];
+    const bool weighted = pieces.lookup.weights != nullptr;
+    bool valid = true;
+    int64_t piece = pieces.first, count = 0;
+    int64_t piece_begin = pieces.bound(piece);
+    const int64_t last_position = pieces.bound(pieces.last);
+    float* acc = pieces.out;
+    int64_t position = piece_begin;
+    while (piece < pieces.last) {
+        const int n =
+            static_cast<int>(std::min<int64_t>(kBlock, last_position - position));
+        if (n > 0) {
+            valid &= rows.load_ids(position, n);
+            rows.find_all(n);
+            if (weighted) load_weights(pieces.lookup, rows, position, n, weights);
+        }
+        const int64_t block_end = position + n;
+        while (piece < pieces.last) {
+            const int64_t piece_end = pieces.bound(piece + 1);
+            const int begin = static_cast<int>(std::max(piece_begin, position) - position);
+            const int end = static_cast<int>(std::min(piece_end, block_end) - position);
+            const bool start = piece_begin >= position;
+            add_ids(rows, feature, begin, std::max(begin, end), weighted ? weights : nullptr,
+                    start, acc);
+            if (feature.pool == Pool::kMean && end > begin) count += counted(rows, begin, end);
+            if (piece_end > block_end) break;
+            finish_piece(pieces, piece, count, acc);
+            ++piece;
+            acc += pieces.stride;
+            piece_begin = piece_end;
+            count = 0;
+        }
+        position = block_end;
+    }
+    return valid;
+}
+
+EMBCOMPRESS_CLONES bool pool_pieces(const Pieces& pieces) { return pool_pieces_inline(pieces); }
+
+// A huge bag: its pieces in parallel, then their sum in order.
+bool pool_huge_bag(const Lookup& lookup, const Feature& feature, int64_t bag, float* out,
+                   int num_threads) {
+    const int64_t begin = lookup.offset(bag), end = lookup.offset(bag + 1);
+    const int64_t pieces = (end - begin + kPiece - 1) / kPiece;
+    std::vector<float> partial(pieces * feature.width);
+    std::vector<int64_t> counts(pieces);
+    std::atomic<bool> valid{true};
+    const int parts = static_cast<int>(std::min<int64_t>(num_threads, pieces));
+    parallel(parts, [&](int part) {
+        const int64_t first = pieces * part / parts, last = pieces * (part + 1) / parts;
+        const Pieces mine{lookup, feature, first, last, kPiece, begin, end,
+                          partial.data() + first * feature.width, feature.width,
+                          counts.data() + first};
+        if (!pool_pieces(mine)) valid = false;
+    });
+    int64_t count = 0;
+    std::fill(out, out + feature.width, 0.0f);
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+        count += counts[piece];
+        for (int64_t c = 0; c < feature.width; ++c) out[c] += partial[piece * feature.width + c];
+    }
+    if (feature.pool == Pool::kMean && count > 0) {
+        for (int64_t c = 0; c < feature.width; ++c) out[c] /= static_cast<float>(count);
+    }
+    return valid;
+}
+
+bool is_huge(const Lookup& lookup, int64_t bag) {
+    return lookup.offset(bag + 1) - lookup.offset(bag) > kHugeBag;
+}
+
+// Pools bags [begin, end) of all features, but for huge ones.
+bool pool_range(const Lookup& lookup, int64_t begin, int64_t end, float* out) {
+    bool valid = true;
+    const int64_t stride = lookup.header.num_columns;
+    for (int64_t bag = begin; bag < end;) {
+        const Feature& feature = lookup.features[bag / lookup.batch];
+        const int64_t feature_end = std::min(end, (bag / lookup.batch + 1) * lookup.batch);
+        int64_t last = bag;
+        while (last < feature_end && !is_huge(lookup, last)) ++last;
+        if (last > bag) {
+            float* first_out = out + (bag % lookup.batch) * stride + feature.out_column;
+            valid &= pool_pieces({lookup, feature, bag, last, 0, 0, 0, first_out, stride, nullptr});
+        }
+        bag = last < feature_end ? last + 1 : last;
+    }
+    return valid;
+}
+
+// First bag whose work (ids and bags before it) is at least `work`.
+int64_t bag_at_work(const Lookup& lookup, int64_t work) {
+    int64_t low = 0, high = lookup.header.num_features * lookup.batch;
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (lookup.offset(middle) + middle < work) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    return low;
+}
+
+}  // namespace
+
+bool lookup_forward(const Lookup& lookup, float* out, int num_threads) {
+    const int64_t bags = lookup.header.num_features * lookup.batch;
+    const int64_t work = lookup.num_ids + bags;
+    int64_t width = 0;
+    for (int64_t f = 0; f < lookup.header.num_features; ++f) {
+        width = std::max(width, lookup.features[f].width * lookup.features[f].num_probes);
+    }
+    const int parts = static_cast<int>(
+        std::max<int64_t>(1, std::min<int64_t>(num_threads, work * width / kFloatsPerThread)));
+    std::atomic<bool> valid{true};
+    parallel(parts, [&](int part) {
+        const int64_t begin = bag_at_work(lookup, work * part / parts);
+        const int64_t end = part + 1 == parts ? bags : bag_at_work(lookup, work * (part + 1) / parts);
+        if (!pool_range(lookup, begin, end, out)) valid = false;
+    });
+    if (lookup.num_ids <= kHugeBag) return valid;
+    for (int64_t bag = 0; bag < bags; ++bag) {
+        if (!is_huge(lookup, bag)) continue;
+        const Feature& feature = lookup.features[bag / lookup.batch];
+        float* acc = out + (bag % lookup.batch) * lookup.header.num_columns + feature.out_column;
+        if (!pool_huge_bag(lookup, feature, bag, acc, num_threads)) valid = false;
+    }
+    return valid;
+}
+
+}  // namespace embcompress

@@ -1,0 +1,79 @@
+// What a lookup reads: stores, ids, bags, and the encoded plans of its features.
+
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+#include "../plan.h"
+
+namespace embcompress {
+
+enum class Dtype : int8_t { kFloat32, kFloat16, kBFloat16, kPacked };
+
+struct StoreView {
+    const void* data;
+    Dtype dtype;
+    int64_t rows;   // of float stores
+    int64_t width;  // of float stores
+    int64_t bytes;
+};
+
+struct Lookup {
+    Header header;
+    const Feature* features;
+    const Probe* probes;
+    std::vector<StoreView> stores;
+
+    const void* ids;
+    bool ids_are_32_bit;
+    const void* offsets;  // nullptr: every id is a bag of its own; else of the ids' type
+    const void* weights;  // per-sample weights, or nullptr
+    Dtype weights_dtype;
+    int64_t num_ids;
+    int64_t batch;  // bags of each feature
+
+    int64_t id(int64_t position) const {
+        return ids_are_32_bit ? static_cast<const int32_t*>(ids)[position]
+                              : static_cast<const int64_t*>(ids)[position];
+    }
+
+    // Bags are numbered feature-major: bag b of feature f is f * batch + b.
+    int64_t offset(int64_t bag) const {
+        if (offsets == nullptr) return bag;
+        return ids_are_32_bit ? static_cast<const int32_t*>(offsets)[bag]
+                              : static_cast<const int64_t*>(offsets)[bag];
+    }
+};
+
+// The forward pass: `out` is float32, batch rows of header.num_columns. Returns false if an id
+// was outside the vocabulary; nothing was read out of bounds then, and `out` is unspecified.
+bool lookup_forward(const Lookup& lookup, float* out, int num_threads);
+
+// Gradients wanted from the backward pass.
+struct GradientSink;
+
+// Adds up the gradient of every row of the wanted stores, in the order of the ids, whatever the
+// number of threads. `grad` is float32 of the output's shape.
+bool accumulate_gradients(const Lookup& lookup, const float* grad,
+                          std::vector<GradientSink*>& sinks_of_stores, int num_threads);
+
+// Gradient of the per-sample weights, (num_ids,) float32.
+bool weights_gradient(const Lookup& lookup, const float* grad, float* out, int num_threads);
+
+// Runs f(part) for part = 0 … parts - 1, in parallel; given by the binding.
+void parallel_parts(int parts, void (*f)(int part, void* context), void* context);
+
+template <typename F>
+void parallel(int parts, const F& f) {
+    if (parts <= 1) {
+        for (int part = 0; part < parts; ++part) f(part);
+        return;
+    }
+    parallel_parts(
+        parts, [](int part, void* context) { (*static_cast<const F*>(context))(part); },
+        const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+}  // namespace embcompress

@@ -1,0 +1,271 @@
+// From a block of ids to pointers to float rows: addresses, codes, dequantization, scales.
+
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "lookup.h"
+
+// One build runs on every x86-64 machine: the kernels are compiled for three instruction sets and
+// the loader picks. Elsewhere the compiler's own target is used.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#define EMBCOMPRESS_CLONES \
+    __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define EMBCOMPRESS_CLONES
+#endif
+
+namespace embcompress {
+
+constexpr int kBlock = 128;
+// Lines of a row that are prefetched; the hardware follows a longer row by itself.
+constexpr int64_t kPrefetchFloats = 64;
+
+EMBCOMPRESS_INLINE float half_to_float(uint16_t half) {
+    const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
+    const uint32_t magnitude = half & 0x7FFF;
+    uint32_t bits;
+    if (magnitude >= 0x7C00) {  // infinities and NaN
+        bits = sign | 0x7F800000 | (magnitude & 0x3FF) << 13;
+    } else if (magnitude >= 0x400) {
+        bits = sign | ((magnitude << 13) + 0x38000000);
+    } else {  // subnormal: exact in float32
+        const float value = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
+        std::memcpy(&bits, &value, sizeof(bits));
+        bits |= sign;
+    }
+    float result;
+    std::memcpy(&result, &bits, sizeof(result));
+    return result;
+}
+
+EMBCOMPRESS_INLINE float bfloat_to_float(uint16_t value) {
+    const uint32_t bits = static_cast<uint32_t>(value) << 16;
+    float result;
+    std::memcpy(&result, &bits, sizeof(result));
+    return result;
+}
+
+EMBCOMPRESS_INLINE float load_float(const void* data, Dtype dtype, int64_t index) {
+    if (dtype == Dtype::kFloat32) return static_cast<const float*>(data)[index];
+    const uint16_t value = static_cast<const uint16_t*>(data)[index];
+    return dtype == Dtype::kFloat16 ? half_to_float(value) : bfloat_to_float(value);
+}
+
+// The rows that a block of ids reads through every probe of its feature.
+class RowBlock {
+  public:
+    RowBlock(const Lookup& lookup, const Feature& feature)
+        : lookup_(lookup),
+          feature_(feature),
+          probes_(lookup.probes + feature.first_probe),
+          count_(static_cast<int>(feature.num_probes)),
+          rows_(count_ * kBlock),
+          pointers_(count_ * kBlock),
+          scales_(count_ * kBlock, 1.0f),
+          buffers_(count_) {
+        int64_t widest = 1;
+        for (int t = 0; t < count_; ++t) {
+            widest = std::max(widest, probes_[t].width);
+            if (lookup.stores[probes_[t].store].dtype != Dtype::kFloat32) {
+                buffers_[t].resize(kBlock * probes_[t].width);
+            }
+            scaled_ |= probes_[t].scale.kind != ScaleKind::kNone;
+        }
+        zeros_.assign(widest, 0.0f);
+    }
+
+    int num_probes() const { return count_; }
+    const Probe& probe(int t) const { return probes_[t]; }
+    bool scaled() const { return scaled_; }
+    const float* const* pointers(int t) const { return pointers_.data() + t * kBlock; }
+    const float* scales(int t) const { return scales_.data() + t * kBlock; }
+    // Row of each id in the store of probe t; -1 where absent or padding.
+    const int64_t* rows(int t) const { return rows_.data() + t * kBlock; }
+    const int64_t* ids() const { return ids_; }
+    bool skipped(int i) const { return ids_[i] < 0; }
+
+    // Reads the ids of a block and checks them; padding becomes -1. False for an id outside.
+    EMBCOMPRESS_INLINE bool load_ids(int64_t position, int n) {
+        bool valid = true;
+        const int64_t limit = feature_.num_embeddings;
+        for (int i = 0; i < n; ++i) {
+            const int64_t id = lookup_.id(position + i);
+            const bool inside = static_cast<uint64_t>(id) < static_cast<uint64_t>(limit);
+            valid &= inside;
+            ids_[i] = inside && id != feature_.padding_idx ? id : -1;
+        }
+        return valid;
+    }
+
+    // Takes ids that were checked already.
+    EMBCOMPRESS_INLINE void set_ids(const int64_t* ids, int n) { std::memcpy(ids_, ids, n * 8); }
+
+    // Rows of probe t for the present ids.
+    EMBCOMPRESS_INLINE void find_rows(int t, int n) {
+        int64_t* rows = rows_.data() + t * kBlock;
+        const Probe& probe = probes_[t];
+        addresses(probe.address, n, rows);
+        if (probe.code.store >= 0) decode(probe.code, n, rows);
+        for (int i = 0; i < n; ++i) {
+            rows[i] = ids_[i] < 0 || rows[i] < 0 ? -1 : rows[i] + probe.offset;
+        }
+    }
+
+    // Pointers to the rows of probe t, after find_rows.
+    EMBCOMPRESS_INLINE void find_pointers(int t, int n) {
+        const Probe& probe = probes_[t];
+        const int64_t* rows = rows_.data() + t * kBlock;
+        const float** pointers = pointers_.data() + t * kBlock;
+        const StoreView& store = lookup_.stores[probe.store];
+        if (store.dtype == Dtype::kFloat32) {
+            const float* data = static_cast<const float*>(store.data);
+            for (int i = 0; i < n; ++i) {
+                pointers[i] = rows[i] < 0 ? zeros_.data() : data + rows[i] * probe.width;
+                for (int64_t c = 0; c < probe.width && c < kPrefetchFloats; c += 16) {
+                    __builtin_prefetch(pointers[i] + c);
+                }
+            }
+        } else {
+            float* buffer = buffers_[t].data();
+            for (int i = 0; i < n; ++i) {
+                pointers[i] = rows[i] < 0 ? zeros_.data() : buffer + i * probe.width;
+                if (rows[i] >= 0) load_row(probe, store, rows[i], buffer + i * probe.width);
+            }
+        }
+        if (probe.scale.kind != ScaleKind::kNone) find_scales(t, n);
+    }
+
+    EMBCOMPRESS_INLINE void find_all(int n) {
+        for (int t = 0; t < count_; ++t) {
+            find_rows(t, n);
+            find_pointers(t, n);
+        }
+    }
+
+    // Row of the learned scale of probe t for id number i.
+    EMBCOMPRESS_INLINE int64_t scale_row(int t, int i) const {
+        return ids_[i] < 0 ? -1 : address_row(probes_[t].scale.address, ids_[i]);
+    }
+
+  private:
+    EMBCOMPRESS_INLINE void addresses(const Address& address, int n, int64_t* rows) const {
+        if (address.kind == AddressKind::kHash) {
+            const uint64_t key = static_cast<uint64_t>(address.a);
+            const uint64_t buckets = static_cast<uint64_t>(address.b);
+            for (int i = 0; i < n; ++i) rows[i] = hash_bucket(ids_[i], key, buckets);
+        } else if (feature_.num_embeddings <= (1LL << 32) && address.a < (1LL << 32)) {
+            digits_32(address, n, rows);
+        } else {
+            for (int i = 0; i < n; ++i) rows[i] = ids_[i] < 0 ? 0 : address_row(address, ids_[i]);
+        }
+    }
+
+    // Division by a reciprocal, exact for 32-bit numbers: floor(id * ceil(2^64 / d) / 2^64).
+    // (Lemire, Kaser, Kurz: "Faster remainder by direct computation", 2019, theorem 1.)
+    EMBCOMPRESS_INLINE void digits_32(const Address& address, int n, int64_t* rows) const {
+        if (address.a == 1) {
+            for (int i = 0; i < n; ++i) rows[i] = ids_[i];
+        } else {
+            const uint64_t reciprocal = ~0ULL / static_cast<uint64_t>(address.a) + 1;
+            for (int i = 0; i < n; ++i) {
+                rows[i] = static_cast<int64_t>(
+                    multiply_high(reciprocal, static_cast<uint32_t>(ids_[i])));
+            }
+        }
+        const int64_t largest = (feature_.num_embeddings - 1) / address.a;
+        if (address.b > largest) return;  // the last digit needs no remainder
+        if (address.b == 1) {
+            for (int i = 0; i < n; ++i) rows[i] = 0;
+            return;
+        }
+        const uint64_t reciprocal = ~0ULL / static_cast<uint64_t>(address.b) + 1;
+        for (int i = 0; i < n; ++i) {
+            const uint64_t row = static_cast<uint32_t>(rows[i]);
+            rows[i] = static_cast<int64_t>(
+                row - multiply_high(reciprocal, row) * static_cast<uint64_t>(address.b));
+        }
+    }
+
+    // Codes may be damaged: one past its bound is absent, and never a row out of bounds.
+    EMBCOMPRESS_INLINE void decode(const Code& code, int n, int64_t* rows) const {
+        const StoreView& store = lookup_.stores[code.store];
+        const uint32_t absent = static_cast<uint32_t>((1ULL << code.bits) - 1);
+        for (int i = 0; i < n; ++i) {
+            if (ids_[i] < 0) continue;
+            const uint32_t value =
+                unpack_bits(static_cast<const uint8_t*>(store.data), store.bytes,
+                            rows[i] * code.width + code.column, code.bits);
+            if (value != absent && value < code.size) {
+                rows[i] = value;
+            } else {
+                rows[i] = value == absent && code.has_otherwise
+                              ? address_row(code.otherwise, ids_[i])
+                              : -1;
+            }
+        }
+    }
+
+    void load_row(const Probe& probe, const StoreView& store, int64_t row, float* out) const {
+        const int64_t width = probe.width;
+        if (store.dtype != Dtype::kPacked) {
+            const uint16_t* data = static_cast<const uint16_t*>(store.data) + row * width;
+            if (store.dtype == Dtype::kFloat16) {
+                for (int64_t c = 0; c < width; ++c) out[c] = half_to_float(data[c]);
+            } else {
+                for (int64_t c = 0; c < width; ++c) out[c] = bfloat_to_float(data[c]);
+            }
+            return;
+        }
+        const Quantization& q = probe.quantization;
+        const StoreView& scale = lookup_.stores[q.scale_store];
+        const float zero = static_cast<float>((1 << q.bits) - 1) / 2;
+        const int64_t base = q.per_row ? row * scale.width : 0;
+        for (int64_t c = 0; c < width; ++c) {
+            const int64_t at = base + (q.per_column ? c : 0);
+            const float code = static_cast<float>(
+                unpack_bits(static_cast<const uint8_t*>(store.data), store.bytes, row * width + c,
+                            q.bits));
+            const float step = load_float(scale.data, scale.dtype, at);
+            if (q.bias_store < 0) {
+                out[c] = step * (code - zero);
+            } else {
+                const StoreView& bias = lookup_.stores[q.bias_store];
+                out[c] = step * code + load_float(bias.data, bias.dtype, at);
+            }
+        }
+    }
+
+    void find_scales(int t, int n) {
+        const Scale& scale = probes_[t].scale;
+        float* values = scales_.data() + t * kBlock;
+        if (scale.kind == ScaleKind::kSign) {
+            for (int i = 0; i < n; ++i) {
+                values[i] = hash_sign(ids_[i], static_cast<uint64_t>(scale.key));
+            }
+            return;
+        }
+        const StoreView& store = lookup_.stores[scale.store];
+        for (int i = 0; i < n; ++i) {
+            const int64_t row = scale_row(t, i);
+            values[i] = row < 0 ? 0.0f
+                                : load_float(store.data, store.dtype,
+                                             row * store.width + scale.column);
+        }
+    }
+
+    const Lookup& lookup_;
+    const Feature& feature_;
+    const Probe* probes_;
+    int count_;
+    bool scaled_ = false;
+    int64_t ids_[kBlock];
+    std::vector<int64_t> rows_;
+    std::vector<const float*> pointers_;
+    std::vector<float> scales_;
+    std::vector<std::vector<float>> buffers_;
+    std::vector<float> zeros_;
+};
+
+}  // namespace embcompress

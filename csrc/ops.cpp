@@ -1,0 +1,400 @@
+// The operators embcompress::*, through torch's stable ABI: schemas, checks, allocation.
+//
+// Everything that comes from Python is checked here, at every call: a wrong encoding, store or
+// offset is an error, never a read out of bounds.
+
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpu/gradients.h"
+#include "cpu/lookup.h"
+#include "cpu/optimizers.h"
+
+namespace embcompress {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void parallel_parts(int parts, void (*f)(int part, void* context), void* context) {
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t part = begin; part < end; ++part) f(static_cast<int>(part), context);
+    });
+}
+
+namespace {
+
+// ------------------------------------------------------------------------------------- checks
+
+StoreView view_store(const Tensor& store) {
+    STD_TORCH_CHECK(store.is_cpu() && store.is_contiguous(), "stores must be contiguous CPU tensors");
+    const ScalarType type = store.scalar_type();
+    const int64_t bytes = store.numel() * static_cast<int64_t>(store.element_size());
+    if (type == ScalarType::Byte) {
+        STD_TORCH_CHECK(store.dim() == 1, "packed stores must be 1-D");
+        return {store.const_data_ptr(), Dtype::kPacked, 0, 0, bytes};
+    }
+    STD_TORCH_CHECK(store.dim() == 2, "float stores must be 2-D");
+    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half ||
+                        type == ScalarType::BFloat16,
+                    "stores must be float32, float16, bfloat16 or packed");
+    const Dtype dtype = type == ScalarType::Float  ? Dtype::kFloat32
+                        : type == ScalarType::Half ? Dtype::kFloat16
+                                                   : Dtype::kBFloat16;
+    return {store.const_data_ptr(), dtype, store.size(0), store.size(1), bytes};
+}
+
+const StoreView& store_at(const Lookup& lookup, int64_t number) {
+    STD_TORCH_CHECK(number >= 0 && number < static_cast<int64_t>(lookup.stores.size()),
+                    "encoding: store ", number, " of ", lookup.stores.size());
+    return lookup.stores[number];
+}
+
+// Largest row that an address can give, plus 1.
+int64_t address_size(const Address& address) {
+    STD_TORCH_CHECK(address.b >= 1, "encoding: an empty address");
+    STD_TORCH_CHECK(address.kind == AddressKind::kHash ||
+                        (address.kind == AddressKind::kDigit && address.a >= 1),
+                    "encoding: unknown address");
+    return address.b;
+}
+
+void check_float_store(const StoreView& store, int64_t rows, int64_t columns) {
+    STD_TORCH_CHECK(store.dtype != Dtype::kPacked && store.rows >= rows && store.width >= columns,
+                    "encoding: reads ", rows, " x ", columns, " of a store of ", store.rows, " x ",
+                    store.width);
+}
+
+void check_packed_store(const StoreView& store, int64_t numbers, int64_t bits) {
+    STD_TORCH_CHECK(store.dtype == Dtype::kPacked && bits >= 1 && bits <= 32 &&
+                        (numbers * bits + 7) / 8 <= store.bytes,
+                    "encoding: reads ", numbers, " numbers of ", bits, " bits of a store of ",
+                    store.bytes, " bytes");
+}
+
+void check_probe(const Lookup& lookup, const Probe& probe, int64_t feature_width) {
+    int64_t rows = address_size(probe.address);
+    const Code& code = probe.code;
+    if (code.store >= 0) {
+        STD_TORCH_CHECK(code.width >= 1 && code.column >= 0 && code.column < code.width &&
+                            code.size >= 1,
+                        "encoding: codes of no column or no size");
+        check_packed_store(store_at(lookup, code.store), rows * code.width, code.bits);
+        if (code.has_otherwise) {
+            STD_TORCH_CHECK(address_size(code.otherwise) <= code.size, "encoding: otherwise");
+        }
+        rows = code.size;
+    }
+    STD_TORCH_CHECK(probe.offset >= 0 && probe.width >= 1 && probe.column >= 0 &&
+                        probe.column + probe.width <= feature_width,
+                    "encoding: columns of a probe");
+    rows += probe.offset;
+    const StoreView& store = store_at(lookup, probe.store);
+    const Quantization& q = probe.quantization;
+    if (q.bits == 0) {
+        check_float_store(store, rows, probe.width);
+        STD_TORCH_CHECK(store.width == probe.width, "encoding: width of a store");
+    } else {
+        STD_TORCH_CHECK(q.bits <= 8, "encoding: values of more than 8 bits");
+        check_packed_store(store, rows * probe.width, q.bits);
+        const int64_t part_rows = q.per_row ? rows : 1;
+        const int64_t part_columns = q.per_column ? probe.width : 1;
+        check_float_store(store_at(lookup, q.scale_store), part_rows, part_columns);
+        if (q.bias_store >= 0) {
+            check_float_store(store_at(lookup, q.bias_store), part_rows, part_columns);
+        }
+    }
+    if (probe.scale.kind == ScaleKind::kWeight) {
+        STD_TORCH_CHECK(probe.scale.column >= 0, "encoding: column of a scale");
+        check_float_store(store_at(lookup, probe.scale.store), address_size(probe.scale.address),
+                          probe.scale.column + 1);
+    }
+}
+
+void check_encoding(const Lookup& lookup, int64_t fields) {
+    const Header& header = lookup.header;
+    STD_TORCH_CHECK(header.format == kFormat && header.num_features >= 1 && header.num_probes >= 1,
+                    "encoding of another format");
+    STD_TORCH_CHECK(fields == kHeaderFields + header.num_features * kFeatureFields +
+                                  header.num_probes * kProbeFields,
+                    "encoding of the wrong length");
+    for (int64_t f = 0; f < header.num_features; ++f) {
+        const Feature& feature = lookup.features[f];
+        STD_TORCH_CHECK(feature.num_probes >= 1 && feature.first_probe >= 0 &&
+                            feature.first_probe + feature.num_probes <= header.num_probes &&
+                            feature.width >= 1 && feature.out_column >= 0 &&
+                            feature.out_column + feature.width <= header.num_columns,
+                        "encoding of feature ", f);
+        for (int64_t t = 0; t < feature.num_probes; ++t) {
+            const Probe& probe = lookup.probes[feature.first_probe + t];
+            check_probe(lookup, probe, feature.width);
+            STD_TORCH_CHECK(feature.combine == Combine::kConcat || probe.width == feature.width,
+                            "encoding: width of a probe");
+        }
+    }
+}
+
+void check_offsets(const Lookup& lookup, int64_t entries) {
+    const int64_t bags = lookup.header.num_features * lookup.batch;
+    STD_TORCH_CHECK(entries == bags + 1, "offsets has ", entries, " entries, which is not ",
+                    lookup.header.num_features, " features * B + 1");
+    STD_TORCH_CHECK(lookup.offset(0) == 0, "offsets[0] must be 0");
+    STD_TORCH_CHECK(lookup.offset(bags) == lookup.num_ids,
+                    "the last offset must be the number of ids, ", lookup.num_ids);
+    bool rising = true;
+    for (int64_t bag = 0; bag < bags; ++bag) rising &= lookup.offset(bag) <= lookup.offset(bag + 1);
+    STD_TORCH_CHECK(rising, "offsets must not decrease");
+}
+
+bool is_32_bit(const Tensor& tensor) {
+    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Int || tensor.scalar_type() == ScalarType::Long,
+                    "ids and offsets must be int32 or int64");
+    STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 1 && tensor.is_contiguous(),
+                    "ids and offsets must be contiguous 1-D CPU tensors");
+    return tensor.scalar_type() == ScalarType::Int;
+}
+
+Lookup make_lookup(const std::vector<Tensor>& stores, const Tensor& ids,
+                   const std::optional<Tensor>& offsets, const std::optional<Tensor>& weights,
+                   const Tensor& encoding) {
+    Lookup lookup{};
+    STD_TORCH_CHECK(encoding.is_cpu() && encoding.is_contiguous() &&
+                        encoding.scalar_type() == ScalarType::Long &&
+                        encoding.numel() > kHeaderFields,
+                    "the encoding must be a contiguous int64 CPU tensor");
+    const int64_t* fields = static_cast<const int64_t*>(encoding.const_data_ptr());
+    lookup.header = *reinterpret_cast<const Header*>(fields);
+    lookup.features = reinterpret_cast<const Feature*>(fields + kHeaderFields);
+    lookup.probes = reinterpret_cast<const Probe*>(fields + kHeaderFields +
+                                                   lookup.header.num_features * kFeatureFields);
+    for (const Tensor& store : stores) lookup.stores.push_back(view_store(store));
+    check_encoding(lookup, encoding.numel());
+    lookup.ids = ids.const_data_ptr();
+    lookup.ids_are_32_bit = is_32_bit(ids);
+    lookup.num_ids = ids.numel();
+    if (offsets.has_value()) {
+        STD_TORCH_CHECK(is_32_bit(*offsets) == lookup.ids_are_32_bit,
+                        "ids and offsets must be of one dtype");
+        lookup.offsets = offsets->const_data_ptr();
+        lookup.batch = (offsets->numel() - 1) / lookup.header.num_features;
+        check_offsets(lookup, offsets->numel());
+    } else {
+        STD_TORCH_CHECK(lookup.header.num_features == 1, "many features need offsets");
+        lookup.batch = lookup.num_ids;
+    }
+    if (weights.has_value()) {
+        const StoreView view = view_store(torch::stable::view(*weights, {-1, 1}));
+        STD_TORCH_CHECK(view.rows == lookup.num_ids && view.dtype != Dtype::kPacked,
+                        "per_sample_weights must be float, one for each id");
+        lookup.weights = view.data;
+        lookup.weights_dtype = view.dtype;
+    }
+    return lookup;
+}
+
+void check_ids(bool valid) { STD_TORCH_CHECK(valid, "an id is outside the vocabulary"); }
+
+Tensor check_gradient(const Tensor& grad, const Lookup& lookup) {
+    STD_TORCH_CHECK(grad.is_cpu() && grad.dim() == 2 && grad.scalar_type() == ScalarType::Float &&
+                        grad.size(0) == lookup.batch && grad.size(1) == lookup.header.num_columns,
+                    "the gradient must be float32 of the output's shape");
+    return torch::stable::contiguous(grad);
+}
+
+int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+
+// ------------------------------------------------------------------------------------ operators
+
+Tensor lookup(std::vector<Tensor> stores, Tensor ids, std::optional<Tensor> offsets,
+              std::optional<Tensor> weights, Tensor encoding, int64_t num_columns,
+              bool /*sparse: for the backward pass*/) {
+    const Lookup what = make_lookup(stores, ids, offsets, weights, encoding);
+    STD_TORCH_CHECK(num_columns == what.header.num_columns, "num_columns is not the encoding's");
+    Tensor out = torch::stable::empty({what.batch, num_columns}, ScalarType::Float);
+    check_ids(lookup_forward(what, static_cast<float*>(out.mutable_data_ptr()), threads()));
+    return out;
+}
+
+std::vector<Tensor> lookup_backward(Tensor grad, std::vector<Tensor> stores, Tensor ids,
+                                    std::optional<Tensor> offsets, std::optional<Tensor> weights,
+                                    Tensor encoding, std::vector<int64_t> wanted) {
+    const Lookup what = make_lookup(stores, ids, offsets, weights, encoding);
+    const Tensor gradient = check_gradient(grad, what);
+    std::vector<Tensor> results;
+    std::vector<GradientSink> sinks(stores.size());
+    std::vector<GradientSink*> pointers(stores.size(), nullptr);
+    for (const int64_t store : wanted) {
+        const StoreView& view = store_at(what, store);
+        STD_TORCH_CHECK(view.dtype != Dtype::kPacked, "packed stores have no gradient");
+        Tensor dense = torch::stable::empty({view.rows, view.width}, ScalarType::Float);
+        torch::stable::zero_(dense);
+        sinks[store].dense = static_cast<float*>(dense.mutable_data_ptr());
+        sinks[store].width = view.width;
+        pointers[store] = &sinks[store];
+        results.push_back(dense);
+    }
+    check_ids(accumulate_gradients(what, static_cast<const float*>(gradient.const_data_ptr()),
+                                   pointers, threads()));
+    return results;
+}
+
+// Gradients of the touched rows: for each wanted store its row numbers, rising, and their values.
+std::vector<Tensor> lookup_backward_sparse(Tensor grad, std::vector<Tensor> stores, Tensor ids,
+                                           std::optional<Tensor> offsets,
+                                           std::optional<Tensor> weights, Tensor encoding,
+                                           std::vector<int64_t> wanted) {
+    const Lookup what = make_lookup(stores, ids, offsets, weights, encoding);
+    const Tensor gradient = check_gradient(grad, what);
+    std::vector<GradientSink> sinks(stores.size());
+    std::vector<GradientSink*> pointers(stores.size(), nullptr);
+    for (const int64_t store : wanted) {
+        STD_TORCH_CHECK(store_at(what, store).dtype != Dtype::kPacked,
+                        "packed stores have no gradient");
+        sinks[store].width = what.stores[store].width;
+        pointers[store] = &sinks[store];
+    }
+    check_ids(accumulate_gradients(what, static_cast<const float*>(gradient.const_data_ptr()),
+                                   pointers, threads()));
+    std::vector<Tensor> results;
+    for (const int64_t store : wanted) {
+        struct Entry {
+            int64_t row;
+            const float* values;
+        };
+        std::vector<Entry> entries;
+        const int64_t width = sinks[store].width;
+        for (const TouchedRows& touched : sinks[store].touched) {
+            for (size_t i = 0; i < touched.rows().size(); ++i) {
+                entries.push_back({touched.rows()[i], touched.values() + i * width});
+            }
+        }
+        std::sort(entries.begin(), entries.end(),
+                  [](const Entry& a, const Entry& b) { return a.row < b.row; });
+        const int64_t count = static_cast<int64_t>(entries.size());
+        Tensor rows = torch::stable::empty({count}, ScalarType::Long);
+        Tensor values = torch::stable::empty({count, width}, ScalarType::Float);
+        int64_t* row = static_cast<int64_t*>(rows.mutable_data_ptr());
+        float* value = static_cast<float*>(values.mutable_data_ptr());
+        for (int64_t i = 0; i < count; ++i) {
+            row[i] = entries[i].row;
+            std::copy(entries[i].values, entries[i].values + width, value + i * width);
+        }
+        results.push_back(rows);
+        results.push_back(values);
+    }
+    return results;
+}
+
+Tensor lookup_backward_weights(Tensor grad, std::vector<Tensor> stores, Tensor ids,
+                               std::optional<Tensor> offsets, std::optional<Tensor> weights,
+                               Tensor encoding) {
+    const Lookup what = make_lookup(stores, ids, offsets, weights, encoding);
+    const Tensor gradient = check_gradient(grad, what);
+    Tensor out = torch::stable::empty({what.num_ids}, ScalarType::Float);
+    check_ids(weights_gradient(what, static_cast<const float*>(gradient.const_data_ptr()),
+                               static_cast<float*>(out.mutable_data_ptr()), threads()));
+    return out;
+}
+
+// The backward pass and the update of the touched rows in one. `first` and `second` are the
+// optimizer's state for each wanted store (empty tensors where it has none).
+void lookup_backward_update(Tensor grad, std::vector<Tensor> stores, Tensor ids,
+                            std::optional<Tensor> offsets, std::optional<Tensor> weights,
+                            Tensor encoding, std::vector<int64_t> wanted, std::vector<Tensor> first,
+                            std::vector<Tensor> second, int64_t kind, double learning_rate,
+                            double epsilon, double weight_decay, double beta1, double beta2,
+                            int64_t step) {
+    const Lookup what = make_lookup(stores, ids, offsets, weights, encoding);
+    const Tensor gradient = check_gradient(grad, what);
+    STD_TORCH_CHECK(kind >= 0 && kind <= 3, "unknown optimizer ", kind);
+    STD_TORCH_CHECK(first.size() == wanted.size() && second.size() == wanted.size(),
+                    "one state for each store");
+    const Optimizer optimizer{static_cast<OptimizerKind>(kind),
+                              static_cast<float>(learning_rate),
+                              static_cast<float>(epsilon),
+                              static_cast<float>(weight_decay),
+                              static_cast<float>(beta1),
+                              static_cast<float>(beta2),
+                              step};
+    const bool rowwise = optimizer.kind == OptimizerKind::kRowwiseAdagrad;
+    const bool has_first = optimizer.kind != OptimizerKind::kSgd;
+    const bool has_second = optimizer.kind == OptimizerKind::kAdam;
+    std::vector<GradientSink> sinks(stores.size());
+    std::vector<GradientSink*> pointers(stores.size(), nullptr);
+    for (size_t k = 0; k < wanted.size(); ++k) {
+        const StoreView& view = store_at(what, wanted[k]);
+        STD_TORCH_CHECK(view.dtype == Dtype::kFloat32, "fused updates need float32 stores");
+        const int64_t numbers = view.rows * (rowwise ? 1 : view.width);
+        for (const Tensor* state : {has_first ? &first[k] : nullptr, has_second ? &second[k] : nullptr}) {
+            STD_TORCH_CHECK(state == nullptr ||
+                                (state->is_cpu() && state->is_contiguous() &&
+                                 state->scalar_type() == ScalarType::Float &&
+                                 state->numel() == numbers),
+                            "optimizer state of the wrong shape");
+        }
+        sinks[wanted[k]].width = view.width;
+        pointers[wanted[k]] = &sinks[wanted[k]];
+    }
+    // All gradients are complete before any row moves: a product reads the other stores' rows.
+    check_ids(accumulate_gradients(what, static_cast<const float*>(gradient.const_data_ptr()),
+                                   pointers, threads()));
+    for (size_t k = 0; k < wanted.size(); ++k) {
+        GradientSink& sink = sinks[wanted[k]];
+        float* data = static_cast<float*>(stores[wanted[k]].mutable_data_ptr());
+        float* one = has_first ? static_cast<float*>(first[k].mutable_data_ptr()) : nullptr;
+        float* two = has_second ? static_cast<float*>(second[k].mutable_data_ptr()) : nullptr;
+        parallel(static_cast<int>(sink.touched.size()), [&](int part) {
+            const TouchedRows& touched = sink.touched[part];
+            for (size_t i = 0; i < touched.rows().size(); ++i) {
+                const int64_t row = touched.rows()[i], width = sink.width;
+                const int64_t at = row * (rowwise ? 1 : width);
+                update_row(optimizer, width, touched.values() + i * width, data + row * width,
+                           one == nullptr ? nullptr : one + at, two == nullptr ? nullptr : two + at);
+            }
+        });
+    }
+}
+
+}  // namespace
+}  // namespace embcompress
+
+STABLE_TORCH_LIBRARY(embcompress, m) {
+    m.def(
+        "lookup(Tensor[] stores, Tensor ids, Tensor? offsets, Tensor? weights, Tensor encoding, "
+        "int num_columns, bool sparse=False) -> Tensor");
+    m.def(
+        "lookup_backward(Tensor grad, Tensor[] stores, Tensor ids, Tensor? offsets, "
+        "Tensor? weights, Tensor encoding, int[] wanted) -> Tensor[]");
+    m.def(
+        "lookup_backward_sparse(Tensor grad, Tensor[] stores, Tensor ids, Tensor? offsets, "
+        "Tensor? weights, Tensor encoding, int[] wanted) -> Tensor[]");
+    m.def(
+        "lookup_backward_weights(Tensor grad, Tensor[] stores, Tensor ids, Tensor? offsets, "
+        "Tensor? weights, Tensor encoding) -> Tensor");
+    m.def(
+        "lookup_backward_update(Tensor grad, Tensor(a!)[] stores, Tensor ids, Tensor? offsets, "
+        "Tensor? weights, Tensor encoding, int[] wanted, Tensor(b!)[] first, Tensor(c!)[] second, "
+        "int kind, float learning_rate, float epsilon, float weight_decay, float beta1, "
+        "float beta2, int step) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(embcompress, CPU, m) {
+    m.impl("lookup", TORCH_BOX(&embcompress::lookup));
+    m.impl("lookup_backward", TORCH_BOX(&embcompress::lookup_backward));
+    m.impl("lookup_backward_sparse", TORCH_BOX(&embcompress::lookup_backward_sparse));
+    m.impl("lookup_backward_weights", TORCH_BOX(&embcompress::lookup_backward_weights));
+    m.impl("lookup_backward_update", TORCH_BOX(&embcompress::lookup_backward_update));
+}
+
+// An empty Python module: importing it loads the library, which registers the operators.
+extern "C" PyObject* PyInit__C(void) {
+    static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
+                                     nullptr, nullptr, nullptr, nullptr};
+    return PyModule_Create(&definition);
+}

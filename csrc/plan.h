@@ -1,0 +1,150 @@
+// The flat encoding of lookup plans, and addresses: one source for C++ and CUDA.
+//
+// Python (embcompress/engine/encoding.py) builds the encoding once for a module: a header, a
+// record for every feature, a record for every probe, all int64. The structs below are those
+// records, field by field, so that nothing is parsed.
+
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define EMBCOMPRESS_INLINE __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+#define EMBCOMPRESS_INLINE inline __attribute__((always_inline))
+#else
+#define EMBCOMPRESS_INLINE inline
+#endif
+
+namespace embcompress {
+
+constexpr int64_t kFormat = 1;
+
+enum class Pool : int64_t { kNone = 0, kSum = 1, kMean = 2 };
+enum class Combine : int64_t { kSum = 0, kMul = 1, kConcat = 2 };
+enum class AddressKind : int64_t { kDigit = 0, kHash = 1 };
+enum class ScaleKind : int64_t { kNone = 0, kSign = 1, kWeight = 2 };
+
+struct Header {
+    int64_t format;
+    int64_t num_features;
+    int64_t num_probes;
+    int64_t num_columns;  // of the output
+};
+
+struct Feature {
+    int64_t num_embeddings;
+    int64_t padding_idx;  // -1: none
+    Pool pool;
+    Combine combine;
+    int64_t width;       // of the combined vector
+    int64_t out_column;  // where it begins in the output
+    int64_t first_probe;
+    int64_t num_probes;
+};
+
+// A digit, (id / a) % b, or a keyed hash into b buckets with key a.
+struct Address {
+    AddressKind kind;
+    int64_t a;
+    int64_t b;
+};
+
+// Codes of `bits` bits that give the row; all bits set is "absent".
+struct Code {
+    int64_t store;  // -1: the address itself is the row
+    int64_t bits;
+    int64_t width;
+    int64_t column;
+    int64_t size;
+    int64_t has_otherwise;
+    Address otherwise;
+};
+
+struct Scale {
+    ScaleKind kind;
+    int64_t key;    // of a sign
+    int64_t store;  // of a weight
+    int64_t column;
+    Address address;
+};
+
+// Packed values: scale * code + bias, or scale * (code - (2^bits - 1) / 2) without a bias.
+struct Quantization {
+    int64_t bits;  // 0: the store is float
+    int64_t scale_store;
+    int64_t bias_store;  // -1: symmetric
+    int64_t per_row;
+    int64_t per_column;
+};
+
+struct Probe {
+    int64_t store;
+    int64_t offset;  // added to the address
+    int64_t column;  // where its columns begin in the combined vector
+    int64_t width;
+    Address address;  // of the row, or of the row in the table of codes
+    Code code;
+    Scale scale;
+    Quantization quantization;
+};
+
+constexpr int64_t kHeaderFields = sizeof(Header) / sizeof(int64_t);
+constexpr int64_t kFeatureFields = sizeof(Feature) / sizeof(int64_t);
+constexpr int64_t kProbeFields = sizeof(Probe) / sizeof(int64_t);
+static_assert(kHeaderFields == 4 && kFeatureFields == 8 && kProbeFields == 28,
+              "change embcompress/engine/encoding.py too");
+
+// ------------------------------------------------------------------------------------ hashing
+
+EMBCOMPRESS_INLINE uint64_t mix64(uint64_t x) {
+    x ^= x >> 30;
+    x *= 0xBF58476D1CE4E5B9ULL;
+    x ^= x >> 27;
+    x *= 0x94D049BB133111EBULL;
+    return x ^ (x >> 31);
+}
+
+EMBCOMPRESS_INLINE uint64_t multiply_high(uint64_t x, uint64_t y) {
+#if defined(__CUDA_ARCH__)
+    return __umul64hi(x, y);
+#elif defined(__SIZEOF_INT128__)
+    __extension__ typedef unsigned __int128 uint128;
+    return static_cast<uint64_t>((static_cast<uint128>(x) * y) >> 64);
+#else
+    const uint64_t a = x >> 32, b = x & 0xFFFFFFFFULL, c = y >> 32, d = y & 0xFFFFFFFFULL;
+    const uint64_t ad = a * d, bc = b * c;
+    const uint64_t carry = (ad & 0xFFFFFFFFULL) + (bc & 0xFFFFFFFFULL) + ((b * d) >> 32);
+    return a * c + (ad >> 32) + (bc >> 32) + (carry >> 32);
+#endif
+}
+
+EMBCOMPRESS_INLINE int64_t hash_bucket(int64_t id, uint64_t key, uint64_t buckets) {
+    return static_cast<int64_t>(multiply_high(mix64(static_cast<uint64_t>(id) ^ key), buckets));
+}
+
+EMBCOMPRESS_INLINE float hash_sign(int64_t id, uint64_t key) {
+    return (mix64(static_cast<uint64_t>(id) ^ key) >> 63) ? -1.0f : 1.0f;
+}
+
+EMBCOMPRESS_INLINE int64_t address_row(const Address& address, int64_t id) {
+    if (address.kind == AddressKind::kHash) {
+        return hash_bucket(id, static_cast<uint64_t>(address.a), static_cast<uint64_t>(address.b));
+    }
+    return (id / address.a) % address.b;
+}
+
+// Number `position` of a stream of `bits`-bit numbers, low bits first, in `bytes` bytes.
+EMBCOMPRESS_INLINE uint32_t unpack_bits(const uint8_t* stream, int64_t bytes, int64_t position,
+                                        int64_t bits) {
+    const int64_t first_bit = position * bits;
+    const int64_t first_byte = first_bit >> 3;
+    uint64_t window = 0;
+    for (int64_t byte = 0; byte < 5; ++byte) {
+        if (8 * byte >= bits + (first_bit & 7) || first_byte + byte >= bytes) break;
+        window |= static_cast<uint64_t>(stream[first_byte + byte]) << (8 * byte);
+    }
+    return static_cast<uint32_t>((window >> (first_bit & 7)) & ((1ULL << bits) - 1));
+}
+
+}  // namespace embcompress
