@@ -212,10 +212,12 @@ int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 // ------------------------------------------------------------------------------------ operators
 
 Tensor lookup(std::vector<Tensor> stores, Tensor ids, std::optional<Tensor> offsets,
-              std::optional<Tensor> weights, Tensor encoding, int64_t num_columns,
-              bool /*sparse: for the backward pass*/) {
+              std::optional<Tensor> weights, Tensor encoding, int64_t num_features,
+              int64_t num_columns, bool /*sparse: for the backward pass*/) {
     const Lookup what = make_lookup(stores, ids, offsets, weights, encoding);
-    STD_TORCH_CHECK(num_columns == what.header.num_columns, "num_columns is not the encoding's");
+    STD_TORCH_CHECK(num_features == what.header.num_features &&
+                        num_columns == what.header.num_columns,
+                    "num_features and num_columns are not the encoding's");
     Tensor out = torch::stable::empty({what.batch, num_columns}, ScalarType::Float);
     check_ids(lookup_forward(what, static_cast<float*>(out.mutable_data_ptr()), threads()));
     return out;
@@ -367,7 +369,7 @@ void lookup_backward_update(Tensor grad, std::vector<Tensor> stores, Tensor ids,
 STABLE_TORCH_LIBRARY(embcompress, m) {
     m.def(
         "lookup(Tensor[] stores, Tensor ids, Tensor? offsets, Tensor? weights, Tensor encoding, "
-        "int num_columns, bool sparse=False) -> Tensor");
+        "int num_features, int num_columns, bool sparse=False) -> Tensor");
     m.def(
         "lookup_backward(Tensor grad, Tensor[] stores, Tensor ids, Tensor? offsets, "
         "Tensor? weights, Tensor encoding, int[] wanted) -> Tensor[]");

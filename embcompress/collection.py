@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from embcompress.budget import Budget, allocate, default_plan, parse_budget
-from embcompress.engine import Bags, lookup_features, make_bags
+from embcompress.engine import Bags, Program, make_bags
 from embcompress.methods import Method, TableSpec, resolve_method
 from embcompress.methods.full import Full
 from embcompress.modules import EmbeddingBag, dtype_name
@@ -106,6 +106,7 @@ class EmbeddingBagCollection(nn.Module):
             used = "full" if plan.is_dense else resolved.name
             bag = EmbeddingBag.from_plan(plan.with_pool(table.mode), used, device=device)
             self.embedding_bags[table.name] = bag
+        self._encoded: Program | None = None
         self._tables_of_features = {
             feature: table.name for table in tables for feature in table.feature_names
         }
@@ -151,15 +152,18 @@ class EmbeddingBagCollection(nn.Module):
             input, offsets, per_sample_weights = self._concatenate(input)
         elif offsets is None:
             raise ValueError("offsets must be given with ids; or pass a mapping of features")
-        bags = self._bags_of_features()
-        checked = make_bags(input, offsets, per_sample_weights, include_last_offset=True)
-        return lookup_features(
-            [bag.plan for bag in bags],
-            [bag.stores() for bag in bags],
-            checked.ids,
-            checked.offsets,
-            checked.weights,
-        )
+        bags = make_bags(input, offsets, per_sample_weights, include_last_offset=True, check=False)
+        modules = self._bags_of_features()
+        return self._program(modules)([module.stores() for module in modules], bags)
+
+    def _program(self, modules: Sequence[EmbeddingBag]) -> Program:
+        """The features' plans, encoded again only when one of them has changed."""
+        plans = tuple(module.plan for module in modules)
+        if self._encoded is None or any(
+            one is not other for one, other in zip(self._encoded.plans, plans, strict=True)
+        ):
+            self._encoded = Program(plans)
+        return self._encoded
 
     def _concatenate(
         self, features: Mapping[str, FeatureInput]

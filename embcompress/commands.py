@@ -37,8 +37,10 @@ def _friendly(command: Callable[..., None]) -> Callable[..., None]:
             print("\nstopped; the same command goes on where it was", file=sys.stderr)
             sys.exit(130)
         except ModuleNotFoundError as error:
-            sys.exit(f"{error}; pip install 'embcompress[bench]'")
-        except (ValueError, TypeError, FileNotFoundError, RuntimeError) as error:
+            if (error.name or "").startswith("embcompress"):
+                raise
+            sys.exit(f"error: {error}; pip install 'embcompress[bench]'")
+        except (ValueError, OSError) as error:
             if "EMBCOMPRESS_DEBUG" in os.environ:
                 raise
             print(f"error: {error}", file=sys.stderr)
@@ -53,8 +55,13 @@ DATA_HELP = "click log, e.g. synthetic or ml-100k=DIR; may be given several time
 @app.callback(invoke_without_command=True)
 def main_options(
     version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="errors with their traceback (or $EMBCOMPRESS_DEBUG)")
+    ] = False,
 ) -> None:
     """Compressed embedding tables for PyTorch."""
+    if debug:
+        os.environ["EMBCOMPRESS_DEBUG"] = "1"
     if version:
         import embcompress
 
@@ -78,6 +85,7 @@ def sweep(
     learning_rates: Annotated[str, typer.Option(help="tried on validation rows")] = (
         "0.01,0.03,0.1"
     ),
+    threads: Annotated[int, typer.Option(help="of torch inside an operator")] = 1,
     cache: Annotated[Path | None, typer.Option(help="prepared click logs")] = None,
 ) -> None:
     """Which method loses least at which memory budget; resumes where it was stopped."""
@@ -99,6 +107,7 @@ def sweep(
             batch_size=batch_size,
             learning_rates=_numbers(learning_rates, float, "--learning-rates"),
         ),
+        threads,
     )
     run_sweep(settings, out, cache=cache)
     print_tables(write_report(out, "embcompress " + shlex.join(sys.argv[1:])))

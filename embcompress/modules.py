@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from embcompress.budget import Budget, default_plan, fit_plan, parse_budget
-from embcompress.engine import Bags, GradientOptions, lookup, make_bags
+from embcompress.engine import Bags, GradientOptions, Program, lookup, make_bags
 from embcompress.initialization import initialize_stores
 from embcompress.methods import Method, TableSpec, resolve_method
 from embcompress.plan import LookupPlan, PlanError, Pool
@@ -46,9 +46,9 @@ class CompressedTable(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self._plan = plan
         self.method = method
         self.options = options
+        self._set_plan(plan)
         for store in plan.stores:
             if store.is_float:
                 dtype = getattr(torch, store.dtype)
@@ -57,6 +57,10 @@ class CompressedTable(nn.Module):
             else:
                 packed = torch.zeros(store.bytes, device=device, dtype=torch.uint8)
                 self.register_buffer(store.name, packed)
+
+    def _set_plan(self, plan: LookupPlan) -> None:
+        self._plan = plan
+        self._program = Program((plan,), self.options)
 
     # -- reading
 
@@ -116,7 +120,9 @@ class CompressedTable(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> CompressedTable:
         super()._apply(fn, recurse)
         floats = {s.name: getattr(self, s.name) for s in self._plan.stores if s.is_float}
-        self._plan = self._plan.with_dtypes({n: dtype_name(t.dtype) for n, t in floats.items()})
+        plan = self._plan.with_dtypes({n: dtype_name(t.dtype) for n, t in floats.items()})
+        if plan is not self._plan:
+            self._set_plan(plan)
         return self
 
     # -- state
@@ -355,10 +361,10 @@ class Embedding(CompressedTable):
         Returns:
             (*, embedding_dim).
         """
-        if self._plan.is_dense or input.dim() == 1:
-            return lookup(self._plan, self.stores(), Bags(input, input), self.options)
+        if input.dim() == 1 or self._plan.is_dense:
+            return self._program((self.stores(),), Bags(input, input))
         ids = input.reshape(-1)
-        vectors = lookup(self._plan, self.stores(), Bags(ids, ids), self.options)
+        vectors = self._program((self.stores(),), Bags(ids, ids))
         return vectors.reshape(*input.shape, self.embedding_dim)
 
 
@@ -481,9 +487,13 @@ class EmbeddingBag(CompressedTable):
         if per_sample_weights is not None and self.mode != "sum":
             raise ValueError(f"per_sample_weights needs mode='sum', this module has {self.mode!r}")
         bags = make_bags(
-            input, offsets, per_sample_weights, include_last_offset=self.include_last_offset
+            input,
+            offsets,
+            per_sample_weights,
+            include_last_offset=self.include_last_offset,
+            check=False,
         )
-        return lookup(self._plan, self.stores(), bags, self.options)
+        return self._program((self.stores(),), bags)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mode={self.mode!r}"

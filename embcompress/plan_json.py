@@ -72,7 +72,7 @@ def _decode_kind(data: Any, *allowed: type, optional: bool = False) -> Any:
         return None
     kind = data.get("kind") if isinstance(data, dict) else None
     require(isinstance(kind, str) and kind in _KINDS, f"unknown kind in {data!r}")
-    cls = _KINDS[kind]
+    cls = _KINDS[str(kind)]
     require(cls in allowed, f"{cls.__name__} is not allowed here")
     return _decode(
         cls,

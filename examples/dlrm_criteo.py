@@ -2,14 +2,17 @@
 
     python examples/dlrm_criteo.py --data day_0.gz --method qr --budget 1%
 
-The defaults suit the full Kaggle file (45.8M rows): one epoch, split by time. A small file is
-gone over several times, so that there is something to see.
+The defaults suit the full Kaggle file (45.8M rows): one epoch, split by time, and values seen
+fewer than 10 times share one id (the optimizer's step touches every row of the tables, and rare
+values are most of the rows). A small file is gone over several times, in small batches, so that
+there is something to see.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +24,7 @@ from embcompress.data import ClickLog, load_click_log
 from embcompress.models import DLRM
 
 SMALL_ROWS = 1_000_000
+SMALL_BYTES = 256_000_000
 
 
 def arguments() -> argparse.Namespace:
@@ -32,10 +36,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="default: 1, or 2 for a small file")
     parser.add_argument("--batch-size", type=int, help="default: 2048, or 128 for a small file")
     parser.add_argument("--learning-rate", type=float, default=0.01)
-    parser.add_argument("--min-count", type=int, default=1, help="rarer values share one id")
+    parser.add_argument(
+        "--min-count", type=int, help="rarer values share one id; default: 10, small file: 1"
+    )
+    parser.add_argument("--threads", type=int, help="of torch; default: all cores, small file: 1")
     parser.add_argument("--cache", help="where prepared data is kept")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
+
+
+def file_bytes(path: Path) -> int:
+    """Size of a file, or of all files of a directory; 0 if there is none."""
+    files = path.iterdir() if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def build(log: ClickLog, width: int, method: str, budget: str, seed: int) -> DLRM:
@@ -76,10 +89,11 @@ def train_epoch(
 
 def main() -> None:
     options = arguments()
-    log = load_click_log(
-        f"criteo={options.data},min_count={options.min_count}", cache=options.cache
-    )
+    min_count = options.min_count or (1 if file_bytes(Path(options.data)) < SMALL_BYTES else 10)
+    log = load_click_log(f"criteo={options.data},min_count={min_count}", cache=options.cache)
     small = len(log) < SMALL_ROWS
+    # Threads that share out the operators of a small batch mostly wait for each other.
+    torch.set_num_threads(options.threads or (1 if small else torch.get_num_threads()))
     epochs = options.epochs or (2 if small else 1)
     batch_size = options.batch_size or (128 if small else 2048)
     split = log.split("time", validation=0.07, test=0.07)

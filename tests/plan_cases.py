@@ -57,10 +57,11 @@ class Case:
     whole: bool
 
     def __str__(self) -> str:
+        ids, weights = self.bags.ids, self.bags.weights
         return (
-            f"case {self.number}: {self.plan}, {self.bags.ids.numel()} {self.bags.ids.dtype} ids in "
+            f"case {self.number}: {self.plan}, {ids.numel()} {ids.dtype} ids in "
             f"{self.bags.offsets.numel() - 1} bags, "
-            f"{'no' if self.bags.weights is None else self.bags.weights.dtype} weights"
+            f"{'no' if weights is None else weights.dtype} weights"
         )
 
 
@@ -319,7 +320,7 @@ def _draw_ids(
         ends = torch.tensor([0, min(1, n - 1), max(0, n - 2), n - 1])
         ids = ends[torch.randint(0, 4, (count,), generator=generator)]
     if plan.padding_idx is not None:
-        ids[torch.rand(count, generator=generator) < choice.choice((0.0, 0.3, 1.0))] = (
+        ids[torch.rand(count, generator=generator) < choice.choice((0.0, 0.3, 0.3, 1.0))] = (
             plan.padding_idx
         )
     return ids
@@ -347,6 +348,28 @@ def make_bags_of(
         dtype = getattr(torch, choice.choice(FLOATS))
         weights = _floats((count,), generator, whole).to(dtype)
     return Bags(ids, ends.to(ids.dtype), weights)
+
+
+def make_feature_cases(number: int) -> list[Case]:
+    """Cases of one batch size, one dtype and int64 ids: the features of one collection."""
+    choice = random.Random(f"embcompress features {number}")
+    generator = torch.Generator().manual_seed(number)
+    dtype, whole = choice.choice(FLOATS), choice.random() < 0.5
+    weight_dtype = choice.choice((None, None, dtype))
+    batch = choice.choice((0, 1, 5, 33))
+    cases = []
+    for _ in range(choice.randint(1, 6)):
+        pool = "sum" if weight_dtype else choice.choice(("sum", "mean", "max"))
+        plan = PlanMaker(choice, pool, dtype).make()
+        lengths = [choice.choice((0, 1, 1, 1, 2, 5, 20)) for _ in range(batch)]
+        ids = _draw_ids(plan, sum(lengths), choice, generator)
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        weights = None
+        if weight_dtype:
+            weights = _floats((ids.numel(),), generator, whole).to(getattr(torch, weight_dtype))
+        stores = make_stores(plan, generator, whole=whole)
+        cases.append(Case(number, plan, stores, Bags(ids, ends, weights), whole))
+    return cases
 
 
 def with_leaves(case: Case) -> Case:

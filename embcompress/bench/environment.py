@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,10 +25,19 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-@cache
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Run torch's operators with so many threads, then with as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def environment() -> dict[str, Any]:
     """Versions and hardware, for records and reports."""
-
     try:
         own = version("embcompress")
     except PackageNotFoundError:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embcompress.bench.summary import Cell, Summary
+from embcompress.budget import parse_budget
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,7 +20,6 @@ _METRICS = {"auc": "test AUC (higher is better)", "logloss": "test log-loss (low
 def budget_figure(summary: Summary, metric: str) -> Figure:
     """Quality against the share of the dense bytes, on a log axis; bars are ± one deviation."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
 
     figure = Figure(figsize=(8.2, 4.6), layout="constrained")
     axes = figure.add_subplot()
@@ -28,18 +28,31 @@ def budget_figure(summary: Summary, metric: str) -> Figure:
         _draw(axes, sorted(cells, key=lambda c: c.bytes), metric, method, number)
     if summary.full is not None:
         value = getattr(summary.full, metric)
-        axes.axhline(value.mean, color="black", linewidth=1, linestyle="--", label="full table")
+        axes.axhline(value.mean, color="black", linewidth=1, linestyle="--", label="full (100%)")
         axes.axhspan(
             value.mean - value.deviation, value.mean + value.deviation, color="black", alpha=0.08
         )
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
+    _budget_ticks(axes, summary)
     axes.set_xlabel("bytes of all tables, share of the dense float32 tables")
     axes.set_ylabel(_METRICS[metric])
-    axes.set_title(f"{summary.data}  ({summary.dense_bytes:,} dense bytes)", fontsize=10)
-    axes.grid(alpha=0.3, which="both")
+    axes.set_title(f"{summary.title}  ({summary.dense_bytes:,} dense bytes)", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return figure
+
+
+def _budget_ticks(axes: Any, summary: Summary) -> None:
+    """One tick a budget, labelled with it, and nothing between."""
+    from matplotlib.ticker import NullLocator
+
+    shares = {
+        budget: parse_budget(budget, summary.dense_bytes) / summary.dense_bytes
+        for budget in summary.budgets
+    }
+    axes.set_xticks(list(shares.values()), list(shares))
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _draw(axes: Any, cells: list[Cell], metric: str, method: str, number: int) -> None:
@@ -49,6 +62,8 @@ def _draw(axes: Any, cells: list[Cell], metric: str, method: str, number: int) -
         [value.mean for value in values],
         yerr=[value.deviation for value in values],
         label=method,
+        linewidth=1.8,
+        markersize=6,
         color=_COLORS[number % len(_COLORS)],
         marker=_MARKERS[number % len(_MARKERS)],
         linestyle="-" if number < len(_COLORS) else ":",

@@ -12,24 +12,33 @@ from typing import Any
 Record = dict[str, Any]
 
 
+class SweepError(ValueError):
+    """A sweep cannot be run as it was asked for."""
+
+
 class RecordFile:
     """An append-only file of JSON objects, each with a unique ``"key"``.
 
     A line that a kill tore is cut off when the file is opened; its run is then done again.
 
+    Args:
+        path: the file; it need not exist.
+        read_only: leave the file as it is, a torn last line included: a sweep may be in the
+            middle of writing it.
+
     Raises:
         ValueError: a damaged line that is not the last; the message names it.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self.path, self.read_only = path, read_only
         self.records: dict[str, Record] = {}
-        self._load()
+        if not read_only:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            self._load()
 
     def _load(self) -> None:
-        if not self.path.exists():
-            return
         data = self.path.read_bytes()
         complete = data.rfind(b"\n") + 1
         for number, line in enumerate(data[:complete].splitlines(), 1):
@@ -41,18 +50,28 @@ class RecordFile:
                     f"{self.path}:{number} is not a record of a sweep ({error}); "
                     "mend or remove that line, or choose another --out"
                 ) from error
-        if complete < len(data):
-            with self.path.open("r+b") as stream:
-                stream.truncate(complete)
+        if complete < len(data) and not self.read_only:
+            os.truncate(self.path, complete)
 
     def append(self, record: Record) -> None:
-        """Write one record whole, to the disk."""
+        """Write one record whole, to the disk.
+
+        Raises:
+            ValueError: there is a record of this key, or a number that is not finite.
+            OSError: the disk took only a part, which is cut off again.
+        """
+        if self.read_only:
+            raise ValueError(f"{self.path} was opened for reading")
         if record["key"] in self.records:
             raise ValueError(f"there is already a record of {record['key']}")
-        line = json.dumps(record, sort_keys=False) + "\n"
+        line = (json.dumps(record, allow_nan=False) + "\n").encode()
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            os.write(descriptor, line.encode())
+            size = os.fstat(descriptor).st_size
+            written = os.write(descriptor, line)
+            if written < len(line):  # a full disk; the next line must not join this piece
+                os.ftruncate(descriptor, size)
+                raise OSError(f"{self.path} took {written} of {len(line)} bytes; is the disk full?")
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -70,7 +89,7 @@ def only_writer(directory: Path) -> Iterator[None]:
     """Hold a directory against a second sweep.
 
     Raises:
-        RuntimeError: another process holds it.
+        SweepError: another process holds it.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / ".lock").open("w") as stream:
@@ -82,5 +101,5 @@ def only_writer(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise RuntimeError(f"another sweep is writing to {directory}") from None
+            raise SweepError(f"another sweep is writing to {directory}") from None
         yield

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import base64
 import html
+import json
+import math
 import os
 import re
+import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from embcompress.bench.plots import save_plots
 from embcompress.bench.records import Record
+from embcompress.bench.settings import TrainingSettings, jsonable
 from embcompress.bench.summary import Cell, Summary, load_records, summarize
 from embcompress.text_table import markdown_table
 
@@ -24,31 +29,54 @@ tr:nth-child(even) td { background: #f4f4f4 } img { max-width: 100% } .best { fo
 """
 
 
-def _cell_text(cell: Cell | None, summary: Summary) -> str:
+def _cell_text(cell: Cell | None, summary: Summary, metric: str) -> str:
     if cell is None:
         return "–"
     if cell.auc is None:
         assert cell.smallest_bytes is not None
-        return f"needs {100 * cell.smallest_bytes / summary.dense_bytes:.2g}%"
-    return cell.auc.text()
+        return f"needs {percent_at_least(cell.smallest_bytes, summary.dense_bytes)}%"
+    return getattr(cell, metric).text()
 
 
-def table_rows(summary: Summary) -> tuple[list[str], list[list[tuple[str, bool]]]]:
-    """Header, and rows of (text, is best of its column): AUC by method and budget."""
+def percent_at_least(count: int, dense_bytes: int) -> str:
+    """The percentage in two digits, rounded up: a budget written so can be met."""
+    percent = 100 * count / dense_bytes
+    step = 10.0 ** (math.floor(math.log10(percent)) - 1)
+    return f"{math.ceil(percent / step - 1e-9) * step:.2g}"
+
+
+_NAMES = {
+    "auc": "test AUC",
+    "logloss": "test log-loss",
+    "single_epoch_auc": "test AUC, one epoch",
+}
+
+
+def table_rows(
+    summary: Summary, metric: str = "auc"
+) -> tuple[list[str], list[list[tuple[str, bool]]]]:
+    """Header, and rows of (text, is best of its column): a metric by method and budget.
+
+    Args:
+        metric: ``"auc"``, ``"logloss"`` or ``"single_epoch_auc"``.
+    """
     budgets = summary.budgets
     rows = []
     for method in summary.methods:
         if method == "full":
             continue
         cells = [
-            (_cell_text(summary.find(method, budget), summary), summary.best(budget) == method)
+            (
+                _cell_text(summary.find(method, budget), summary, metric),
+                summary.best(budget, metric) == method,
+            )
             for budget in budgets
         ]
         rows.append([(method, False), *cells])
     if summary.full is not None:
-        text = _cell_text(summary.full, summary)
+        text = _cell_text(summary.full, summary, metric)
         rows.insert(0, [("full (100%)", False), *[(text, False)] * len(budgets)])
-    return ["test AUC", *budgets], rows
+    return [_NAMES[metric], *budgets], rows
 
 
 def markdown_results(summary: Summary) -> str:
@@ -66,10 +94,11 @@ def print_tables(summaries: list[Summary]) -> None:
     console = Console()
     for summary in summaries:
         header, rows = table_rows(summary)
-        title = f"{summary.data}: {summary.dense_bytes:,} dense bytes"
+        title = f"\n{summary.title}: {summary.dense_bytes:,} dense bytes"
         if summary.teacher_auc is not None:
             title += f", the teacher's own AUC is {summary.teacher_auc:.4f}"
-        table = Table(title=title, title_justify="left")
+        console.print(title, highlight=False, markup=False)
+        table = Table()
         for number, name in enumerate(header):
             table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
         for row in rows:
@@ -111,6 +140,34 @@ def _details(summary: Summary) -> tuple[list[str], list[list[tuple[str, bool]]]]
     return header, rows
 
 
+#: Options of the command line by the setting that they set.
+_OPTIONS = {
+    "model": "--model",
+    "split": "--split",
+    "embedding_dim": "--embedding-dim",
+    "epochs": "--epochs",
+    "batch_size": "--batch-size",
+    "learning_rates": "--learning-rates",
+}
+
+
+def sweep_command(records: list[Record], directory: Path) -> str:
+    """The command that makes these records (of one summary), read off their keys."""
+    keys = [json.loads(record["key"]) for record in records]
+    methods, seeds = (list(dict.fromkeys(key[name] for key in keys)) for name in ("method", "seed"))
+    budgets = list(dict.fromkeys(key["budget"] for key in keys if key["method"] != "full"))
+    parts = ["embcompress", "sweep", "--data", keys[0]["data"], "--methods", ",".join(methods)]
+    if budgets:
+        parts += ["--budgets", ",".join(budgets)]
+    parts += ["--seeds", ",".join(map(str, sorted(seeds)))]
+    default = jsonable(asdict(TrainingSettings()))
+    for name, value in keys[0]["training"].items():
+        if name in _OPTIONS and value != default[name]:
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            parts += [_OPTIONS[name], text]
+    return shlex.join([*parts, "--out", str(directory)])
+
+
 def _section(summary: Summary, plots: list[Path]) -> str:
     images = "".join(
         f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,'
@@ -123,7 +180,8 @@ def _section(summary: Summary, plots: list[Path]) -> str:
         else f"<p>The noise ceiling, the teacher's own AUC: {summary.teacher_auc:.4f}.</p>"
     )
     return (
-        f"<h2>{html.escape(summary.data)}</h2>{ceiling}{_html_table(*table_rows(summary))}"
+        f"<h2>{html.escape(summary.title)}</h2>{ceiling}"
+        f"{''.join(_html_table(*table_rows(summary, metric)) for metric in _NAMES)}"
         f"{images}<h3>Every cell</h3>{_html_table(*_details(summary))}"
     )
 
@@ -137,12 +195,20 @@ def _environment_text(record: Record) -> str:
     )
 
 
+def _commands(records: list[Record], directory: Path) -> list[str]:
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        key = json.loads(record["key"])
+        groups.setdefault(json.dumps([key["data"], key["training"]]), []).append(record)
+    return [sweep_command(group, directory) for group in groups.values()]
+
+
 def write_report(directory: Path, command: str = "") -> list[Summary]:
     """Write ``report.html`` and PNG files from the records in a directory.
 
     Args:
         directory: of a sweep.
-        command: the command that made it, to be shown.
+        command: the command that made it, to be shown; read off the records where it is empty.
 
     Returns:
         What the report shows.
@@ -154,10 +220,11 @@ def write_report(directory: Path, command: str = "") -> list[Summary]:
     summaries = summarize(records)
     sections = []
     for summary in summaries:
-        stem = "" if len(summaries) == 1 else re.sub(r"\W+", "-", summary.data).strip("-") + "-"
+        stem = "" if len(summaries) == 1 else re.sub(r"\W+", "-", summary.title).strip("-") + "-"
         sections.append(_section(summary, save_plots(summary, directory, stem)))
     finished = [record for record in records if "auc" in record]
-    shown = f"<p><code>{html.escape(command)}</code></p>" if command else ""
+    commands = [command] if command else _commands(records, directory)
+    shown = "".join(f"<p><code>{html.escape(text)}</code></p>" for text in commands)
     page = (
         "<!doctype html><html lang=en><meta charset=utf-8><title>Memory-budget sweep</title>"
         f"<style>{_STYLE}</style><h1>Memory-budget sweep</h1>{shown}"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from embcompress.budget import parse_budget
 from embcompress.methods import method_class
 
 MODELS = ("dlrm",)
@@ -47,6 +48,8 @@ class TrainingSettings:
         for name in ("embedding_dim", "epochs", "patience", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.split not in ("random", "time"):
+            raise ValueError(f"split must be 'random' or 'time', got {self.split!r}")
         if not self.learning_rates or min(self.learning_rates) <= 0:
             raise ValueError(f"learning_rates must be positive, got {self.learning_rates}")
 
@@ -81,6 +84,9 @@ class SweepSettings:
         methods: names from the registry; ``"full"`` runs once a seed, at 100 %.
         budgets: shares or bytes for all tables together.
         seeds: of the split, the start values, the order of the rows and the hash keys.
+        threads: of torch inside an operator. The models here are small: more threads gain next
+            to nothing on an idle machine, and wait for each other on a busy one. Not a part of
+            a run's key.
     """
 
     data: tuple[str, ...]
@@ -88,14 +94,19 @@ class SweepSettings:
     budgets: tuple[str, ...]
     seeds: tuple[int, ...] = (0,)
     training: TrainingSettings = TrainingSettings()
+    threads: int = 1
 
     def __post_init__(self) -> None:
         for name in ("data", "methods", "budgets", "seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):
                 raise ValueError(f"{name} must be distinct and not empty, got {list(values)}")
+        if self.threads < 1:
+            raise ValueError(f"threads must be at least 1, got {self.threads}")
         for method in self.methods:
             method_class(method)  # raises ValueError naming the methods there are
+        for budget in self.budgets:
+            parse_budget(budget, 1 << 40)  # raises ValueError before anything is trained
 
     def runs(self) -> Iterator[Run]:
         """Every run, the seeds of a cell one after another."""

@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+import json
+import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from embcompress.bench.records import Record, RecordFile
 from embcompress.bench.settings import FULL_BUDGET
 from embcompress.bench.sweep import IMPOSSIBLE, RESULTS
+from embcompress.budget import parse_budget
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """Mean and sample standard deviation (0 for one value)."""
+    """Mean and sample standard deviation (0 for one value); infinite where a run diverged."""
 
     mean: float
     deviation: float
     count: int
 
     @classmethod
-    def of(cls, values: Iterable[float]) -> Statistic:
-        numbers = list(values)
+    def of(cls, values: Iterable[float | None]) -> Statistic:
+        given = list(values)
+        numbers = [value for value in given if value is not None]
+        if len(numbers) < len(given):
+            return cls(math.inf, 0.0, len(given))
         deviation = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
         return cls(statistics.fmean(numbers), deviation, len(numbers))
 
     def text(self, digits: int = 4) -> str:
         """``0.7816 ± 0.0010``."""
+        if math.isinf(self.mean):
+            return "diverged"
         if self.count == 1:
             return f"{self.mean:.{digits}f}"
         return f"{self.mean:.{digits}f} ± {self.deviation:.{digits}f}"
@@ -60,12 +69,22 @@ class Cell:
 
 @dataclass(frozen=True)
 class Summary:
-    """All cells of one click log."""
+    """All cells of one click log, trained with one set of settings.
+
+    Attributes:
+        differing: settings in which it differs from other summaries of the same click log.
+    """
 
     data: str
     cells: tuple[Cell, ...]
     dense_bytes: int
     teacher_auc: float | None
+    differing: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def title(self) -> str:
+        """The click log, and what tells this summary from others of it."""
+        return ", ".join([self.data, *(f"{name} {value}" for name, value in self.differing)])
 
     @property
     def methods(self) -> list[str]:
@@ -75,9 +94,9 @@ class Summary:
 
     @property
     def budgets(self) -> list[str]:
-        """In order of first appearance, without the full table's."""
+        """Largest first, without the full table's."""
         budgets = dict.fromkeys(cell.budget for cell in self.cells if cell.method != "full")
-        return list(budgets)
+        return sorted(budgets, key=lambda budget: -parse_budget(budget, self.dense_bytes))
 
     @property
     def full(self) -> Cell | None:
@@ -90,10 +109,12 @@ class Summary:
                 return cell
         return None
 
-    def best(self, budget: str) -> str | None:
-        """The method with the best mean AUC at a budget."""
+    def best(self, budget: str, metric: str = "auc") -> str | None:
+        """The method with the best mean at a budget: the lowest log-loss, the highest of others."""
         tried = [c for c in self.cells if c.budget == budget and c.auc and c.method != "full"]
-        return max(tried, key=lambda c: c.auc.mean).method if tried else None  # type: ignore[union-attr]
+        sign = -1 if metric == "logloss" else 1
+        key = {cell.method: sign * getattr(cell, metric).mean for cell in tried}
+        return max(key, key=key.__getitem__) if key else None
 
 
 def _cell(records: list[Record]) -> Cell:
@@ -122,26 +143,49 @@ def load_records(directory: Path) -> list[Record]:
     """
     if not (directory / RESULTS).exists():
         raise FileNotFoundError(f"no {RESULTS} in {directory}")
-    return [*RecordFile(directory / RESULTS), *RecordFile(directory / IMPOSSIBLE)]
+    files = (directory / RESULTS, directory / IMPOSSIBLE)
+    return [record for path in files for record in RecordFile(path, read_only=True)]
+
+
+def _training(record: Record) -> dict[str, Any]:
+    """The training settings of a record: what it was run with, as its key has them."""
+    settings: dict[str, Any] = json.loads(record["key"])["training"]
+    return settings
 
 
 def summarize(records: Iterable[Record]) -> list[Summary]:
-    """One summary for each click log."""
-    groups: dict[str, dict[tuple[str, str], list[Record]]] = {}
+    """One summary for each click log and set of training settings: nothing else may be averaged."""
+    groups: dict[tuple[str, str], list[Record]] = {}
     for record in records:
-        cells = groups.setdefault(record["data"], {})
-        cells.setdefault((record["method"], record["budget"]), []).append(record)
+        settings = json.dumps(_training(record), sort_keys=True)
+        groups.setdefault((record["data"], settings), []).append(record)
     summaries = []
-    for data, cells in groups.items():
-        finished = [r for part in cells.values() for r in part if "auc" in r]
+    for (data, _), group in groups.items():
+        finished = [record for record in group if "auc" in record]
         if not finished:
             continue
+        cells: dict[tuple[str, str], list[Record]] = {}
+        for record in group:
+            cells.setdefault((record["method"], record["budget"]), []).append(record)
+        others = [_training(part[0]) for (name, _), part in groups.items() if name == data]
         summaries.append(
             Summary(
                 data,
                 tuple(_cell(part) for part in cells.values()),
                 finished[0]["dense_bytes"],
                 finished[0].get("teacher_auc"),
+                _differing(_training(finished[0]), others),
             )
         )
     return summaries
+
+
+def _differing(
+    settings: dict[str, Any], others: Iterable[dict[str, Any]]
+) -> tuple[tuple[str, Any], ...]:
+    others = list(others)
+    return tuple(
+        (name, value)
+        for name, value in settings.items()
+        if any(other.get(name) != value for other in others)
+    )

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from embcompress.bench.display import SweepDisplay
-from embcompress.bench.environment import environment
+from embcompress.bench.environment import environment, torch_threads
 from embcompress.bench.records import Record, RecordFile, only_writer
 from embcompress.bench.settings import Run, SweepSettings, jsonable
 from embcompress.bench.training import (
     Trained,
     build_model,
+    finite,
     test_scores,
     train,
     validation_record,
 )
-from embcompress.budget import BudgetError
+from embcompress.budget import BudgetError, parse_budget
 from embcompress.data.click_log import ClickLog
 from embcompress.data.load import load_click_log
 from embcompress.memory import MemoryReport, memory
+from embcompress.models import DLRM
+from embcompress.modules import EmbeddingBag
 
 RESULTS, IMPOSSIBLE = "results.jsonl", "impossible.jsonl"
 
@@ -60,27 +63,31 @@ class Sweep:
             self.impossible.append(_impossible_record(run, error))
             display.end(run, None)
             return
-        size = memory(model)
+        size, lookup = _checked_memory(run, model), _lookup_settings(model)
         split = log.split(
             run.training.split,  # type: ignore[arg-type]
             seed=run.seed,
             validation=run.training.validation,
             test=run.training.test,
         )
-        trials: list[Trained] = []
+        best: Trained | None = None  # the others' weights are let go
+        trials: list[dict[str, float]] = []
         for learning_rate in learning_rates:
             if trials:
                 model = build_model(log, run.training, run.method, run.budget, run.seed)
             observe = display.observer(learning_rate)
-            trials.append(train(model, log, split, run.training, learning_rate, run.seed, observe))
-        best = max(trials, key=lambda trial: trial.validation[trial.best_epoch - 1].auc)
+            trained = train(model, log, split, run.training, learning_rate, run.seed, observe)
+            trials.append({"learning_rate": learning_rate, "auc": trained.best_auc})
+            if best is None or trained.best_auc > best.best_auc:
+                best = trained
+        assert best is not None  # there is at least one learning rate
         scores = test_scores(best, log, split.test)
-        record = _result_record(run, log, best, trials, size)
+        record = _result_record(run, log, best, trials, size, lookup)
         record["auc"], record["logloss"] = (
             scores[best.best_epoch].auc,
-            scores[best.best_epoch].logloss,
+            finite(scores[best.best_epoch].logloss),
         )
-        record["single_epoch"] = {"auc": scores[1].auc, "logloss": scores[1].logloss}
+        record["single_epoch"] = {"auc": scores[1].auc, "logloss": finite(scores[1].logloss)}
         self.results.append(record)
         display.end(run, record)
 
@@ -105,14 +112,40 @@ def _impossible_record(run: Run, error: BudgetError) -> Record:
     }
 
 
+def _checked_memory(run: Run, model: DLRM) -> MemoryReport:
+    """The model's bytes; a method that broke its promise stops the sweep."""
+    size = memory(model)
+    budget_bytes = parse_budget(run.budget, size.dense)
+    if size.total > budget_bytes:
+        raise AssertionError(
+            f"{run.method} at {run.budget} takes {size.total} bytes, its budget is {budget_bytes}"
+        )
+    return size
+
+
+def _lookup_settings(model: DLRM) -> list[dict[str, Any]]:
+    """What each table was made into, in words."""
+    return [
+        {"table": name, "method": bag.method, "bytes": bag.plan.bytes, "plan": str(bag.plan)}
+        for name, bag in model.embeddings.embedding_bags.items()
+        if isinstance(bag, EmbeddingBag)
+    ]
+
+
 def _result_record(
-    run: Run, log: ClickLog, best: Trained, trials: Iterable[Trained], size: MemoryReport
+    run: Run,
+    log: ClickLog,
+    best: Trained,
+    trials: list[dict[str, float]],
+    size: MemoryReport,
+    lookup: list[dict[str, Any]],
 ) -> Record:
     return {
         "key": run.key,
         "method": run.method,
         "budget": run.budget,
         "bytes": size.total,
+        "budget_bytes": parse_budget(run.budget, size.dense),
         "dense_bytes": size.dense,
         "seed": run.seed,
         "data": run.data,
@@ -126,10 +159,8 @@ def _result_record(
         "best_epoch": best.best_epoch,
         "epochs": len(best.validation),
         "validation": validation_record(best),
-        "learning_rate_trials": [
-            {"learning_rate": t.learning_rate, "auc": t.validation[t.best_epoch - 1].auc}
-            for t in trials
-        ],
+        "learning_rate_trials": trials,
+        "lookup": lookup,
         "rows": len(log),
         "teacher_auc": log.meta.get("teacher_auc"),
         "settings": jsonable(run.training.__dict__),
@@ -149,7 +180,7 @@ def run_sweep(
         cache: prepared click logs (see :func:`embcompress.data.load_click_log`).
         quiet: show no progress.
     """
-    with only_writer(directory):
+    with only_writer(directory), torch_threads(settings.threads):
         sweep = Sweep(settings, directory, cache)
         with SweepDisplay(quiet=quiet) as display:
             sweep.run(display)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -47,6 +48,11 @@ class Trained:
     train_seconds: float = 0.0
     examples: int = 0
 
+    @property
+    def best_auc(self) -> float:
+        """Validation AUC of the best epoch."""
+        return self.validation[self.best_epoch - 1].auc
+
 
 def build_model(
     log: ClickLog, settings: TrainingSettings, method: str, budget: str, seed: int
@@ -83,10 +89,19 @@ def predict(model: nn.Module, log: ClickLog, rows: NDArray[np.int64]) -> NDArray
 
 
 def evaluate(model: nn.Module, log: ClickLog, rows: NDArray[np.int64]) -> Score:
-    """AUC and log-loss of the rows."""
+    """AUC and log-loss of the rows.
+
+    Raises:
+        ValueError: all rows have the same label: there is no AUC.
+    """
     from sklearn.metrics import log_loss, roc_auc_score
 
     label, probability = log.labels[rows], predict(model, log, rows).astype(np.float64)
+    if label.min() == label.max():
+        raise ValueError(
+            f"all {len(rows)} rows to be evaluated have the label {label[0]}, so there is no AUC; "
+            "use more rows, or another split"
+        )
     if not np.isfinite(probability).all():  # a learning rate too far: the worst score there is
         return Score(0.0, float("inf"))
     return Score(
@@ -149,8 +164,7 @@ def _train_epoch(
 
 def _keep_state(trained: Trained, epoch: int) -> None:
     """Keep the weights of the first epoch and of the best so far."""
-    best = epoch == 1 or trained.validation[-1].auc > trained.validation[trained.best_epoch - 1].auc
-    if not best:
+    if epoch > 1 and trained.validation[-1].auc <= trained.best_auc:
         return
     state = {key: value.detach().clone() for key, value in trained.model.state_dict().items()}
     if trained.best_epoch > 1:
@@ -169,6 +183,11 @@ def test_scores(trained: Trained, log: ClickLog, rows: NDArray[np.int64]) -> dic
     return scores
 
 
-def validation_record(trained: Trained) -> list[dict[str, float]]:
+def finite(value: float) -> float | None:
+    """The number, or None (JSON's null) where a training diverged."""
+    return value if math.isfinite(value) else None
+
+
+def validation_record(trained: Trained) -> list[dict[str, float | None]]:
     """Validation scores as JSON objects, an epoch each."""
-    return [asdict(score) for score in trained.validation]
+    return [{"auc": score.auc, "logloss": finite(score.logloss)} for score in trained.validation]

@@ -1,4 +1,10 @@
-"""Running a plan: one entry, :func:`lookup`, over the engines that can."""
+"""Running plans: :class:`Program` picks the engine, :func:`lookup` and :func:`lookup_features`
+are its plain forms.
+
+Three engines give the same results: torch's own operator for a dense table (bit for bit torch's
+module), the compiled operators (``ops.py``), and the reference (``reference.py``), which runs
+everything else.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +15,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from embcompress.engine import ops
 from embcompress.engine.bags import Bags, check_ids, check_offsets, make_bags
-from embcompress.engine.reference import lookup_reference
+from embcompress.engine.encoding import EncodedPlans, can_encode, encode_plans
+from embcompress.engine.reference import lookup_reference, output_dtype
 from embcompress.plan import LookupPlan
 
 __all__ = [
     "Bags",
     "GradientOptions",
+    "Program",
     "check_ids",
     "check_offsets",
     "lookup",
     "lookup_features",
     "make_bags",
 ]
+
+Stores = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -37,90 +48,212 @@ class GradientOptions:
     sparse: bool = False
 
 
-def lookup(
-    plan: LookupPlan,
-    stores: Mapping[str, Tensor],
-    bags: Bags,
-    options: GradientOptions = GradientOptions(),
-) -> Tensor:
-    """Vectors (``plan.pool == "none"``) or pooled bags of ids.
+class Program:
+    """The plans of some features, encoded once; call it with the stores and the bags.
 
     Args:
-        plan: the plan.
-        stores: tensors by store name; float stores (rows, width), packed ones (bytes,) uint8.
-        bags: canonical input; its ids are checked here.
+        plans: one for each feature; those of several features must pool.
         options: only :attr:`GradientOptions.sparse` applies to plans that are not dense.
-
-    Returns:
-        (N, embedding_dim) or (B, embedding_dim).
-
-    Raises:
-        IndexError: an id outside ``[0, plan.num_embeddings)``.
     """
-    check_ids(bags.ids, plan.num_embeddings)
-    if plan.is_dense:
-        return _lookup_dense(plan, stores[plan.stores[0].name], bags, options)
-    return lookup_reference(plan, stores, bags, sparse=options.sparse)
 
+    def __init__(
+        self, plans: Sequence[LookupPlan], options: GradientOptions = GradientOptions()
+    ) -> None:
+        self.plans, self.options = tuple(plans), options
+        self._dense = len(plans) == 1 and plans[0].is_dense
+        self._encoded: EncodedPlans | None = None
+        if ops.is_available() and all(map(can_encode, plans)):
+            numbers, count = [], 0
+            for plan in plans:
+                names = [store.name for store in plan.stores]
+                numbers.append({name: count + position for position, name in enumerate(names)})
+                count += len(names)
+            self._encoded = encode_plans(plans, numbers)
+        self._has_heads = any(plan.head is not None for plan in plans)
+        self._has_quantization = any(
+            store.quantization is not None for plan in plans for store in plan.stores
+        )
 
-def _lookup_dense(plan: LookupPlan, weight: Tensor, bags: Bags, options: GradientOptions) -> Tensor:
-    """The uncompressed table is torch's own operator, bit for bit."""
-    if plan.pool == "none":
-        return F.embedding(
+    def __call__(self, stores: Sequence[Stores], bags: Bags) -> Tensor:
+        """Vectors (one feature, ``pool="none"``), or the pooled bags of all features.
+
+        Args:
+            stores: for each feature its tensors by store name: float ones (rows, width), packed
+                ones (bytes,) uint8.
+            bags: feature-major ids and offsets.
+
+        Returns:
+            (N, embedding_dim), or (B, sum of embedding_dim).
+
+        Raises:
+            IndexError: an id outside ``[0, num_embeddings)``.
+            ValueError: offsets that describe no bags.
+        """
+        if self._dense:
+            return self._run_dense(stores[0], bags)
+        if self._encoded is not None and self._can_run_compiled(stores, bags):
+            return self._run_compiled(self._encoded, stores, bags)
+        return self._run_reference(stores, bags)
+
+    # -- torch's own operator
+
+    def _run_dense(self, stores: Stores, bags: Bags) -> Tensor:
+        (plan,), options = self.plans, self.options
+        weight = stores[plan.stores[0].name]
+        check_ids(bags.ids, plan.num_embeddings)
+        if plan.pool == "none":
+            return F.embedding(
+                bags.ids,
+                weight,
+                plan.padding_idx,
+                options.max_norm,
+                options.norm_type,
+                options.scale_grad_by_freq,
+                options.sparse,
+            )
+        if not bags.checked:
+            check_offsets(bags.offsets, bags.ids.numel())
+        return F.embedding_bag(
             bags.ids,
             weight,
-            plan.padding_idx,
+            bags.offsets,
             options.max_norm,
             options.norm_type,
             options.scale_grad_by_freq,
+            plan.pool,
             options.sparse,
+            bags.weights,
+            include_last_offset=True,
+            padding_idx=plan.padding_idx,
         )
-    return F.embedding_bag(
-        bags.ids,
-        weight,
-        bags.offsets,
-        options.max_norm,
-        options.norm_type,
-        options.scale_grad_by_freq,
-        plan.pool,
-        options.sparse,
-        bags.weights,
-        include_last_offset=True,
-        padding_idx=plan.padding_idx,
-    )
+
+    # -- the compiled operators
+
+    def _can_run_compiled(self, stores: Sequence[Stores], bags: Bags) -> bool:
+        if bags.ids.device.type != "cpu":
+            return False
+        if bags.weights is not None and bags.weights.dtype == torch.float64:
+            return False
+        if not self._has_quantization or not torch.is_grad_enabled():
+            return True
+        # Learned steps of packed stores take their gradients from the reference.
+        return not any(
+            tensors[name].requires_grad
+            for plan, tensors in zip(self.plans, stores, strict=True)
+            for store in plan.stores
+            if (quantization := store.quantization) is not None
+            for name in (quantization.scale, quantization.bias)
+            if name is not None
+        )
+
+    def _run_compiled(self, encoded: EncodedPlans, stores: Sequence[Stores], bags: Bags) -> Tensor:
+        tensors = [
+            each[store.name]
+            for plan, each in zip(self.plans, stores, strict=True)
+            for store in plan.stores
+        ]
+        plain = len(self.plans) == 1 and self.plans[0].pool == "none"
+        arguments = (
+            tensors,
+            bags.ids.contiguous(),
+            None if plain else bags.offsets.contiguous(),
+            None if bags.weights is None else bags.weights.contiguous(),
+            encoded.tensor,
+            len(self.plans),
+            encoded.num_columns,
+            self.options.sparse and not torch.compiler.is_compiling(),
+        )
+        if torch.compiler.is_compiling():
+            pooled = torch.ops.embcompress.lookup(*arguments)
+        else:
+            try:
+                pooled = torch.ops.embcompress.lookup(*arguments)
+            except RuntimeError:
+                # The kernel says that something is wrong; the check says what, and raises it.
+                self._check(bags)
+                raise
+        return self._finish(encoded, stores, pooled)
+
+    def _finish(self, encoded: EncodedPlans, stores: Sequence[Stores], pooled: Tensor) -> Tensor:
+        """Apply heads, and give the columns their dtype."""
+        if self._has_heads:
+            parts = []
+            for plan, each, column in zip(self.plans, stores, encoded.columns, strict=True):
+                part = pooled[:, column : column + plan.width]
+                if plan.head is not None:
+                    part = F.linear(part, each[plan.head.weight].float())
+                parts.append(part)
+            pooled = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        dtype = output_dtype(self.plans[0], stores[0])
+        return pooled if dtype == torch.float32 else pooled.to(dtype)
+
+    # -- the reference
+
+    def _feature_bags(self, bags: Bags) -> list[Bags]:
+        """The bags of each feature."""
+        if len(self.plans) == 1:
+            return [bags]
+        check_offsets(bags.offsets, bags.ids.numel())
+        batch, remainder = divmod(bags.offsets.numel() - 1, len(self.plans))
+        if remainder:
+            raise ValueError(
+                f"offsets has {bags.offsets.numel()} entries, which is not {len(self.plans)} "
+                "features * B + 1"
+            )
+        parts = []
+        for feature in range(len(self.plans)):
+            offsets = bags.offsets[feature * batch : (feature + 1) * batch + 1]
+            begin, end = int(offsets[0]), int(offsets[-1])
+            weights = None if bags.weights is None else bags.weights[begin:end]
+            parts.append(Bags(bags.ids[begin:end], offsets - begin, weights, checked=True))
+        return parts
+
+    def _check(self, bags: Bags) -> None:
+        """Raise what is wrong with ids or offsets."""
+        for plan, part in zip(self.plans, self._feature_bags(bags), strict=True):
+            if plan.pool != "none" and not part.checked:
+                check_offsets(part.offsets, part.ids.numel())
+            check_ids(part.ids, plan.num_embeddings)
+
+    def _run_reference(self, stores: Sequence[Stores], bags: Bags) -> Tensor:
+        columns = []
+        for plan, each, part in zip(self.plans, stores, self._feature_bags(bags), strict=True):
+            check_ids(part.ids, plan.num_embeddings)
+            if plan.pool != "none" and not part.checked:
+                check_offsets(part.offsets, part.ids.numel())
+            columns.append(lookup_reference(plan, each, part, sparse=self.options.sparse))
+        return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+
+
+def lookup(
+    plan: LookupPlan,
+    stores: Stores,
+    bags: Bags,
+    options: GradientOptions = GradientOptions(),
+) -> Tensor:
+    """Vectors (``plan.pool == "none"``) or pooled bags of ids; see :class:`Program`."""
+    return Program((plan,), options)((stores,), bags)
 
 
 def lookup_features(
     plans: Sequence[LookupPlan],
-    stores: Sequence[Mapping[str, Tensor]],
+    stores: Sequence[Stores],
     ids: Tensor,
     offsets: Tensor,
     weights: Tensor | None = None,
     options: GradientOptions = GradientOptions(),
 ) -> Tensor:
-    """Pooled bags of many features in one call.
+    """Pooled bags of many features in one call; see :class:`Program`.
 
     Args:
         plans: a pooling plan for each of F features.
         stores: the tensors of each plan by store name.
         ids: (N,) feature-major: all bags of feature 0, then all of feature 1, …
-        offsets: (F * B + 1,) checked offsets; bag b of feature f is number f * B + b.
+        offsets: (F * B + 1,); bag b of feature f is number f * B + b.
         weights: (N,) per-sample weights for plans that sum, or None.
-        options: as in :func:`lookup`.
+        options: as in :class:`Program`.
 
     Returns:
         (B, sum of embedding_dim), the columns of each feature in order.
     """
-    batch, remainder = divmod(offsets.numel() - 1, len(plans))
-    if remainder:
-        raise ValueError(
-            f"offsets has {offsets.numel()} entries, which is not {len(plans)} features * B + 1"
-        )
-    columns = []
-    for feature, (plan, tensors) in enumerate(zip(plans, stores, strict=True)):
-        part = offsets[feature * batch : (feature + 1) * batch + 1]
-        begin, end = int(part[0]), int(part[-1])
-        part_weights = None if weights is None else weights[begin:end]
-        bags = Bags(ids[begin:end], part - begin, part_weights)
-        columns.append(lookup(plan, tensors, bags, options))
-    return torch.cat(columns, dim=1)
+    return Program(plans, options)(stores, Bags(ids, offsets, weights))

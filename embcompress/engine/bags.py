@@ -23,11 +23,13 @@ class Bags:
         ids: (N,) int32 or int64.
         offsets: (B + 1,) of the ids' dtype, from 0 to N, not decreasing.
         weights: (N,) float per-sample weights, or None.
+        checked: whether the offsets are known to be right; an engine checks them otherwise.
     """
 
     ids: Tensor
     offsets: Tensor
     weights: Tensor | None = None
+    checked: bool = False
 
 
 def make_bags(
@@ -36,8 +38,12 @@ def make_bags(
     per_sample_weights: Tensor | None,
     *,
     include_last_offset: bool,
+    check: bool = True,
 ) -> Bags:
     """Canonical bags from the arguments of ``torch.nn.EmbeddingBag.forward``.
+
+    Args:
+        check: check the values of the offsets here; False leaves that to the engine.
 
     Raises:
         TypeError: ids or offsets that are not int32 or int64.
@@ -56,7 +62,7 @@ def make_bags(
             raise ValueError("offsets must be None when input is 2-D: every row is a bag")
         batch, length = input.shape
         ends = torch.arange(batch + 1, dtype=input.dtype, device=input.device) * length
-        return Bags(input.reshape(-1), ends, _flat(per_sample_weights))
+        return Bags(input.reshape(-1), ends, _flat(per_sample_weights), checked=True)
     if input.dim() != 1:
         raise ValueError(f"input must be 1-D (with offsets) or 2-D, got {input.dim()}-D")
     if offsets is None:
@@ -64,16 +70,17 @@ def make_bags(
     _check_integers("offsets", offsets)
     if offsets.dim() != 1:
         raise ValueError(f"offsets must be 1-D, got {offsets.dim()}-D")
-    # Like torch, int32 ids with int64 offsets (or the reverse) are promoted together.
-    dtype = torch.promote_types(input.dtype, offsets.dtype)
-    ids, offsets = input.to(dtype), offsets.to(dtype)
+    if input.dtype != offsets.dtype:
+        # Like torch, int32 ids with int64 offsets (or the reverse) are promoted together.
+        input, offsets = input.long(), offsets.long()
     if include_last_offset:
         if offsets.numel() == 0:
             raise ValueError("offsets must have at least one entry with include_last_offset=True")
     else:
-        offsets = torch.cat([offsets, offsets.new_full((1,), ids.numel())])
-    check_offsets(offsets, ids.numel())
-    return Bags(ids, offsets, per_sample_weights)
+        offsets = torch.cat([offsets, offsets.new_full((1,), input.numel())])
+    if check:
+        check_offsets(offsets, input.numel())
+    return Bags(input, offsets, per_sample_weights, checked=check)
 
 
 def _flat(weights: Tensor | None) -> Tensor | None:

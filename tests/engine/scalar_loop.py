@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -118,7 +119,7 @@ class ScalarLoop:
     ) -> list[Vector]:
         if self.plan.pool == "none":
             return [self.head(self.vector(id)) for id in ids]
-        ranges = zip(offsets, offsets[1:], strict=False)
+        ranges = itertools.pairwise(offsets)
         return [
             self.bag(ids[begin:end], None if weights is None else weights[begin:end])
             for begin, end in ranges

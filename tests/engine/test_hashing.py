@@ -78,7 +78,8 @@ def test_a_plan_reads_the_hashed_row(key: str, buckets: int, dtype: torch.dtype)
 def test_the_tensor_form_equals_the_integers_on_random_bits() -> None:
     random = np.random.default_rng(0)
     values = random.integers(-(2**63), 2**63, 500, endpoint=False, dtype=np.int64)
-    for key, buckets in zip(values[:50].tolist(), (values[50:100] & (2**63 - 1)).tolist()):
+    keys, buckets_of = values[:50].tolist(), (values[50:100] & (2**63 - 1)).tolist()
+    for key, buckets in zip(keys, buckets_of, strict=True):
         expected = [hash_bucket(id, key & MASK64, buckets) for id in values.tolist()]
         actual = reference.hash_bucket(torch.from_numpy(values), key & MASK64, buckets)
         assert actual.tolist() == expected

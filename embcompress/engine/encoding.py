@@ -1,0 +1,150 @@
+"""Plans as one flat int64 tensor, the form that the kernels read.
+
+The layout is that of the structs in ``csrc/plan.h``, field by field: a header, a record for every
+feature, a record for every probe. It is built once for a module, never per call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from embcompress.plan import Address, Code, Digit, Hash, LookupPlan, Probe, Sign, Weight
+
+FORMAT = 1
+#: Pools that the kernels run; the others are the reference's.
+POOLS = {"none": 0, "sum": 1, "mean": 2}
+_COMBINES = {"sum": 0, "mul": 1, "concat": 2}
+_KERNEL_FLOATS = ("float32", "float16", "bfloat16")
+_NO_ADDRESS = [0, 1, 1]
+_NO_CODE = [-1, 0, 0, 0, 0, 0, *_NO_ADDRESS]
+_NO_SCALE = [0, 0, -1, 0, *_NO_ADDRESS]
+_NO_QUANTIZATION = [0, -1, -1, 0, 0]
+
+
+@dataclass(frozen=True)
+class EncodedPlans:
+    """What the operators need to know of the plans of some features.
+
+    Attributes:
+        tensor: int64, on the CPU.
+        num_columns: columns of the output, before heads.
+        columns: first column of each feature.
+    """
+
+    tensor: Tensor
+    num_columns: int
+    columns: tuple[int, ...]
+
+
+def can_encode(plan: LookupPlan) -> bool:
+    """Whether the kernels run this plan (float64 and maxima are the reference's)."""
+    floats = all(not s.is_float or s.dtype in _KERNEL_FLOATS for s in plan.stores)
+    return floats and plan.pool in POOLS
+
+
+def encode_plans(
+    plans: Sequence[LookupPlan], store_numbers: Sequence[dict[str, int]]
+) -> EncodedPlans:
+    """Encode the plans of some features.
+
+    Args:
+        plans: one for each feature; :func:`can_encode` holds for all.
+        store_numbers: for each feature, the position of its stores in the operator's list.
+    """
+    features: list[int] = []
+    probes: list[list[int]] = []
+    columns, column = [], 0
+    for plan, numbers in zip(plans, store_numbers, strict=True):
+        features += [
+            plan.num_embeddings,
+            -1 if plan.padding_idx is None else plan.padding_idx,
+            POOLS[plan.pool],
+            _COMBINES[plan.combine],
+            plan.width,
+            column,
+            len(probes),
+            len(plan.probes),
+        ]
+        probes += _encode_probes(plan, numbers)
+        columns.append(column)
+        column += plan.width
+    header = [FORMAT, len(plans), len(probes), column]
+    values = [*header, *features, *(value for probe in probes for value in probe)]
+    tensor = torch.tensor(values, dtype=torch.int64, device="cpu")
+    return EncodedPlans(tensor, column, tuple(columns))
+
+
+def _encode_probes(plan: LookupPlan, numbers: dict[str, int]) -> list[list[int]]:
+    records, column = [], 0
+    for probe in plan.probes:
+        store = plan.store(probe.store)
+        address = probe.address.row if isinstance(probe.address, Code) else probe.address
+        records.append(
+            [
+                numbers[store.name],
+                probe.offset,
+                column,
+                store.width,
+                *_encode_address(address),
+                *_encode_code(plan, probe.address, numbers),
+                *_encode_scale(probe, numbers),
+                *_encode_quantization(plan, probe, numbers),
+            ]
+        )
+        column += store.width if plan.combine == "concat" else 0
+    return records
+
+
+def _signed(value: int) -> int:
+    """The int64 with the bits of an unsigned 64-bit integer."""
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _encode_address(address: Digit | Hash) -> list[int]:
+    if isinstance(address, Digit):
+        return [0, address.divisor, address.radix]
+    return [1, _signed(address.key), address.buckets]
+
+
+def _encode_code(plan: LookupPlan, address: Address, numbers: dict[str, int]) -> list[int]:
+    if not isinstance(address, Code):
+        return _NO_CODE
+    codes = plan.store(address.store)
+    otherwise = address.otherwise
+    return [
+        numbers[codes.name],
+        codes.bits,
+        codes.width,
+        address.column,
+        address.size,
+        int(otherwise is not None),
+        *(_NO_ADDRESS if otherwise is None else _encode_address(otherwise)),
+    ]
+
+
+def _encode_scale(probe: Probe, numbers: dict[str, int]) -> list[int]:
+    scale = probe.scale
+    if isinstance(scale, Sign):
+        return [1, _signed(scale.key), -1, 0, *_NO_ADDRESS]
+    if isinstance(scale, Weight):
+        return [2, 0, numbers[scale.store], scale.column, *_encode_address(scale.address)]
+    return _NO_SCALE
+
+
+def _encode_quantization(plan: LookupPlan, probe: Probe, numbers: dict[str, int]) -> list[int]:
+    store = plan.store(probe.store)
+    if store.quantization is None:
+        return _NO_QUANTIZATION
+    scale = plan.store(store.quantization.scale)
+    bias = store.quantization.bias
+    return [
+        store.bits,
+        numbers[scale.name],
+        -1 if bias is None else numbers[bias],
+        int(scale.rows > 1),
+        int(scale.width > 1),
+    ]

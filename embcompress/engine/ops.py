@@ -1,0 +1,144 @@
+"""The compiled operators ``embcompress::*``: loading, fake kernels, autograd, side by side.
+
+Schemas and kernels are in ``csrc/ops.cpp``. Without the extension, or with
+``EMBCOMPRESS_ENGINE=reference`` in the environment, :func:`is_available` is False and everything
+runs through the reference.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LOADED = False
+if os.environ.get("EMBCOMPRESS_ENGINE", "compiled") != "reference":
+    try:
+        from embcompress import _C  # type: ignore[attr-defined] # noqa: F401
+
+        _LOADED = True
+    except ImportError:
+        pass
+
+
+def is_available() -> bool:
+    """Whether the compiled engine is there."""
+    return _LOADED
+
+
+# --------------------------------------------------------------------------------- fake kernels
+
+
+def _fake_lookup(
+    stores: Sequence[Tensor],
+    ids: Tensor,
+    offsets: Tensor | None,
+    weights: Tensor | None,
+    encoding: Tensor,
+    num_features: int,
+    num_columns: int,
+    sparse: bool = False,
+) -> Tensor:
+    batch = ids.shape[0] if offsets is None else (offsets.shape[0] - 1) // num_features
+    return ids.new_empty((batch, num_columns), dtype=torch.float32)
+
+
+def _fake_lookup_backward(
+    grad: Tensor,
+    stores: Sequence[Tensor],
+    ids: Tensor,
+    offsets: Tensor | None,
+    weights: Tensor | None,
+    encoding: Tensor,
+    wanted: Sequence[int],
+) -> list[Tensor]:
+    return [grad.new_empty(stores[number].shape) for number in wanted]
+
+
+def _fake_lookup_backward_sparse(
+    grad: Tensor,
+    stores: Sequence[Tensor],
+    ids: Tensor,
+    offsets: Tensor | None,
+    weights: Tensor | None,
+    encoding: Tensor,
+    wanted: Sequence[int],
+) -> list[Tensor]:
+    touched = []
+    for number in wanted:
+        count = torch.library.get_ctx().new_dynamic_size()
+        touched.append(ids.new_empty((count,), dtype=torch.int64))
+        touched.append(grad.new_empty((count, stores[number].shape[1])))
+    return touched
+
+
+def _fake_lookup_backward_weights(
+    grad: Tensor,
+    stores: Sequence[Tensor],
+    ids: Tensor,
+    offsets: Tensor | None,
+    weights: Tensor | None,
+    encoding: Tensor,
+) -> Tensor:
+    return grad.new_empty(ids.shape)
+
+
+def _fake_lookup_backward_update(*arguments: Any) -> None:
+    """Nothing comes back: stores and state change in place."""
+
+
+# ------------------------------------------------------------------------------------- autograd
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    stores, ids, offsets, weights, encoding, _, _, sparse = inputs
+    # Saved together, so that a change between forward and backward is noticed.
+    ctx.save_for_backward(ids, offsets, weights, encoding, *stores)
+    ctx.sparse = sparse
+    ctx.wanted = [number for number, store in enumerate(stores) if store.requires_grad]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    ids, offsets, weights, encoding, *stores = ctx.saved_tensors
+    arguments = (grad.contiguous(), stores, ids, offsets, weights, encoding)
+    weights_gradient = None
+    if weights is not None and ctx.needs_input_grad[3]:
+        weights_gradient = torch.ops.embcompress.lookup_backward_weights(*arguments)
+        weights_gradient = weights_gradient.to(weights.dtype)
+    gradients: list[Tensor | None] = [None] * len(stores)
+    if ctx.wanted:
+        for number, gradient in zip(ctx.wanted, _store_gradients(ctx, arguments), strict=True):
+            gradients[number] = gradient.to(stores[number].dtype)
+    return gradients, None, None, weights_gradient, None, None, None, None
+
+
+def _store_gradients(ctx: Any, arguments: tuple[Any, ...]) -> list[Tensor]:
+    if not ctx.sparse:
+        return torch.ops.embcompress.lookup_backward(*arguments, ctx.wanted)
+    parts = torch.ops.embcompress.lookup_backward_sparse(*arguments, ctx.wanted)
+    stores = arguments[1]
+    return [
+        torch.sparse_coo_tensor(
+            rows[None],
+            values,
+            stores[number].shape,
+            is_coalesced=True,
+            check_invariants=False,
+        )
+        for number, rows, values in zip(ctx.wanted, parts[::2], parts[1::2], strict=True)
+    ]
+
+
+if _LOADED:
+    for _name, _fake in (
+        ("lookup", _fake_lookup),
+        ("lookup_backward", _fake_lookup_backward),
+        ("lookup_backward_sparse", _fake_lookup_backward_sparse),
+        ("lookup_backward_weights", _fake_lookup_backward_weights),
+        ("lookup_backward_update", _fake_lookup_backward_update),
+    ):
+        torch.library.register_fake(f"embcompress::{_name}", _fake)
+    torch.library.register_autograd("embcompress::lookup", _backward, setup_context=_setup_context)

@@ -1,0 +1,91 @@
+"""Training one run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import embcompress as ec
+from embcompress.bench import sweep as sweep_module
+from embcompress.bench.environment import torch_threads
+from embcompress.bench.settings import Run, SweepSettings, TrainingSettings
+from embcompress.bench.sweep import run_sweep
+from embcompress.bench.training import Trained, build_model, evaluate, test_scores, train
+from embcompress.data import ClickLog, load_click_log
+
+DATA = "synthetic:rows=1500,ids=300,features=3"
+SETTINGS = TrainingSettings(epochs=3, batch_size=128, learning_rates=(0.03,))
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> ClickLog:
+    return load_click_log(DATA, cache=tmp_path_factory.mktemp("cache"), progress=False)
+
+
+def trained(log: ClickLog, method: str = "qr", seed: int = 0) -> Trained:
+    model = build_model(log, SETTINGS, method, "50%", seed)
+    return train(model, log, log.split("random", seed=seed), SETTINGS, 0.03, seed)
+
+
+def test_a_seed_decides_everything_and_threads_nothing(log: ClickLog) -> None:
+    first = trained(log)
+    with torch_threads(2):
+        again = trained(log)
+    assert first.validation == again.validation
+    assert first.validation != trained(log, seed=1).validation
+
+
+def test_test_rows_are_not_looked_at_while_training(
+    log: ClickLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split, seen = log.split("random", seed=0), []
+    batch = log.batch
+    monkeypatch.setattr(log, "batch", lambda rows: (seen.append(rows), batch(rows))[1])
+    model = build_model(log, SETTINGS, "hash", "50%", 0)
+    result = train(model, log, split, SETTINGS, 0.03, 0)
+    assert not np.isin(np.concatenate(seen), split.test).any()
+    seen.clear()
+    scores = test_scores(result, log, split.test)
+    assert set(scores) == {1, result.best_epoch}
+    assert np.isin(np.concatenate(seen), split.test).all()
+
+
+def test_the_scores_are_those_of_the_kept_epochs(log: ClickLog) -> None:
+    split, result = log.split("random", seed=0), trained(log)
+    validation = test_scores(result, log, split.validation)
+    for epoch, score in validation.items():
+        assert score == result.validation[epoch - 1]
+
+
+def test_a_training_that_diverges_is_the_worst_and_not_an_error(log: ClickLog) -> None:
+    model = build_model(log, SETTINGS, "full", "100%", 0)
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    score = evaluate(model, log, log.split("random").test)
+    assert (score.auc, score.logloss) == (0.0, float("inf"))
+
+
+def test_rows_of_one_label_have_no_auc(log: ClickLog) -> None:
+    model = build_model(log, SETTINGS, "full", "100%", 0)
+    with pytest.raises(ValueError, match="all 5 rows to be evaluated have the label 1"):
+        evaluate(model, log, np.flatnonzero(log.labels == 1)[:5])
+
+
+def test_a_record_says_what_the_tables_were_made_into(log: ClickLog, tmp_path: Path) -> None:
+    settings = SweepSettings((DATA,), ("hash",), ("20%",), (0,), SETTINGS)
+    run_sweep(settings, tmp_path, cache=log.directory.parent, quiet=True)
+    (record,) = sweep_module.RecordFile(tmp_path / "results.jsonl")
+    model = build_model(log, SETTINGS, "hash", "20%", 0)
+    assert record["bytes"] == ec.memory(model).total <= record["budget_bytes"]
+    assert sum(table["bytes"] for table in record["lookup"]) == record["bytes"]
+    assert record["hardware"]["threads"] == 1
+
+
+def test_a_method_that_breaks_its_budget_stops_the_sweep(log: ClickLog) -> None:
+    model = build_model(log, SETTINGS, "full", "100%", 0)
+    with pytest.raises(AssertionError, match="its budget is"):
+        sweep_module._checked_memory(Run(DATA, "full", "10%", 0, replace(SETTINGS)), model)

@@ -1,0 +1,202 @@
+"""The compiled engine equals the reference on generated cases, values and every gradient."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+import embcompress.engine
+from embcompress.engine import Bags, GradientOptions, lookup, lookup_features
+from embcompress.plan import Digit, Hash, LookupPlan, Probe, Store
+from tests.engine.judging import WEIGHTS, Result, check, check_result, output_gradient, run
+from tests.plan_cases import Case, make_case, make_feature_cases, with_leaves
+
+CASES, FEATURE_CASES, BLOCK = 2000, 300, 100
+
+
+def reason_to_skip() -> str | None:
+    if os.environ.get("EMBCOMPRESS_ENGINE") == "reference":
+        return "EMBCOMPRESS_ENGINE=reference"
+    if not hasattr(torch.ops.embcompress, "lookup"):
+        return "the C++ extension is not built"
+    return None
+
+
+pytestmark = pytest.mark.skipif(reason_to_skip() is not None, reason=str(reason_to_skip()))
+
+
+@pytest.fixture
+def no_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine may not answer with the very code that it is compared to."""
+
+    def refuse(*arguments: object, **options: object) -> Tensor:
+        raise AssertionError("the engine fell back to the reference")
+
+    monkeypatch.setattr(embcompress.engine, "lookup_reference", refuse)
+
+
+def engine(case: Case, sparse: bool = False) -> Tensor:
+    return lookup(case.plan, case.stores, case.bags, GradientOptions(sparse=sparse))
+
+
+@pytest.mark.usefixtures("no_reference")
+@pytest.mark.parametrize("first", range(0, CASES, BLOCK))
+def test_generated_cases(first: int) -> None:
+    for number in range(first, first + BLOCK):
+        case = make_case(number)
+        if not case.plan.is_dense:  # that is torch's own operator
+            check(case, engine)
+
+
+@pytest.mark.usefixtures("no_reference")
+@pytest.mark.parametrize("first", range(CASES, CASES + 200, BLOCK))
+def test_sparse_gradients(first: int) -> None:
+    """The same numbers, in coalesced rows."""
+
+    def sparse_engine(case: Case) -> Tensor:
+        return engine(case, sparse=True)
+
+    for number in range(first, first + BLOCK):
+        case = make_case(number, dtype="float32")
+        if case.plan.is_dense:
+            continue
+        result = run(case, output_gradient(case), sparse_engine)
+        check_result(case, result, output_gradient(case))
+        for name, gradient in result.gradients.items():
+            if gradient is not None and gradient.is_sparse:
+                assert gradient.is_coalesced(), (name, case)
+                rows = gradient.indices()[0]
+                assert bool((rows[1:] > rows[:-1]).all()), (name, case)
+
+
+# ----------------------------------------------------------------------------------- features
+
+
+def run_features(cases: list[Case], gradients: list[Tensor]) -> list[Result]:
+    """One call for all features, taken apart again."""
+    leaves = [with_leaves(case) for case in cases]
+    starts = [0]
+    for case in cases:
+        starts.append(starts[-1] + case.bags.ids.numel())
+    offsets = [case.bags.offsets[:-1] + start for case, start in zip(cases, starts, strict=False)]
+    weights = [case.bags.weights for case in leaves]
+    output = lookup_features(
+        [case.plan for case in leaves],
+        [case.stores for case in leaves],
+        torch.cat([case.bags.ids for case in leaves]),
+        torch.cat([*offsets, torch.tensor([starts[-1]])]),
+        None if weights[0] is None else torch.cat(weights),
+    )
+    widths = [case.plan.embedding_dim for case in cases]
+    assert output.shape == (cases[0].bags.offsets.numel() - 1, sum(widths))
+    if output.requires_grad:
+        output.backward(torch.cat(gradients, dim=1).to(output.dtype))
+    results = []
+    for case, columns in zip(leaves, output.detach().split(widths, dim=1), strict=True):
+        found = {name: t.grad for name, t in case.stores.items() if t.requires_grad}
+        if case.bags.weights is not None:
+            found[WEIGHTS] = case.bags.weights.grad
+        results.append(Result(columns, found))
+    return results
+
+
+@pytest.mark.usefixtures("no_reference")
+@pytest.mark.parametrize("first", range(0, FEATURE_CASES, BLOCK))
+def test_features_in_one_call(first: int) -> None:
+    for number in range(first, first + BLOCK):
+        cases = make_feature_cases(number)
+        gradients = [output_gradient(case) for case in cases]
+        for case, result, gradient in zip(
+            cases, run_features(cases, gradients), gradients, strict=True
+        ):
+            half = any(store.dtype in ("float16", "bfloat16") for store in case.plan.stores)
+            if not (case.plan.is_dense and half):  # torch may add these up in half precision
+                check_result(case, result, gradient)
+
+
+@pytest.mark.usefixtures("no_reference")
+def test_features_that_share_a_store_add_their_gradients() -> None:
+    table = torch.arange(12.0).reshape(4, 3).requires_grad_()
+    plans = [
+        LookupPlan(9, 3, (Store("rows", 4, 3),), (Probe("rows", address),), pool="sum")
+        for address in (Hash(1, 4), Hash(2, 4), Digit(1, 4))
+    ]
+    ids = torch.tensor([0, 1, 2, 8, 8, 8, 3, 5, 7])
+    output = lookup_features(plans, [{"rows": table}] * 3, ids, torch.tensor([0, 1, 3, 4, 6, 7, 9]))
+    output.backward(torch.ones_like(output))
+    expected = torch.zeros(4, 3)
+    for feature, plan in enumerate(plans):
+        part = ids[3 * feature : 3 * feature + 3]
+        leaf = table.detach().clone().requires_grad_()
+        embcompress.engine.reference.lookup_reference(
+            plan, {"rows": leaf}, Bags(part, torch.tensor([0, 3]))
+        ).sum().backward()
+        expected += leaf.grad
+    assert torch.equal(table.grad, expected)
+
+
+# ------------------------------------------------------------------------------- determinism
+
+
+@pytest.mark.parametrize("first", range(0, 200, BLOCK))
+def test_the_number_of_threads_changes_no_bit(first: int) -> None:
+    before = torch.get_num_threads()
+    try:
+        for number in range(first, first + BLOCK):
+            case = make_case(number)
+            if case.plan.is_dense:
+                continue
+            gradient, results = output_gradient(case), []
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                results.append(run(case, gradient, engine))
+            for other in results[1:]:
+                assert torch.equal(results[0].output, other.output), case
+                for name, expected in results[0].gradients.items():
+                    actual = other.gradients[name]
+                    assert (actual is None) == (expected is None), (name, case)
+                    assert actual is None or torch.equal(actual, expected), (name, case)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("pool", ["none", "sum", "mean", "max"])
+def test_hot_ids_give_the_same_bits_every_time(pool: str) -> None:
+    plan = LookupPlan(1000, 16, (Store("rows", 50, 16),), (Probe("rows", Hash(3, 50)),), pool=pool)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 1000, (20_000,), generator=generator)
+    ids[torch.rand(len(ids), generator=generator) < 0.9] = 7
+    bags = Bags(ids, torch.arange(0, len(ids) + 1, 20))
+    stores = {"rows": torch.randn(50, 16, generator=generator)}
+    case = Case(0, plan, stores, bags, whole=False)
+    first = run(case, output_gradient(case), engine)
+    for _ in range(10):
+        again = run(case, output_gradient(case), engine)
+        assert torch.equal(again.output, first.output)
+        assert torch.equal(again.gradients["rows"], first.gradients["rows"])
+
+
+# ----------------------------------------------------------------------------------- hostility
+
+
+@pytest.mark.parametrize("bad", [-1, 10, 2**40])
+def test_ids_that_change_before_backward_are_refused(bad: int) -> None:
+    plan = LookupPlan(10, 4, (Store("rows", 5, 4),), (Probe("rows", Digit(2, 5)),), pool="sum")
+    ids = torch.tensor([1, 2, 3])
+    rows = torch.randn(5, 4, requires_grad=True)
+    output = lookup(plan, {"rows": rows}, Bags(ids, torch.tensor([0, 3])))
+    ids.numpy()[1] = bad  # behind autograd's back
+    with pytest.raises((IndexError, RuntimeError)):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("pool", ["sum", "mean", "max"])
+def test_a_number_that_is_none_is_not_hidden(pool: str) -> None:
+    plan = LookupPlan(3, 1, (Store("rows", 4, 1),), (Probe("rows", Digit(1, 3)),), pool=pool)
+    table = torch.tensor([[1.0], [torch.nan], [torch.inf], [0.0]])
+    bags = Bags(torch.tensor([0, 1, 2, 0, 2, 0]), torch.tensor([0, 3, 5, 6]))
+    output = lookup(plan, {"rows": table}, bags).flatten()
+    assert output[0].isnan() and output[1] == torch.inf and output[2] == 1

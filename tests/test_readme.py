@@ -1,0 +1,40 @@
+"""What the README says is true: its example runs, its tables are the registry's and the records'."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import embcompress as ec
+from embcompress.bench.report import markdown_results
+from embcompress.bench.summary import load_records, summarize
+from embcompress.text_table import markdown_table
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def between(name: str) -> str:
+    found = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", README, re.S)
+    assert found is not None
+    return found[1]
+
+
+def test_the_method_table_is_the_registry() -> None:
+    rows = [(f"`{name}`", text) for name, text in ec.methods().items()]
+    assert between("methods") == markdown_table(("method", "what it does"), rows)
+
+
+def test_the_results_are_the_committed_records() -> None:
+    (summary,) = summarize(load_records(ROOT / "docs" / "results" / "movielens-100k"))
+    assert between("results") == markdown_results(summary)
+
+
+def test_the_example_runs(capsys: object) -> None:
+    code = re.search(r"```python\n(.*?)```", README, re.S)
+    assert code is not None
+    namespace: dict[str, object] = {}
+    exec(code[1], namespace)  # noqa: S102
+    table = namespace["table"]
+    assert isinstance(table, ec.EmbeddingBag)
+    assert f"# {ec.memory(table).total} bytes" in code[1]
