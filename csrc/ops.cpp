@@ -369,7 +369,7 @@ void lookup_backward_update(Tensor grad, std::vector<Tensor> stores, Tensor ids,
 STABLE_TORCH_LIBRARY(embcompress, m) {
     m.def(
         "lookup(Tensor[] stores, Tensor ids, Tensor? offsets, Tensor? weights, Tensor encoding, "
-        "int num_features, int num_columns, bool sparse=False) -> Tensor");
+        "int num_features, int num_columns, bool sparse) -> Tensor");
     m.def(
         "lookup_backward(Tensor grad, Tensor[] stores, Tensor ids, Tensor? offsets, "
         "Tensor? weights, Tensor encoding, int[] wanted) -> Tensor[]");
@@ -395,7 +395,7 @@ STABLE_TORCH_LIBRARY_IMPL(embcompress, CPU, m) {
 }
 
 // An empty Python module: importing it loads the library, which registers the operators.
-extern "C" PyObject* PyInit__C(void) {
+PyMODINIT_FUNC PyInit__C(void) {
     static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
                                      nullptr, nullptr, nullptr, nullptr};
     return PyModule_Create(&definition);

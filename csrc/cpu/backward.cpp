@@ -55,13 +55,23 @@ class Coefficients {
     float reciprocal_ = 0.0f;
 };
 
-// One use of a store by a feature: as the rows of a probe, or as its learned scale.
+// What a store is to a probe: its rows, its learned scale, or the step or bias of packed rows.
+enum class Role { kRows, kScale, kStep, kBias };
+
 struct Use {
     const Feature* feature;
     int64_t number;  // of the feature
     int probe;
-    bool as_scale;
+    Role role;
 };
+
+// The row of the store that an id touches in this role; -1: none.
+EMBCOMPRESS_INLINE int64_t touched_row(const RowBlock& rows, const Use& use, int i) {
+    if (use.role == Role::kScale) return rows.scale_row(use.probe, i);
+    const int64_t row = rows.rows(use.probe)[i];
+    const bool shared = use.role != Role::kRows && !rows.probe(use.probe).quantization.per_row;
+    return row >= 0 && shared ? 0 : row;
+}
 
 // The ids of a block that belong to a partition, with their gradients.
 struct Chosen {
@@ -116,6 +126,20 @@ EMBCOMPRESS_INLINE float scale_gradient(const RowBlock& rows, const Feature& fea
     return coefficient * total;
 }
 
+// Gradient of the step or the bias of packed rows, from the gradient of the row's values.
+EMBCOMPRESS_INLINE void add_quantization_gradient(const RowBlock& rows, const Use& use, int i,
+                                                  const float* of_values, float* target) {
+    const Probe& probe = rows.probe(use.probe);
+    const Quantization& q = probe.quantization;
+    const float zero = q.bias_store < 0 ? static_cast<float>((1 << q.bits) - 1) / 2 : 0.0f;
+    const int64_t row = rows.rows(use.probe)[i];
+    for (int64_t c = 0; c < probe.width; ++c) {
+        const float factor =
+            use.role == Role::kBias ? 1.0f : rows.packed_code(use.probe, row, c) - zero;
+        target[q.per_column ? c : 0] += of_values[c] * factor;
+    }
+}
+
 struct Pass {
     const Lookup& lookup;
     const float* grad;
@@ -127,9 +151,9 @@ EMBCOMPRESS_INLINE float* sink_row(GradientSink& sink, int partition, int64_t ro
     return sink.dense != nullptr ? sink.dense + row * sink.width : sink.touched[partition].at(row);
 }
 
-// Adds the ids chosen from one block.
+// Adds the ids chosen from one block. `values` has room for one row.
 EMBCOMPRESS_INLINE void add_chosen(const Pass& pass, const Use& use, const Chosen& chosen,
-                                   RowBlock& rows, GradientSink& sink) {
+                                   RowBlock& rows, GradientSink& sink, std::vector<float>& values) {
     const Feature& feature = *use.feature;
     const int t = use.probe, n = chosen.count;
     rows.set_ids(chosen.ids, n);
@@ -137,17 +161,21 @@ EMBCOMPRESS_INLINE void add_chosen(const Pass& pass, const Use& use, const Chose
     for (int u = 0; u < rows.num_probes(); ++u) {
         if (u != t && !needs_others) continue;
         rows.find_rows(u, n);
-        if (u != t || use.as_scale || rows.scaled()) rows.find_pointers(u, n);
+        if (u != t || use.role == Role::kScale || rows.scaled()) rows.find_pointers(u, n);
     }
     for (int i = 0; i < n; ++i) {
-        if (use.as_scale) {
-            const Scale& scale = rows.probe(t).scale;
-            float* target = sink_row(sink, pass.partition, rows.scale_row(t, i));
-            target[scale.column] += scale_gradient(rows, feature, t, i, chosen.gradients[i],
-                                                   chosen.coefficients[i]);
+        const float* gradient = chosen.gradients[i];
+        const float coefficient = chosen.coefficients[i];
+        float* target = sink_row(sink, pass.partition, touched_row(rows, use, i));
+        if (use.role == Role::kRows) {
+            add_row_gradient(rows, feature, t, i, gradient, coefficient, target);
+        } else if (use.role == Role::kScale) {
+            target[rows.probe(t).scale.column] +=
+                scale_gradient(rows, feature, t, i, gradient, coefficient);
         } else {
-            add_row_gradient(rows, feature, t, i, chosen.gradients[i], chosen.coefficients[i],
-                             sink_row(sink, pass.partition, rows.rows(t)[i]));
+            std::fill(values.begin(), values.end(), 0.0f);
+            add_row_gradient(rows, feature, t, i, gradient, coefficient, values.data());
+            add_quantization_gradient(rows, use, i, values.data(), target);
         }
     }
 }
@@ -161,15 +189,15 @@ EMBCOMPRESS_INLINE bool add_use_inline(const Pass& pass, const Use& use, Gradien
     RowBlock finder(lookup, feature), rows(lookup, feature);
     BagCursor bags(lookup, first_bag);
     Coefficients coefficients(lookup, feature);
+    std::vector<float> values(finder.probe(use.probe).width);
     bool valid = true;
     for (int64_t position = begin; position < end; position += kBlock) {
         const int n = static_cast<int>(std::min<int64_t>(kBlock, end - position));
         valid &= finder.load_ids(position, n);
-        if (!use.as_scale) finder.find_rows(use.probe, n);
+        if (use.role != Role::kScale) finder.find_rows(use.probe, n);
         Chosen chosen;
         for (int i = 0; i < n; ++i) {
-            const int64_t row =
-                use.as_scale ? finder.scale_row(use.probe, i) : finder.rows(use.probe)[i];
+            const int64_t row = touched_row(finder, use, i);
             if (row < 0 || partition_of(row, pass.partitions) != pass.partition) continue;
             const int64_t bag = bags.at(position + i);
             chosen.ids[chosen.count] = finder.ids()[i];
@@ -177,7 +205,7 @@ EMBCOMPRESS_INLINE bool add_use_inline(const Pass& pass, const Use& use, Gradien
                 pass.grad + (bag - first_bag) * lookup.header.num_columns + feature.out_column;
             chosen.coefficients[chosen.count++] = coefficients.at(position + i, bag);
         }
-        add_chosen(pass, use, chosen, rows, sink);
+        add_chosen(pass, use, chosen, rows, sink, values);
     }
     return valid;
 }
@@ -192,9 +220,16 @@ std::vector<Use> uses_of(const Lookup& lookup, int64_t store) {
         const Feature& feature = lookup.features[f];
         for (int t = 0; t < feature.num_probes; ++t) {
             const Probe& probe = lookup.probes[feature.first_probe + t];
-            if (probe.store == store) uses.push_back({&feature, f, t, false});
+            const Quantization& q = probe.quantization;
+            if (probe.store == store) uses.push_back({&feature, f, t, Role::kRows});
             if (probe.scale.kind == ScaleKind::kWeight && probe.scale.store == store) {
-                uses.push_back({&feature, f, t, true});
+                uses.push_back({&feature, f, t, Role::kScale});
+            }
+            if (q.bits > 0 && q.scale_store == store) {
+                uses.push_back({&feature, f, t, Role::kStep});
+            }
+            if (q.bits > 0 && q.bias_store == store) {
+                uses.push_back({&feature, f, t, Role::kBias});
             }
         }
     }

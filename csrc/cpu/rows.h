@@ -144,6 +144,14 @@ class RowBlock {
         }
     }
 
+    // Code of column c of a packed row.
+    EMBCOMPRESS_INLINE float packed_code(int t, int64_t row, int64_t c) const {
+        const Probe& probe = probes_[t];
+        const StoreView& store = lookup_.stores[probe.store];
+        return static_cast<float>(unpack_bits(static_cast<const uint8_t*>(store.data), store.bytes,
+                                              row * probe.width + c, probe.quantization.bits));
+    }
+
     // Row of the learned scale of probe t for id number i.
     EMBCOMPRESS_INLINE int64_t scale_row(int t, int i) const {
         return ids_[i] < 0 ? -1 : address_row(probes_[t].scale.address, ids_[i]);

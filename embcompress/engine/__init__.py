@@ -18,7 +18,7 @@ from torch import Tensor
 from embcompress.engine import ops
 from embcompress.engine.bags import Bags, check_ids, check_offsets, make_bags
 from embcompress.engine.encoding import EncodedPlans, can_encode, encode_plans
-from embcompress.engine.reference import lookup_reference, output_dtype
+from embcompress.engine.reference import lookup_reference, output_dtype, pool_bags
 from embcompress.plan import LookupPlan
 
 __all__ = [
@@ -62,17 +62,25 @@ class Program:
         self.plans, self.options = tuple(plans), options
         self._dense = len(plans) == 1 and plans[0].is_dense
         self._encoded: EncodedPlans | None = None
+        self._parts: list[Program] = []
         if ops.is_available() and all(map(can_encode, plans)):
-            numbers, count = [], 0
-            for plan in plans:
-                names = [store.name for store in plan.stores]
-                numbers.append({name: count + position for position, name in enumerate(names)})
-                count += len(names)
-            self._encoded = encode_plans(plans, numbers)
+            self._encode()
         self._has_heads = any(plan.head is not None for plan in plans)
-        self._has_quantization = any(
-            store.quantization is not None for plan in plans for store in plan.stores
-        )
+
+    def _encode(self) -> None:
+        if any(plan.pool == "max" for plan in self.plans):
+            # A maximum is over vectors after the head, so each feature is pooled by itself.
+            if len(self.plans) > 1:
+                self._parts = [Program((plan,), self.options) for plan in self.plans]
+                return
+            plans = [self.plans[0].with_pool("none", self.plans[0].padding_idx)]
+        else:
+            plans = list(self.plans)
+        numbers, count = [], 0
+        for plan in plans:
+            numbers.append({store.name: count + i for i, store in enumerate(plan.stores)})
+            count += len(plan.stores)
+        self._encoded = encode_plans(plans, numbers)
 
     def __call__(self, stores: Sequence[Stores], bags: Bags) -> Tensor:
         """Vectors (one feature, ``pool="none"``), or the pooled bags of all features.
@@ -91,7 +99,10 @@ class Program:
         """
         if self._dense:
             return self._run_dense(stores[0], bags)
-        if self._encoded is not None and self._can_run_compiled(stores, bags):
+        if self._parts:
+            parts = zip(self._parts, stores, self._feature_bags(bags), strict=True)
+            return torch.cat([part((each,), own) for part, each, own in parts], dim=1)
+        if self._encoded is not None and _is_for_kernels(bags):
             return self._run_compiled(self._encoded, stores, bags)
         return self._run_reference(stores, bags)
 
@@ -129,30 +140,14 @@ class Program:
 
     # -- the compiled operators
 
-    def _can_run_compiled(self, stores: Sequence[Stores], bags: Bags) -> bool:
-        if bags.ids.device.type != "cpu":
-            return False
-        if bags.weights is not None and bags.weights.dtype == torch.float64:
-            return False
-        if not self._has_quantization or not torch.is_grad_enabled():
-            return True
-        # Learned steps of packed stores take their gradients from the reference.
-        return not any(
-            tensors[name].requires_grad
-            for plan, tensors in zip(self.plans, stores, strict=True)
-            for store in plan.stores
-            if (quantization := store.quantization) is not None
-            for name in (quantization.scale, quantization.bias)
-            if name is not None
-        )
-
     def _run_compiled(self, encoded: EncodedPlans, stores: Sequence[Stores], bags: Bags) -> Tensor:
         tensors = [
             each[store.name]
             for plan, each in zip(self.plans, stores, strict=True)
             for store in plan.stores
         ]
-        plain = len(self.plans) == 1 and self.plans[0].pool == "none"
+        pool = self.plans[0].pool
+        plain = pool in ("none", "max")  # a vector for every id
         arguments = (
             tensors,
             bags.ids.contiguous(),
@@ -172,10 +167,19 @@ class Program:
                 # The kernel says that something is wrong; the check says what, and raises it.
                 self._check(bags)
                 raise
-        return self._finish(encoded, stores, pooled)
+        pooled = self._apply_heads(encoded, stores, pooled)
+        if pool == "max":
+            if not bags.checked:
+                check_offsets(bags.offsets, bags.ids.numel())
+            pooled = pool_bags(self.plans[0], pooled, bags)
+        # Rounded once, at the end; features of several dtypes get the widest, as torch.cat gives.
+        dtype = output_dtype(self.plans[0], stores[0])
+        for plan, each in zip(self.plans[1:], stores[1:], strict=True):
+            dtype = torch.promote_types(dtype, output_dtype(plan, each))
+        return pooled if dtype == torch.float32 else pooled.to(dtype)
 
-    def _finish(self, encoded: EncodedPlans, stores: Sequence[Stores], pooled: Tensor) -> Tensor:
-        """Apply heads, and give the columns their dtype."""
+    def _apply_heads(self, encoded: EncodedPlans, stores: Sequence[Stores], pooled: Tensor) -> Tensor:
+        """Apply heads, which come after pooling where that is linear."""
         if self._has_heads:
             parts = []
             for plan, each, column in zip(self.plans, stores, encoded.columns, strict=True):
@@ -184,8 +188,7 @@ class Program:
                     part = F.linear(part, each[plan.head.weight].float())
                 parts.append(part)
             pooled = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        dtype = output_dtype(self.plans[0], stores[0])
-        return pooled if dtype == torch.float32 else pooled.to(dtype)
+        return pooled
 
     # -- the reference
 
@@ -223,6 +226,11 @@ class Program:
                 check_offsets(part.offsets, part.ids.numel())
             columns.append(lookup_reference(plan, each, part, sparse=self.options.sparse))
         return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+
+
+def _is_for_kernels(bags: Bags) -> bool:
+    wide = bags.weights is not None and bags.weights.dtype == torch.float64
+    return bags.ids.device.type == "cpu" and not wide
 
 
 def lookup(

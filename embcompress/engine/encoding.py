@@ -15,7 +15,7 @@ from torch import Tensor
 from embcompress.plan import Address, Code, Digit, Hash, LookupPlan, Probe, Sign, Weight
 
 FORMAT = 1
-#: Pools that the kernels run; the others are the reference's.
+#: Pools that the kernels run; maxima pool the kernels' vectors in torch.
 POOLS = {"none": 0, "sum": 1, "mean": 2}
 _COMBINES = {"sum": 0, "mul": 1, "concat": 2}
 _KERNEL_FLOATS = ("float32", "float16", "bfloat16")
@@ -41,9 +41,8 @@ class EncodedPlans:
 
 
 def can_encode(plan: LookupPlan) -> bool:
-    """Whether the kernels run this plan (float64 and maxima are the reference's)."""
-    floats = all(not s.is_float or s.dtype in _KERNEL_FLOATS for s in plan.stores)
-    return floats and plan.pool in POOLS
+    """Whether the kernels run this plan; float64 is the reference's."""
+    return all(not store.is_float or store.dtype in _KERNEL_FLOATS for store in plan.stores)
 
 
 def encode_plans(

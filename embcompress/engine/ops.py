@@ -7,21 +7,36 @@ runs through the reference.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_LOADED = False
-if os.environ.get("EMBCOMPRESS_ENGINE", "compiled") != "reference":
-    try:
-        from embcompress import _C  # type: ignore[attr-defined] # noqa: F401
 
-        _LOADED = True
-    except ImportError:
-        pass
+def _load() -> bool:
+    """Load the extension, which registers its operators; warn if it is there but will not load."""
+    if os.environ.get("EMBCOMPRESS_ENGINE", "compiled") == "reference":
+        return False
+    if importlib.util.find_spec("embcompress._C") is None:
+        return False
+    try:
+        importlib.import_module("embcompress._C")
+    except ImportError as error:
+        warnings.warn(
+            f"the compiled engine cannot be loaded ({error}); the slower pure-torch one runs. "
+            "It may have been built for another torch: install embcompress again",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+_LOADED = _load()
 
 
 def is_available() -> bool:
@@ -40,7 +55,7 @@ def _fake_lookup(
     encoding: Tensor,
     num_features: int,
     num_columns: int,
-    sparse: bool = False,
+    sparse: bool,
 ) -> Tensor:
     batch = ids.shape[0] if offsets is None else (offsets.shape[0] - 1) // num_features
     return ids.new_empty((batch, num_columns), dtype=torch.float32)
