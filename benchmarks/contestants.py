@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 import embcompress as ec
 from embcompress.budget import fit_plan, parse_budget
 from embcompress.collection import full_plan
-from embcompress.engine import Bags
+from embcompress.engine import Bags, ops
 from embcompress.engine.reference import lookup_reference
 from embcompress.methods import TableSpec
 from embcompress.plan import Code, LookupPlan, Weight
@@ -163,11 +162,9 @@ def default_methods() -> list[str]:
 
 def engine_name() -> str:
     """What runs our plans here."""
-    if os.environ.get("EMBCOMPRESS_ENGINE") == "reference":
-        return "the pure-torch reference (EMBCOMPRESS_ENGINE=reference)"
-    if hasattr(torch.ops.embcompress, "lookup"):
+    if ops.is_available():
         return "the compiled engine"
-    return "the pure-torch reference: the C++ extension is not built"
+    return "the pure-torch reference (no C++ extension, or EMBCOMPRESS_ENGINE=reference)"
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from contestants import (
     torch_full,
 )
 from criteo import CRITEO_CARDINALITIES, CollectionBatch, make_collection_batches
-from measure import Batch, machine_bandwidths, make_batches
+from measure import Batch, machine_bandwidths, make_batches, warn_if_busy
 from report import COMPOSED, FBGEMM, FULL, OURS, Benchmark, Contestant, Setting
 from torch import Tensor, nn
 
@@ -185,6 +185,8 @@ def run_collection(options: argparse.Namespace, benchmark: Benchmark) -> None:
 
 def main() -> None:
     options = arguments()
+    warn_if_busy()
+    benchmark = Benchmark(options.out)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     widths = sorted({*options.widths, 16})
@@ -192,7 +194,7 @@ def main() -> None:
     print(f"embcompress runs {engine_name()}")
     gathers = ", ".join(f"{w}: {b / 1e9:.1f}" for w, b in bandwidths["gather"].items())
     print(f"copy {bandwidths['copy'] / 1e9:.1f} GB/s; random gather by width {gathers} GB/s")
-    benchmark = Benchmark(options.out, bandwidths)
+    benchmark.bandwidths = bandwidths
     with torch.no_grad():
         if not options.no_tables:
             run_tables(options, benchmark)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -136,6 +137,21 @@ def speedup(seconds: Mapping[str, list[float]], name: str, baseline: str) -> Spr
 
 
 # -------------------------------------------------------------------------------------- machine
+
+
+def other_load() -> float:
+    """Processes that wanted a core over the last minute. Ask before the benchmark adds its own."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
+def warn_if_busy() -> None:
+    """Threads that wait for each other on a busy machine wait for the scheduler: milliseconds."""
+    load, cores = other_load(), os.cpu_count() or 1
+    if load > 0.3 * cores:
+        print(
+            f"warning: load average {load:.1f} on {cores} cores before the start; "
+            "the figures will be those of a busy machine"
+        )
 
 
 def _median_seconds(run: Callable[[], Any], repeats: int = 7) -> float:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from measure import Spread, interleave, speedup
+from measure import Spread, interleave, other_load, speedup
 
 from embcompress.bench.environment import environment
 from embcompress.plan import LookupPlan
@@ -66,6 +66,7 @@ class Benchmark:
     directory: Path
     bandwidths: dict[str, Any] | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
+    load_before: float = field(default_factory=other_load)
 
     def measure(
         self,
@@ -137,6 +138,7 @@ class Benchmark:
         content = {
             "command": " ".join(["python", *sys.argv]),
             **environment(),
+            "load_before": self.load_before,
             "bandwidths": self.bandwidths,
             "results": self.records,
         }

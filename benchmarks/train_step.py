@@ -32,7 +32,7 @@ from contestants import (
     torch_full,
 )
 from criteo import CRITEO_CARDINALITIES, CollectionBatch, make_collection_batches
-from measure import Batch, make_batches
+from measure import Batch, make_batches, warn_if_busy
 from report import COMPOSED, FBGEMM, FULL, OURS, Benchmark, Contestant, Setting
 from torch import Tensor, nn
 
@@ -272,6 +272,7 @@ def run_dlrm(options: argparse.Namespace, benchmark: Benchmark) -> None:
 
 def main() -> None:
     options = arguments()
+    warn_if_busy()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     warnings.filterwarnings("ignore", "Sparse invariant checks")  # of torch's own Adagrad

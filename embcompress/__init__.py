@@ -5,6 +5,7 @@ from embcompress.collection import EmbeddingBagCollection, TableConfig
 from embcompress.memory import MemoryReport, memory
 from embcompress.methods import Method, method_classes, methods, register, resolve_method
 from embcompress.modules import Embedding, EmbeddingBag
+from embcompress.optimizers import fuse_optimizer
 from embcompress.plan import LookupPlan, PlanError
 from embcompress.surgery import CompressionReport, compress
 
@@ -22,6 +23,7 @@ __all__ = [
     "PlanError",
     "TableConfig",
     "compress",
+    "fuse_optimizer",
     "memory",
     "methods",
     "register",

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from embcompress.budget import Budget, allocate, default_plan, parse_budget
-from embcompress.engine import Bags, Program, make_bags
+from embcompress.engine import Bags, GradientOptions, Program, make_bags
 from embcompress.methods import Method, TableSpec, resolve_method
 from embcompress.methods.full import Full
-from embcompress.modules import EmbeddingBag, dtype_name
+from embcompress.modules import EmbeddingBag, dtype_name, fused_stores
 from embcompress.plan import LookupPlan, Pool
 
 #: What a feature of a batch may be: (B,) ids, (B, L) bags, a jagged nested tensor, or
@@ -154,7 +154,12 @@ class EmbeddingBagCollection(nn.Module):
             raise ValueError("offsets must be given with ids; or pass a mapping of features")
         bags = make_bags(input, offsets, per_sample_weights, include_last_offset=True, check=False)
         modules = self._bags_of_features()
-        return self._program(modules)([module.stores() for module in modules], bags)
+        program = self._program(modules)
+        tables = list(dict.fromkeys(modules))
+        fused = None
+        if all(table._fuses_in_kernel for table in tables):
+            fused = fused_stores(program, tables)
+        return program([module.stores() for module in modules], bags, fused)
 
     def _program(self, modules: Sequence[EmbeddingBag]) -> Program:
         """The features' plans, encoded again only when one of them has changed."""
@@ -162,7 +167,9 @@ class EmbeddingBagCollection(nn.Module):
         if self._encoded is None or any(
             one is not other for one, other in zip(self._encoded.plans, plans, strict=True)
         ):
-            self._encoded = Program(plans)
+            numbers = {module: number for number, module in enumerate(dict.fromkeys(modules))}
+            options = GradientOptions(sparse=all(module.sparse for module in modules))
+            self._encoded = Program(plans, options, [numbers[module] for module in modules])
         return self._encoded
 
     def _concatenate(

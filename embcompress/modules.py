@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -10,12 +11,42 @@ from torch import Tensor, nn
 
 from embcompress.budget import Budget, default_plan, fit_plan, parse_budget
 from embcompress.engine import Bags, GradientOptions, Program, lookup, make_bags
+from embcompress.engine.fused import FusedStores, UpdateRule
 from embcompress.initialization import initialize_stores
 from embcompress.methods import Method, TableSpec, resolve_method
 from embcompress.plan import LookupPlan, PlanError, Pool
 
 _PLAN_KEY = "plan"
 _DENSE_CHUNK = 1 << 16
+
+
+def fused_stores(program: Program, tables: Sequence[CompressedTable]) -> FusedStores | None:
+    """What the backward pass of a program updates; None if that is nothing.
+
+    Args:
+        program: of the tables' plans.
+        tables: by owner number.
+    """
+    rule = tables[0].fused_rule
+    if rule is None or not torch.is_grad_enabled() or not program.is_compiled:
+        return None
+    wanted, states = [], []
+    for position, (owner, name) in enumerate(program.stores):
+        store = getattr(tables[owner], name)
+        if store.is_floating_point() and not store.requires_grad:
+            wanted.append(position)
+            states.append(tables[owner].optimizer_states(name))
+    empty = torch.empty(0)
+    padded = [[*state, empty, empty][:2] for state in states]
+    return FusedStores(
+        rule,
+        wanted,
+        [first for first, _ in padded],
+        [second for _, second in padded],
+        torch.zeros((), requires_grad=True),
+        [table.optimizer_step for table in tables],
+    )
+
 
 TableType = TypeVar("TableType", bound="CompressedTable")
 
@@ -48,6 +79,9 @@ class CompressedTable(nn.Module):
         super().__init__()
         self.method = method
         self.options = options
+        self.fused_rule: UpdateRule | None = None
+        self.optimizer_step: Tensor  # how often each store was updated, where it is fused
+        self._fuses_in_kernel = False
         self._set_plan(plan)
         for store in plan.stores:
             if store.is_float:
@@ -105,6 +139,10 @@ class CompressedTable(nn.Module):
             chunks.append(lookup(plan, stores, Bags(ids, ids)))
         return torch.cat(chunks)
 
+    def _run(self, bags: Bags) -> Tensor:
+        fused = fused_stores(self._program, (self,)) if self._fuses_in_kernel else None
+        return self._program((self.stores(),), bags, fused)
+
     # -- changing
 
     def reset_parameters(self, std: float = 1.0) -> None:
@@ -124,6 +162,59 @@ class CompressedTable(nn.Module):
         if plan is not self._plan:
             self._set_plan(plan)
         return self
+
+    # -- fused optimizers
+
+    def fuse(self, rule: UpdateRule, states: dict[Tensor, list[Tensor]]) -> None:
+        """Update the stores in the backward pass; see :func:`embcompress.fuse_optimizer`.
+
+        Args:
+            rule: how.
+            states: state of the stores that were fused already; new ones are added.
+        """
+        self.fused_rule = rule
+        heads = [] if self._plan.head is None else [self._plan.head.weight]
+        compiled = self._program.is_compiled and all(
+            store.dtype == "float32" for store in self._plan.stores if store.is_float
+        )
+        if not compiled:
+            self.options = replace(self.options, sparse=True)
+            self._set_plan(self._plan)
+        if "optimizer_step" not in self._buffers:
+            count = len(self._plan.stores)
+            self.register_buffer("optimizer_step", torch.zeros(count, dtype=torch.int64))
+        for position, (name, store) in enumerate(self.stores().items()):
+            if not store.is_floating_point():
+                continue
+            known = store in states
+            own = states.setdefault(store, rule.new_states(store) if not known else [])
+            for number, state in enumerate(own):
+                self.register_buffer(f"optimizer_{name}_{number}", state)
+            if compiled and name not in heads:
+                store.requires_grad_(False)
+            elif not known:
+                store.register_post_accumulate_grad_hook(self._updater(position, name))
+        self._fuses_in_kernel = compiled
+
+    def _updater(self, position: int, name: str) -> Callable[[Tensor], None]:
+        """A hook that updates one store by its gradient, in torch."""
+
+        def update(store: Tensor) -> None:
+            rule, gradient = self.fused_rule, store.grad
+            assert rule is not None and gradient is not None
+            if not self._fuses_in_kernel:
+                self.optimizer_step[position] += 1
+            step = max(1, int(self.optimizer_step[position]))
+            rule.update(store, gradient, self.optimizer_states(name), step)
+            store.grad = None
+
+        return update
+
+    def optimizer_states(self, name: str) -> list[Tensor]:
+        """State of one store's fused optimizer."""
+        rule = self.fused_rule
+        assert rule is not None
+        return [getattr(self, f"optimizer_{name}_{k}") for k in range(rule.num_states)]
 
     # -- state
 
@@ -362,9 +453,9 @@ class Embedding(CompressedTable):
             (*, embedding_dim).
         """
         if input.dim() == 1 or self._plan.is_dense:
-            return self._program((self.stores(),), Bags(input, input))
+            return self._run(Bags(input, input))
         ids = input.reshape(-1)
-        vectors = self._program((self.stores(),), Bags(ids, ids))
+        vectors = self._run(Bags(ids, ids))
         return vectors.reshape(*input.shape, self.embedding_dim)
 
 
@@ -493,7 +584,7 @@ class EmbeddingBag(CompressedTable):
             include_last_offset=self.include_last_offset,
             check=False,
         )
-        return self._program((self.stores(),), bags)
+        return self._run(bags)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mode={self.mode!r}"

@@ -162,7 +162,8 @@ class Code:
 
     Attributes:
         store: name of an unsigned store without quantization.
-        size: every code that is not absent is below this bound.
+        size: every code that is not absent is below this bound. (Where a damaged one is not, the
+            probe's vector is zero: no engine reads past a store.)
         row: address of the row in the table of codes.
         column: column of the table of codes.
         otherwise: address to use where the code is absent; its rows follow the same bound.

@@ -8,9 +8,10 @@ bit for bit, and equal vectors (ties of a maximum) are frequent.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -241,17 +242,22 @@ class PlanMaker:
 # ------------------------------------------------------------------------------------- stores
 
 
-def pack_bits(numbers: list[int], bits: int) -> Tensor:
+def pack_bits(numbers: Sequence[int], bits: int) -> Tensor:
     """(bytes,) uint8: the numbers packed low bits first, without padding."""
-    stream = 0
-    for position, number in enumerate(numbers):
-        stream |= number << (position * bits)
-    size = -(-len(numbers) * bits // 8)
-    return torch.tensor(list(stream.to_bytes(size, "little")), dtype=torch.uint8)
+    values = np.asarray(numbers, dtype=np.int64)
+    stream = (values[:, None] >> np.arange(bits)) & 1
+    return torch.from_numpy(np.packbits(stream.astype(np.uint8).ravel(), bitorder="little"))
+
+
+def unpack_bits(packed: Tensor, bits: int) -> list[int]:
+    """All numbers of a packed store, and those that its last byte has room for."""
+    stream = np.unpackbits(packed.numpy(), bitorder="little").astype(np.int64)
+    stream = stream[: len(stream) // bits * bits].reshape(-1, bits)
+    return (stream << np.arange(bits)).sum(1).tolist()
 
 
 def make_stores(plan: LookupPlan, generator: torch.Generator, *, whole: bool) -> dict[str, Tensor]:
-    """Tensors for every store of a plan, its codes within their bounds or absent."""
+    """Tensors for every store of a plan, its codes within their bounds, absent, or now and then damaged."""
     bounds: dict[str, int] = {}
     for probe in plan.probes:
         if isinstance(probe.address, Code):
@@ -267,7 +273,9 @@ def make_stores(plan: LookupPlan, generator: torch.Generator, *, whole: bool) ->
             tensors[store.name] = values.to(getattr(torch, store.dtype))
         else:
             count = store.rows * store.width
-            bound = bounds.get(store.name, 1 << store.bits)
+            whole_range = 1 << store.bits
+            damaged = bool(torch.rand((), generator=generator) < 0.1)
+            bound = whole_range if damaged else bounds.get(store.name, whole_range)
             codes = torch.randint(0, bound, (count,), generator=generator)
             if store.quantization is None:
                 share = float(torch.randint(0, 3, (), generator=generator)) / 2
@@ -372,13 +380,13 @@ def make_feature_cases(number: int) -> list[Case]:
     return cases
 
 
-def with_leaves(case: Case) -> Case:
-    """A copy of the case whose floats are leaves that require gradients."""
+def with_leaves(case: Case, frozen: Collection[str] = ()) -> Case:
+    """A copy of the case whose floats, but for the frozen stores, are leaves with gradients."""
 
-    def leaf(tensor: Tensor) -> Tensor:
+    def leaf(tensor: Tensor, learned: bool = True) -> Tensor:
         copy = tensor.detach().clone()
-        return copy.requires_grad_() if copy.is_floating_point() else copy
+        return copy.requires_grad_(learned and copy.is_floating_point())
 
-    stores = {name: leaf(tensor) for name, tensor in case.stores.items()}
+    stores = {name: leaf(tensor, name not in frozen) for name, tensor in case.stores.items()}
     weights = None if case.bags.weights is None else leaf(case.bags.weights)
     return replace(case, stores=stores, bags=replace(case.bags, weights=weights))

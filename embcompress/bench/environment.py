@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from embcompress.engine import ops
+
 
 @cache
 def processor_name() -> str:
@@ -48,6 +50,7 @@ def environment() -> dict[str, Any]:
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
+        "engine": "compiled" if ops.is_available() else "reference",
         "hardware": {
             "processor": processor_name(),
             "cores": os.cpu_count(),

@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 import html
 import json
-import math
 import os
 import re
 import shlex
 from dataclasses import asdict
+from decimal import ROUND_CEILING, Decimal
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,10 @@ def _cell_text(cell: Cell | None, summary: Summary, metric: str) -> str:
 
 def percent_at_least(count: int, dense_bytes: int) -> str:
     """The percentage in two digits, rounded up: a budget written so can be met."""
-    percent = 100 * count / dense_bytes
-    step = 10.0 ** (math.floor(math.log10(percent)) - 1)
-    return f"{math.ceil(percent / step - 1e-9) * step:.2g}"
+    percent = Decimal(100 * count) / dense_bytes
+    rounded = percent.quantize(Decimal((0, (1,), percent.adjusted() - 1)), ROUND_CEILING)
+    text = f"{rounded:f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 _NAMES = {
@@ -189,9 +190,10 @@ def _section(summary: Summary, plots: list[Path]) -> str:
 def _environment_text(record: Record) -> str:
     hardware: dict[str, Any] = record["hardware"]
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    engine = f"{record['engine']} engine; " if "engine" in record else ""
     return (
         f"{hardware['processor']}, {hardware['threads']} threads of {hardware['cores']} cores; "
-        f"{versions}; last run {record['date']}"
+        f"{engine}{versions}; last run {record['date']}"
     )
 
 

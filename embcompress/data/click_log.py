@@ -132,7 +132,13 @@ class ClickLog:
                     "delete the directory and prepare the data again"
                 )
             return cls(path, meta)
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        except (
+            AttributeError,
+            json.JSONDecodeError,
+            KeyError,
+            TypeError,
+            UnicodeDecodeError,
+        ) as error:
             raise ClickLogError(
                 f"{path / _META} is damaged ({error!r}); delete {path} and prepare again"
             ) from error
@@ -299,6 +305,11 @@ class ClickLogWriter:
         for key, values in columns.items():
             if key.endswith("_ids") and key != "ids":
                 raise ValueError("bags are written by write_bag")
+            if start + len(values) > self.meta["rows"]:
+                raise ValueError(
+                    f"{self.meta['name']}: rows beyond the {self.meta['rows']} that were counted; "
+                    "did the source change while it was read?"
+                )
             self.columns[key][start : start + len(values)] = values
 
     def write_bag(

@@ -19,7 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embcompress.data.click_log import ClickLog, ClickLogWriter, Feature, partial_directory
-from embcompress.data.delimited import BLOCK_BYTES, Block, MalformedRows, blocks, read_columns
+from embcompress.data.delimited import (
+    BLOCK_BYTES,
+    Block,
+    MalformedRows,
+    blocks,
+    read_columns,
+    right_rows,
+)
 from embcompress.data.progress import RowProgress
 from embcompress.data.vocabulary import (
     FIRST_ID,
@@ -54,8 +61,10 @@ class CriteoSettings:
     def __post_init__(self) -> None:
         if self.min_count < 1:
             raise ValueError(f"min_count must be at least 1, got {self.min_count}")
-        if self.hash_ids_to is not None and self.hash_ids_to <= FIRST_ID:
-            raise ValueError(f"hash_ids_to must exceed {FIRST_ID}, got {self.hash_ids_to}")
+        if self.hash_ids_to is not None and not FIRST_ID < self.hash_ids_to < 2**31:
+            raise ValueError(
+                f"hash_ids_to must be above {FIRST_ID} and below 2**31, got {self.hash_ids_to}"
+            )
 
 
 @dataclass(frozen=True)
@@ -64,26 +73,26 @@ class CriteoRows:
 
     label: NDArray[np.uint8]
     dense: NDArray[np.float32]
-    values: NDArray[np.uint64]
+    values: NDArray[np.uint32]
     missing: NDArray[np.bool_]
 
 
 # ---------------------------------------------------------------------------------- parsing
 
 
-def _hex_values(column: Any) -> tuple[NDArray[np.uint64], NDArray[np.bool_], NDArray[np.bool_]]:
+def _hex_values(column: Any) -> tuple[NDArray[np.uint32], NDArray[np.bool_], NDArray[np.bool_]]:
     """Values, missing mask and bad mask of a string column of 8-digit hex numbers."""
     lengths = np.diff(np.frombuffer(column.buffers()[1], np.int32)[: len(column) + 1])
     missing, bad = lengths == 0, (lengths != 0) & (lengths != 8)
-    values = np.zeros(len(column), np.uint64)
+    values = np.zeros(len(column), np.uint32)
     usable = ~(missing | bad)
     if usable.any():
         starts = np.frombuffer(column.buffers()[1], np.int32)[: len(column)][usable]
         text = np.frombuffer(column.buffers()[2], np.uint8)
-        nibbles = _NIBBLES[text[starts[:, None] + np.arange(8)]]
-        bad[np.flatnonzero(usable)[(nibbles > 15).any(axis=1)]] = True
-        weights = np.uint64(16) ** np.arange(7, -1, -1, dtype=np.uint64)
-        values[usable] = (nibbles.astype(np.uint64) * weights).sum(axis=1, dtype=np.uint64)
+        nibbles = _NIBBLES[np.lib.stride_tricks.sliding_window_view(text, 8)[starts]]
+        bad[usable] = nibbles.max(axis=1) > 15
+        packed = (nibbles[:, 0::2] << 4) | nibbles[:, 1::2]
+        values[usable] = packed.view(">u4")[:, 0]
     return values, missing, bad
 
 
@@ -116,16 +125,11 @@ def parse_block(block: Block, malformed: MalformedRows) -> CriteoRows:
     for position, name in enumerate(INTEGERS):
         numbers, bad[name] = _integers(columns[name])
         dense[:, position] = np.log1p(np.maximum(np.nan_to_num(numbers, nan=0.0), 0.0))
-    values = np.empty((len(lines), len(CATEGORIES)), np.uint64)
+    values = np.empty((len(lines), len(CATEGORIES)), np.uint32)
     missing = np.empty(values.shape, bool)
     for position, name in enumerate(CATEGORIES):
         values[:, position], missing[:, position], bad[name] = _hex_values(columns[name])
-    wrong = np.logical_or.reduce(list(bad.values()))
-    for row in np.flatnonzero(wrong):
-        name = next(name for name in COLUMNS if name in bad and bad[name][row])
-        text = columns[name][int(row)].as_py()
-        malformed.add(block.path, int(lines[row]), f"{name} = {text!r}")
-    right = ~wrong
+    right = right_rows(block.path, lines, columns, bad, malformed)
     return CriteoRows(label[right].astype(np.uint8), dense[right], values[right], missing[right])
 
 
@@ -160,16 +164,22 @@ class _Checkpoint:
     def load(self, malformed: MalformedRows, counters: Sequence[ValueCounter]) -> _Place:
         try:
             saved = json.loads((self.directory / "checkpoint.json").read_text())
-            if saved["source"] != self.source:  # other files or settings: begin anew
-                return _Place()
+            if saved["source"] != self.source:
+                return self._begin()
             # The counts belong to the checkpoint that names them, never to another.
             with np.load(self.directory / saved["counts"], allow_pickle=False) as counts:
                 for number, counter in enumerate(counters):
                     counter.restore(counts[f"values_{number}"], counts[f"counts_{number}"])
         except (OSError, KeyError, ValueError, zipfile.BadZipFile):
-            return _Place()
+            return self._begin()
         malformed.count, malformed.examples = saved["malformed"], saved["examples"]
         return _Place(**saved["place"])
+
+    def _begin(self) -> _Place:
+        """Nothing of an earlier attempt, of other files or settings perhaps, is kept."""
+        for path in self.directory.iterdir():
+            path.unlink()
+        return _Place()
 
     def save(
         self,
@@ -244,7 +254,7 @@ class _Preparation:
         self.files, self.target, self.settings = files, target, settings
         self.visible = progress
         self.malformed = MalformedRows(settings.max_malformed)
-        self.counters = [ValueCounter() for _ in CATEGORIES]
+        self.counters = [ValueCounter(np.uint32) for _ in CATEGORIES]
         source = {
             "files": [[path.name, path.stat().st_size] for path in files],
             "settings": asdict(settings),
@@ -264,8 +274,13 @@ class _Preparation:
                 self.place.file, self.place.offset = number, block.end
                 self.place.line = block.first_line + lines
 
-    def _work(self) -> float:
-        return float(sum(path.stat().st_size for path in self.files))
+    def _progress(self, title: str) -> RowProgress:
+        """Progress in bytes on disk, from the place on."""
+        sizes = [float(path.stat().st_size) for path in self.files]
+        bar = RowProgress(title, sum(sizes), visible=self.visible)
+        current = _disk_bytes(self.files[self.place.file], self.place.offset)
+        bar.done = sum(sizes[: self.place.file]) + current
+        return bar
 
     def _save(self) -> None:
         self.checkpoint.save(self.place, self.malformed, self.counters)
@@ -274,7 +289,7 @@ class _Preparation:
         """Pass 1: rows, and the values of every field."""
         if self.place.total_rows is not None:
             return
-        with RowProgress("counting values", self._work(), visible=self.visible) as bar:
+        with self._progress("counting values") as bar:
             for block in self._remaining():
                 if self.checkpoint.due:
                     self._save()
@@ -284,7 +299,7 @@ class _Preparation:
                         counter.add(rows.values[~rows.missing[:, field], field])
                 self.place.rows += len(rows.label)
                 self.malformed.check(self.place.rows + self.malformed.count, final=False)
-                bar.advance(_disk_bytes(block), len(rows.label))
+                bar.advance(_disk_bytes(block.path, len(block.data)), len(rows.label))
         self.malformed.check(self.place.rows + self.malformed.count, final=True)
         self.place = _Place(total_rows=self.place.rows)
         self._save()
@@ -303,7 +318,7 @@ class _Preparation:
             rows=self.place.total_rows,
         )
         ignored = MalformedRows(limit=1.0)  # counted in pass 1
-        with RowProgress("writing ids", self._work(), visible=self.visible) as bar:
+        with self._progress("writing ids") as bar:
             for block in self._remaining():
                 if self.checkpoint.due:
                     writer.flush()
@@ -312,14 +327,22 @@ class _Preparation:
                 ids = self._encode(rows, vocabularies)
                 writer.write(self.place.rows, label=rows.label, dense=rows.dense, ids=ids)
                 self.place.rows += len(rows.label)
-                bar.advance(_disk_bytes(block), len(rows.label))
-        return self._finish(writer, vocabularies)
+                bar.advance(_disk_bytes(block.path, len(block.data)), len(rows.label))
+        if self.place.rows != self.place.total_rows:
+            raise RuntimeError(f"{self.files} changed while they were read; prepare them again")
+        return self._finish(writer)
 
     def _vocabularies(self) -> list[Vocabulary]:
-        return [
-            Vocabulary.from_counts(*counter.result(), min_count=self.settings.min_count)
-            for counter in self.counters
-        ]
+        """The vocabularies, saved; each takes the place of its counts in memory."""
+        vocabularies = []
+        for name in CATEGORIES:
+            counts = self.counters.pop(0).result()
+            vocabulary = Vocabulary.from_counts(*counts, min_count=self.settings.min_count)
+            if self.settings.hash_ids_to is None:
+                path = partial_directory(self.target) / f"vocabulary_{name}.npy"
+                np.save(path, vocabulary.values_by_id())
+            vocabularies.append(vocabulary)
+        return vocabularies
 
     def _encode(self, rows: CriteoRows, vocabularies: Sequence[Vocabulary]) -> NDArray[np.int64]:
         ids = np.empty(rows.values.shape, np.int64)
@@ -332,10 +355,7 @@ class _Preparation:
         ids[rows.missing] = MISSING_ID
         return ids
 
-    def _finish(self, writer: ClickLogWriter, vocabularies: Sequence[Vocabulary]) -> ClickLog:
-        if self.settings.hash_ids_to is None:
-            for name, vocabulary in zip(CATEGORIES, vocabularies, strict=True):
-                np.save(writer.partial / f"vocabulary_{name}.npy", vocabulary.values_by_id)
+    def _finish(self, writer: ClickLogWriter) -> ClickLog:
         self.checkpoint.remove()
         return writer.finish(
             settings=asdict(self.settings),
@@ -345,9 +365,9 @@ class _Preparation:
         )
 
 
-def _disk_bytes(block: Block) -> float:
-    """Bytes on disk that a block came from; roughly, if they were compressed."""
-    return len(block.data) * (0.4 if block.path.suffix == ".gz" else 1.0)
+def _disk_bytes(path: Path, size: int) -> float:
+    """Bytes on disk of ``size`` bytes of a file; roughly, if they are compressed."""
+    return size * (0.4 if path.suffix == ".gz" else 1.0)
 
 
 def prepare_criteo(

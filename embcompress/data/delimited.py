@@ -7,7 +7,8 @@ right number of delimiters. What the fields hold is for the caller to judge.
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -15,8 +16,9 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-BLOCK_BYTES = 32 << 20
+BLOCK_BYTES = 8 << 20
 _SHOWN = 10
+_SHOWN_CHARACTERS = 80
 
 
 class MalformedRowsError(ValueError):
@@ -36,6 +38,10 @@ class MalformedRows:
     limit: float
     count: int = 0
     examples: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.limit <= 1:
+            raise ValueError(f"max_malformed is a share in [0, 1], got {self.limit}")
 
     def add(self, path: Path, line: int, why: str) -> None:
         self.count += 1
@@ -76,14 +82,21 @@ def open_text(path: Path) -> IO[bytes]:
 def blocks(
     path: Path, *, start: int = 0, first_line: int = 1, size: int = BLOCK_BYTES
 ) -> Iterator[Block]:
-    """Blocks of whole lines from byte ``start`` on; the same blocks however it was resumed."""
+    """Blocks of whole lines from byte ``start`` on, of at most ``size`` bytes.
+
+    Begun again where a block ended, the blocks that follow are the same.
+
+    Raises:
+        ValueError: the file is damaged, or no text: a line is longer than ``size``.
+    """
     with open_text(path) as stream:
-        stream.seek(start)
         rest, position, line = b"", start, first_line
         while True:
             try:
-                data = stream.read(size)
-            except (EOFError, OSError) as error:
+                if not rest:  # at the start; later the stream stands there already
+                    stream.seek(position)
+                data = stream.read(size - len(rest))
+            except (EOFError, OSError, zlib.error) as error:
                 raise ValueError(f"{path} is truncated or damaged: {error}") from error
             text = rest + data
             if not data:
@@ -92,6 +105,8 @@ def blocks(
                 return
             cut = text.rfind(b"\n") + 1
             if cut == 0:
+                if len(text) >= size:
+                    raise ValueError(f"{path}:{line} is longer than {size} bytes; is it text?")
                 rest = text
                 continue
             position += cut
@@ -110,20 +125,27 @@ def read_columns(
     import pyarrow as pa
     from pyarrow import csv
 
-    data = np.frombuffer(block.data, dtype=np.uint8)
+    text = block.data
+    if b"\r" in text:
+        text = text.replace(b"\r\n", b"\n")
+    data = np.frombuffer(text, dtype=np.uint8)
     ends = np.flatnonzero(data == ord("\n"))
     found = np.searchsorted(np.flatnonzero(data == ord(delimiter)), ends)
     fields = np.diff(found, prepend=0) + 1
-    right = fields == len(names)
+    # A carriage return inside a line would end it for the parser below.
+    broken = np.zeros(len(ends), bool)
+    broken[np.searchsorted(ends, np.flatnonzero(data == ord("\r")))] = True
+    right = (fields == len(names)) & ~broken
     lines = block.first_line + np.flatnonzero(right)
-    text = block.data
     if not right.all():
         starts = np.concatenate([[0], ends[:-1] + 1])
         for bad in np.flatnonzero(~right):
             why = f"{fields[bad]} fields instead of {len(names)}"
+            if broken[bad]:
+                why = "a carriage return inside the line"
             malformed.add(block.path, block.first_line + int(bad), why)
         keep = np.flatnonzero(right)
-        text = b"".join(block.data[starts[i] : ends[i] + 1] for i in keep)
+        text = b"".join(text[starts[i] : ends[i] + 1] for i in keep)
     if not len(lines):
         return {name: pa.array([], pa.string()) for name in names}, lines
     table = csv.read_csv(
@@ -139,3 +161,33 @@ def read_columns(
         ),
     )
     return {name: table[name].combine_chunks() for name in names}, lines
+
+
+def right_rows(
+    path: Path,
+    lines: NDArray[np.int64],
+    columns: Mapping[str, Any],
+    bad: Mapping[str, NDArray[np.bool_]],
+    malformed: MalformedRows,
+) -> NDArray[np.bool_]:
+    """Mask of the rows that are bad in no column; the others are counted, shown by value.
+
+    Args:
+        lines: (n,) line number of each row.
+        columns: name -> pyarrow array of n values.
+        bad: name -> (n,) mask of the bad values.
+    """
+    wrong = np.logical_or.reduce(list(bad.values()))
+    for row in np.flatnonzero(wrong):
+        name = next(name for name, mask in bad.items() if mask[row])
+        malformed.add(path, int(lines[row]), f"{name} = {_shown(columns[name][int(row)])}")
+    return ~wrong
+
+
+def _shown(value: Any) -> str:
+    """A pyarrow value for a message, even if it is not UTF-8."""
+    try:
+        text = repr(value.as_py())
+    except UnicodeDecodeError:
+        text = repr(value.as_buffer().to_pybytes())
+    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "…"

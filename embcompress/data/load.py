@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from embcompress.data.click_log import FORMAT, ClickLog
 from embcompress.data.criteo import CriteoSettings, prepare_criteo
@@ -18,7 +21,7 @@ from embcompress.data.synthetic import SyntheticSettings, prepare_synthetic
 
 ACCEPTED = """accepted data:
   ml-100k=DIR, ml-1m=DIR, ml-20m=DIR     MovieLens (20m: also newer CSV releases)
-  criteo=FILE[,min_count=N,hash_ids_to=N]  Criteo text, .gz, or a directory of day files
+  criteo=FILE[,FILE...][,min_count=N,hash_ids_to=N]  Criteo text, .gz, or a directory of days
   schema=FILE[,source=PATH]              a parquet or CSV log that a schema describes
   synthetic[:rows=N,ids=N,seed=N,...]    a synthetic click log"""
 
@@ -54,12 +57,35 @@ def load_click_log(
         sort_keys=True,
     )
     key = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
-    target = (Path(cache) if cache is not None else default_cache()) / f"{kind}-{key}"
+    target = (
+        Path(cache) if cache is not None else default_cache()
+    ) / f"{quote(kind, safe='')}-{key}"
     if (target / "meta.json").is_file():
         return ClickLog.open(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    return prepare(target, progress)
+    with _alone(target):
+        if (target / "meta.json").is_file():  # another process was first
+            return ClickLog.open(target)
+        return prepare(target, progress)
 
+
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """One process at a time prepares a log; the others wait.
+
+    The lock is the operating system's and ends with the process, however that ends.
+    """
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # Windows has no such locks
+        yield
+        return
+    with target.with_name(target.name + ".lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+_MOVIELENS_SUFFIXES = (".data", ".user", ".item", ".dat", ".csv")
 
 Prepare = Callable[[Path, bool], ClickLog]
 
@@ -111,26 +137,41 @@ def _synthetic(options: str) -> tuple[str, Sequence[Path], dict[str, Any], Prepa
 
 
 def _movielens(kind: str, directory: Path) -> tuple[str, Sequence[Path], dict[str, Any], Prepare]:
-    ratings = _existing(directory / FORMATS[kind].ratings)
+    _existing(directory / FORMATS[kind].ratings)
+    files = sorted(path for path in directory.iterdir() if path.suffix in _MOVIELENS_SUFFIXES)
 
     def prepare(target: Path, progress: bool) -> ClickLog:
         return prepare_movielens(kind, directory, target, progress=progress)
 
-    return kind, [ratings], {}, prepare
+    return kind, files, {}, prepare
 
 
 def _criteo(rest: str) -> tuple[str, Sequence[Path], dict[str, Any], Prepare]:
-    name, _, options = rest.partition(",")
+    parts = rest.split(",")
+    names = [part for part in parts if not re.match(r"[a-z_]+=", part)]
+    options = ",".join(part for part in parts if part not in names)
     settings = CriteoSettings(**_options(options, CriteoSettings))
-    path = _existing(Path(name))
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-    if not files:
-        raise FileNotFoundError(f"{path} holds no files")
+    files = [file for name in names for file in _day_files(Path(name))]
 
     def prepare(target: Path, progress: bool) -> ClickLog:
         return prepare_criteo(files, target, settings, progress=progress)
 
     return "criteo", files, asdict(settings), prepare
+
+
+def _day_files(path: Path) -> list[Path]:
+    """The file, or those of a directory, ``day_2`` before ``day_10``."""
+    if not _existing(path).is_dir():
+        return [path]
+
+    def by_number(file: Path) -> list[tuple[int, str]]:
+        return [(int(part or -1), "") if part.isdigit() else (-1, part)
+                for part in re.split(r"(\d+)", file.name)]  # fmt: skip
+
+    files = [file for file in path.iterdir() if file.is_file() and file.name[0] != "."]
+    if not files:
+        raise FileNotFoundError(f"{path} holds no files")
+    return sorted(files, key=by_number)
 
 
 def _schema(rest: str) -> tuple[str, Sequence[Path], dict[str, Any], Prepare]:

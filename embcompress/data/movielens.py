@@ -17,11 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embcompress.data.click_log import ClickLog, ClickLogWriter, Feature
-from embcompress.data.delimited import Block, MalformedRows, blocks, read_columns
+from embcompress.data.delimited import Block, MalformedRows, blocks, read_columns, right_rows
 from embcompress.data.progress import RowProgress
 
 CLICKED_AT = 4.0
-_RATING = ("user", "item", "rating", "time")
+_NUMBER = {
+    "user": r"^[0-9]{1,15}$",
+    "item": r"^[0-9]{1,15}$",
+    "rating": r"^[0-9](\.[0-9]+)?$",
+    "time": r"^[0-9]{1,12}$",
+}
+_RATING = tuple(_NUMBER)
 _GENRES_100K = (
     "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime",
     "Documentary", "Drama", "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance",
@@ -167,16 +173,11 @@ def _rating_rows(
         delimiter, data = b"\t", data.replace(delimiter, b"\t")
     single = Block(block.path, data, block.first_line, block.end)
     columns, lines = read_columns(single, delimiter, _RATING, malformed)
-    right = np.logical_and.reduce(
-        [
-            np.asarray(pc.match_substring_regex(columns[name], r"^[0-9]+(\.[0-9]+)?$"))
-            for name in _RATING
-        ]
-    )
-    for row in np.flatnonzero(~right):
-        shown = ", ".join(str(columns[name][int(row)].as_py()) for name in _RATING)
-        malformed.add(block.path, int(lines[row]), f"not four numbers: {shown}")
-    keep = np.flatnonzero(right)
+    bad = {
+        name: ~np.asarray(pc.match_substring_regex(columns[name], _NUMBER[name]))
+        for name in _RATING
+    }
+    keep = np.flatnonzero(right_rows(block.path, lines, columns, bad, malformed))
     return {
         name: pc.cast(columns[name].take(keep), "double").to_numpy(zero_copy_only=False)
         for name in _RATING

@@ -18,7 +18,7 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 @dataclass(frozen=True)
 class NegativeSampling:
-    """Each event is followed by negatives: copies whose chosen columns are replaced.
+    """Each event is followed by negatives: copies of label 0 whose chosen columns are replaced.
 
     Attributes:
         columns: id columns to replace, together, by those of another event's value: uniformly
@@ -141,11 +141,11 @@ class SliceSampler:
     def _draw(self, events: EventRows, number: int) -> EventRows:
         """Each event followed by its negatives."""
         settings = self.settings
-        rng = np.random.default_rng([settings.seed, number])
+        rng = np.random.default_rng([settings.seed, number % 2**63])  # seeds are not negative
         count, copies = len(events.label), 1 + settings.per_positive
         rows = events.take(np.repeat(np.arange(count), copies))
         is_negative = np.arange(count * copies) % copies != 0
-        rows.label[:] = np.where(is_negative, 0, 1)
+        rows.label[is_negative] = 0
         values, own = np.unique(events.ids[:, self.columns], axis=0, return_inverse=True)
         own = np.repeat(own.reshape(-1), copies)[is_negative]
         # Uniform over the other values: skip the event's own (a slice of one value has no other).

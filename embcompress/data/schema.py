@@ -7,18 +7,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
 
+from embcompress.data import columns as column_values
 from embcompress.data.click_log import ClickLog, ClickLogWriter, Feature
-from embcompress.data.delimited import MalformedRows
+from embcompress.data.columns import TIME_UNITS
+from embcompress.data.delimited import MalformedRows, right_rows
 from embcompress.data.negatives import EventRows, NegativeSampling, SliceSampler
 from embcompress.data.progress import RowProgress
 from embcompress.data.vocabulary import MISSING_ID, ValueCounter, Vocabulary
 
 _BATCH_ROWS = 1 << 18
-_TIME_UNITS = {"s": 1, "ms": 1000, "us": 1_000_000, "ns": 1_000_000_000}
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -27,15 +30,18 @@ class ClickLogSchema:
 
     Attributes:
         name: name of the log.
-        sources: parquet (``.parquet``) or CSV files, in time order; relative to the schema's file.
+        sources: parquet (``.parquet``) or CSV files (any other name; with a header line, gz
+            accepted), in time order; relative to the schema's file.
+        delimiter: between the fields of a CSV file.
         label: column of 0 and 1 (or true and false); None: every row is a click, and
             ``negatives`` must be given.
         positive_from: instead of 0 and 1, a label of at least this value is a click.
-        time: column of integers or timestamps, or None: rows are in time order.
-        time_unit: of integer times: ``"s"``, ``"ms"``, ``"us"`` or ``"ns"``.
+        time: column of numbers, timestamps, dates, or text such as ``2014-10-21 07:00:00`` (UTC);
+            None: rows are in time order.
+        time_unit: of times that are numbers: ``"s"``, ``"ms"``, ``"us"`` or ``"ns"``.
         numbers: numeric columns; a missing number becomes 0.
         log1p: whether numbers become ``log(1 + max(x, 0))``.
-        ids: columns with one id a row, integers or strings.
+        ids: columns with one id a row, integers or strings; null and "" are missing.
         bags: columns with several ids a row: name -> separator of a string column, or null for a
             list column.
         min_count: values seen less often become the "unknown" id 0.
@@ -56,14 +62,22 @@ class ClickLogSchema:
     min_count: int = 1
     negatives: NegativeSampling | None = None
     max_malformed: float = 0.001
+    delimiter: str = ","
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("schema: sources must name at least one file")
         if self.label is None and self.negatives is None:
             raise ValueError("schema: without a label column, negatives must be given")
-        if self.time_unit not in _TIME_UNITS:
-            raise ValueError(f"schema: time_unit must be one of {list(_TIME_UNITS)}")
+        if self.time_unit not in TIME_UNITS:
+            raise ValueError(f"schema: time_unit must be one of {list(TIME_UNITS)}")
+        names = [*self.ids, *self.bags]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"schema: ids and bags must name each column once, got {names}")
+        if self.min_count < 1 or len(self.delimiter) != 1:
+            raise ValueError("schema: min_count must be at least 1, delimiter one character")
+        if not 0 <= self.max_malformed <= 1:
+            raise ValueError("schema: max_malformed is a share in [0, 1]")
         if self.negatives is not None:
             if self.time is None:
                 raise ValueError("schema: negatives are drawn from time slices; name a time column")
@@ -78,7 +92,7 @@ class ClickLogSchema:
         Raises:
             ValueError: the file is no schema; names the key and those that are known.
         """
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         if path.suffix in (".yaml", ".yml"):
             import yaml
 
@@ -91,7 +105,7 @@ class ClickLogSchema:
                 data = json.loads(text)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}: not JSON: {error}") from error
-        schema = _from_mapping(cls, data, str(path))
+        schema: ClickLogSchema = _from_mapping(cls, data, str(path))
         return schema
 
     @property
@@ -101,6 +115,36 @@ class ClickLogSchema:
         return [*optional, *self.numbers, *self.ids, *self.bags]
 
 
+_KINDS = {
+    "str": "text",
+    "str | None": "text or null",
+    "int": "an integer",
+    "float": "a number",
+    "float | None": "a number or null",
+    "bool": "true or false",
+    "tuple[str, ...]": "a list of names",
+    "dict[str, str | None]": "a mapping of names to separators (null for list columns)",
+    "NegativeSampling | None": "a mapping or null",
+}
+
+
+def _has_type(value: Any, kind: str) -> bool:
+    """Whether a value read from YAML or JSON fits a field's annotation, a key of ``_KINDS``."""
+    if kind.endswith(" | None") and value is None:
+        return True
+    if kind.startswith("tuple"):
+        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+    if kind.startswith("dict"):
+        return isinstance(value, dict) and all(
+            isinstance(key, str) and isinstance(item, str | None) for key, item in value.items()
+        )
+    if kind == "bool" or isinstance(value, bool):
+        return kind == "bool" and isinstance(value, bool)
+    numbers = {"int": int, "float": (int, float), "float | None": (int, float)}
+    named = NegativeSampling if kind.startswith("NegativeSampling") else str
+    return isinstance(value, numbers.get(kind, named))  # type: ignore[arg-type]
+
+
 def _from_mapping(cls: type, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
         raise ValueError(f"{where}: expected a mapping, got {type(data).__name__}")
@@ -108,11 +152,21 @@ def _from_mapping(cls: type, data: Any, where: str) -> Any:
     unknown = set(data) - known
     if unknown:
         raise ValueError(f"{where}: unknown keys {sorted(unknown)}; known keys: {sorted(known)}")
+    missing = {item.name for item in fields(cls) if item.default is item.default_factory} - set(
+        data
+    )
+    if missing:
+        raise ValueError(f"{where}: {sorted(missing)} must be given")
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
     if isinstance(values.get("negatives"), dict):
         values["negatives"] = _from_mapping(
             NegativeSampling, values["negatives"], f"{where}: negatives"
         )
+    for item in fields(cls):
+        if item.name in values and not _has_type(values[item.name], str(item.type)):
+            raise ValueError(
+                f"{where}: {item.name} must be {_KINDS[str(item.type)]}, got {data[item.name]!r}"
+            )
     try:
         return cls(**values)
     except TypeError as error:
@@ -132,68 +186,68 @@ def _open_parquet(path: Path) -> Any:
         raise ValueError(f"{path} is not a parquet file, or damaged: {error}") from error
 
 
-def _batches(path: Path, columns: Sequence[str], malformed: MalformedRows) -> Iterator[Any]:
-    """Record batches with the wanted columns of one file."""
+@dataclass(frozen=True)
+class _RawRows:
+    """A record batch and the (n,) line (CSV) or row (parquet) number of each of its rows."""
+
+    batch: Any
+    numbers: NDArray[np.int64]
+
+
+def _raw_rows(path: Path, schema: ClickLogSchema, malformed: MalformedRows) -> Iterator[_RawRows]:
+    """The wanted columns of one file."""
+    if path.suffix != ".parquet":
+        yield from _csv_rows(path, schema, malformed)
+        return
+    file, row = _open_parquet(path), 1
+    _check_columns(path, schema.columns, file.schema_arrow.names)
+    for batch in file.iter_batches(_BATCH_ROWS, columns=schema.columns):
+        yield _RawRows(batch, np.arange(row, row + batch.num_rows))
+        row += batch.num_rows
+
+
+def _csv_rows(path: Path, schema: ClickLogSchema, malformed: MalformedRows) -> Iterator[_RawRows]:
+    """Every value as text: a type guessed from the first rows may be wrong for later ones."""
+    import pyarrow as pa
     from pyarrow import csv
 
-    if path.suffix == ".parquet":
-        file = _open_parquet(path)
-        _check_columns(path, columns, file.schema_arrow.names)
-        yield from file.iter_batches(_BATCH_ROWS, columns=list(columns))
-        return
+    skipped: list[int] = []
 
     def skip(row: Any) -> str:
-        malformed.add(path, row.number or 0, f"{row.actual_columns} fields: {row.text[:80]}")
+        skipped.append(row.number)
+        why = f"{row.actual_columns} fields instead of {row.expected_columns}"
+        malformed.add(path, row.number, f"{why}: {row.text[:80]}")
         return "skip"
 
-    with csv.open_csv(
-        path,
-        read_options=csv.ReadOptions(use_threads=False),
-        parse_options=csv.ParseOptions(invalid_row_handler=skip),
-    ) as reader:
-        _check_columns(path, columns, reader.schema.names)
-        for batch in reader:
-            yield batch.select(list(columns))
+    parse = csv.ParseOptions(
+        delimiter=schema.delimiter, invalid_row_handler=skip, ignore_empty_lines=False
+    )
+    read = csv.ReadOptions(use_threads=False)  # rows have numbers then
+    text = dict.fromkeys(schema.columns, pa.string())
+    convert = csv.ConvertOptions(column_types=text, strings_can_be_null=False, check_utf8=False)
+    try:
+        with csv.open_csv(path, read, parse, convert) as reader:
+            _check_columns(path, schema.columns, reader.schema.names)
+            line = 2
+            for batch in reader:
+                numbers = _numbers_around(skipped, line, batch.num_rows)
+                line = int(numbers[-1]) + 1 if len(numbers) else line
+                yield _RawRows(batch.select(schema.columns), numbers)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _numbers_around(skipped: Sequence[int], first: int, count: int) -> NDArray[np.int64]:
+    """``count`` rising numbers from ``first`` on, without the skipped ones."""
+    later = [number for number in skipped if number >= first]
+    candidates = np.arange(first, first + count + len(later))
+    return np.setdiff1d(candidates, later)[:count]
 
 
 def _check_columns(path: Path, wanted: Sequence[str], present: Sequence[str]) -> None:
     missing = [name for name in wanted if name not in present]
     if missing:
         raise ValueError(f"{path} lacks the columns {missing}; it has {list(present)}")
-
-
-def _keys(column: Any) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
-    """64-bit keys of a column of ids and a mask of missing ones.
-
-    Integers are their own keys; anything else is the XXH64 of its text.
-    """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import xxhash
-
-    missing = np.asarray(column.is_null())
-    if pa.types.is_integer(column.type):
-        values = pc.cast(pc.fill_null(column, 0), pa.int64()).to_numpy(zero_copy_only=False)
-        return values.view(np.uint64), missing
-    texts = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
-    keys = [xxhash.xxh64_intdigest(str(value).encode()) for value in texts.dictionary.to_pylist()]
-    table = np.array([*keys, 0], np.uint64)
-    codes = pc.fill_null(texts.indices, len(keys)).to_numpy(zero_copy_only=False)
-    empty = np.array([*(value == "" for value in texts.dictionary.to_pylist()), True])
-    return table[codes], missing | empty[codes]
-
-
-def _bag_keys(column: Any, separator: str | None) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """Concatenated keys of a bag column and the length of each bag; missing ids are left out."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    if separator is not None:
-        column = pc.split_pattern(pc.cast(column, pa.string()), separator)
-    counts = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
-    keys, missing = _keys(pc.list_flatten(column))
-    rows = np.repeat(np.arange(len(counts)), counts)[~missing]
-    return keys[~missing], np.bincount(rows, minlength=len(counts)).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -215,74 +269,60 @@ class _Reader:
         self.schema, self.sources = schema, sources
         self.malformed = MalformedRows(schema.max_malformed)
 
-    def blocks(self) -> Iterator[tuple[Path, int, _Block]]:
-        """(file, its rows in this block, the block)."""
+    def blocks(self) -> Iterator[tuple[int, _Block]]:
+        """(rows of the file in this block, the block)."""
         self.malformed = MalformedRows(self.schema.max_malformed)
-        seen = 0
+        right = 0
         for path in self.sources:
-            row = 0
-            for batch in _batches(path, self.schema.columns, self.malformed):
-                yield path, batch.num_rows, self._parse(path, row, batch)
-                row += batch.num_rows
-                seen += batch.num_rows
-                self.malformed.check(seen, final=False)
-        self.malformed.check(seen + self.malformed.count, final=True)
+            for raw in _raw_rows(path, self.schema, self.malformed):
+                try:
+                    block = self._parse(path, raw)
+                except ValueError as error:
+                    raise ValueError(f"{path}: {error}") from error
+                yield raw.batch.num_rows, block
+                right += len(block.label)
+                self.malformed.check(right + self.malformed.count, final=False)
+        self.malformed.check(right + self.malformed.count, final=True)
 
-    def _parse(self, path: Path, first_row: int, batch: Any) -> _Block:
-        schema = self.schema
-        label, bad = self._labels(batch)
-        time, bad_time = self._times(batch)
-        bad = bad | bad_time
-        for row in np.flatnonzero(bad):
-            self.malformed.add(path, first_row + int(row) + 1, "label or time is missing or wrong")
-        if bad.any():
-            batch = batch.filter(~bad)
-            label, time = label[~bad], None if time is None else time[~bad]
-        pairs = [_keys(batch[name]) for name in schema.ids]
+    def _parse(self, path: Path, raw: _RawRows) -> _Block:
+        schema, batch, bad = self.schema, raw.batch, {}
+        label, time = np.ones(batch.num_rows, np.uint8), None
+        if schema.label is not None:
+            label, bad[schema.label] = column_values.labels(
+                schema.label, batch[schema.label], schema.positive_from
+            )
+        if schema.time is not None:
+            time, bad[schema.time] = column_values.seconds(
+                schema.time, batch[schema.time], schema.time_unit
+            )
+        dense = np.empty((batch.num_rows, len(schema.numbers)), np.float32)
+        for position, name in enumerate(schema.numbers):
+            values, bad[name] = column_values.numbers(name, batch[name])
+            dense[:, position] = self._dense(np.where(bad[name], 0.0, values))
+        if bad:
+            columns = {name: batch[name] for name in bad}
+            right = right_rows(path, raw.numbers, columns, bad, self.malformed)
+            if not right.all():
+                batch, label, dense = batch.filter(right), label[right], dense[right]
+                time = None if time is None else time[right]
+        pairs = [column_values.keys(name, batch[name]) for name in schema.ids]
         return _Block(
             label,
             time,
-            self._numbers(batch),
+            dense,
             [keys for keys, _ in pairs],
             [missing for _, missing in pairs],
-            [_bag_keys(batch[name], separator) for name, separator in schema.bags.items()],
+            [
+                column_values.bag_keys(name, batch[name], separator)
+                for name, separator in schema.bags.items()
+            ],
         )
 
-    def _labels(self, batch: Any) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        import pyarrow.compute as pc
-
-        if self.schema.label is None:
-            return np.ones(batch.num_rows, np.uint8), np.zeros(batch.num_rows, bool)
-        values = pc.cast(batch[self.schema.label], "double").to_numpy(zero_copy_only=False)
-        if self.schema.positive_from is not None:
-            return (values >= self.schema.positive_from).astype(np.uint8), np.isnan(values)
-        return (values == 1).astype(np.uint8), ~np.isin(values, (0, 1))
-
-    def _times(self, batch: Any) -> tuple[NDArray[np.int64] | None, NDArray[np.bool_]]:
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        if self.schema.time is None:
-            return None, np.zeros(batch.num_rows, bool)
-        column = batch[self.schema.time]
-        if pa.types.is_timestamp(column.type):
-            column = pc.cast(pc.cast(column, pa.timestamp("s"), safe=False), pa.int64())
-            unit = 1
-        else:
-            unit = _TIME_UNITS[self.schema.time_unit]
-        missing = np.asarray(column.is_null())
-        values = pc.cast(pc.fill_null(column, 0), pa.int64()).to_numpy(zero_copy_only=False)
-        return values // unit, missing
-
-    def _numbers(self, batch: Any) -> NDArray[np.float32]:
-        import pyarrow.compute as pc
-
-        dense = np.empty((batch.num_rows, len(self.schema.numbers)), np.float32)
-        for position, name in enumerate(self.schema.numbers):
-            values = pc.cast(batch[name], "double").to_numpy(zero_copy_only=False)
-            values = np.nan_to_num(values, nan=0.0)
-            dense[:, position] = np.log1p(np.maximum(values, 0)) if self.schema.log1p else values
-        return dense
+    def _dense(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        values = np.nan_to_num(values, nan=0.0)
+        if self.schema.log1p:
+            return np.log1p(np.maximum(values, 0.0))
+        return np.clip(values, -_LARGEST, _LARGEST)
 
 
 # -------------------------------------------------------------------------------- preparation
@@ -315,7 +355,8 @@ def prepare_schema(
     )  # fmt: skip
     _Sink(schema, writer).write_all(_encoded(reader, vocabularies, progress))
     for name, vocabulary in zip(names, vocabularies, strict=True):
-        np.save(writer.partial / f"vocabulary_{name}.npy", vocabulary.values_by_id)
+        file = f"vocabulary_{quote(name, safe='')}.npy"
+        np.save(writer.partial / file, vocabulary.values_by_id())
     return writer.finish(
         settings=asdict(schema),
         malformed=reader.malformed.count,
@@ -330,7 +371,7 @@ def _with_progress(reader: _Reader, title: str, progress: bool) -> Iterator[_Blo
         for path in reader.sources
     )
     with RowProgress(title, total or 1, visible=progress) as bar:
-        for _, rows, block in reader.blocks():
+        for rows, block in reader.blocks():
             yield block
             bar.advance(rows, rows)
 

@@ -55,6 +55,8 @@ class SyntheticSettings:
                 "the synthetic log needs rows >= 10, features >= 1 and ids >= 20 * features, "
                 f"got {self}"
             )
+        if self.dense < 0 or not 0 <= self.bag_length <= 1000:
+            raise ValueError(f"dense must be >= 0 and bag_length in [0, 1000], got {self}")
         if not (0 <= self.drift <= 1 and self.exponent > 0 and self.strength > 0):
             raise ValueError(f"drift in [0, 1], exponent > 0 and strength > 0, got {self}")
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from embcompress.engine import ops
 from embcompress.engine.bags import Bags, check_ids, check_offsets, make_bags
 from embcompress.engine.encoding import EncodedPlans, can_encode, encode_plans
+from embcompress.engine.fused import FusedLookup, FusedStores
 from embcompress.engine.reference import lookup_reference, output_dtype, pool_bags
 from embcompress.plan import LookupPlan
 
@@ -54,12 +55,22 @@ class Program:
     Args:
         plans: one for each feature; those of several features must pool.
         options: only :attr:`GradientOptions.sparse` applies to plans that are not dense.
+        owners: number of the table that each feature reads; features of one table share its
+            stores (default: every feature has its own).
+
+    Attributes:
+        stores: (owner, store name) of every tensor that the operators take, in order.
     """
 
     def __init__(
-        self, plans: Sequence[LookupPlan], options: GradientOptions = GradientOptions()
+        self,
+        plans: Sequence[LookupPlan],
+        options: GradientOptions = GradientOptions(),
+        owners: Sequence[int] | None = None,
     ) -> None:
         self.plans, self.options = tuple(plans), options
+        self.owners = tuple(range(len(plans)) if owners is None else owners)
+        self.stores: list[tuple[int, str]] = []
         self._dense = len(plans) == 1 and plans[0].is_dense
         self._encoded: EncodedPlans | None = None
         self._parts: list[Program] = []
@@ -76,19 +87,31 @@ class Program:
             plans = [self.plans[0].with_pool("none", self.plans[0].padding_idx)]
         else:
             plans = list(self.plans)
-        numbers, count = [], 0
-        for plan in plans:
-            numbers.append({store.name: count + i for i, store in enumerate(plan.stores)})
-            count += len(plan.stores)
+        positions: dict[tuple[int, str], int] = {}
+        numbers = []
+        for plan, owner in zip(plans, self.owners, strict=True):
+            names = [store.name for store in plan.stores]
+            for name in names:
+                positions.setdefault((owner, name), len(positions))
+            numbers.append({name: positions[owner, name] for name in names})
+        self.stores = list(positions)
         self._encoded = encode_plans(plans, numbers)
 
-    def __call__(self, stores: Sequence[Stores], bags: Bags) -> Tensor:
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the compiled operators run these plans in one call."""
+        return self._encoded is not None
+
+    def __call__(
+        self, stores: Sequence[Stores], bags: Bags, fused: FusedStores | None = None
+    ) -> Tensor:
         """Vectors (one feature, ``pool="none"``), or the pooled bags of all features.
 
         Args:
             stores: for each feature its tensors by store name: float ones (rows, width), packed
                 ones (bytes,) uint8.
             bags: feature-major ids and offsets.
+            fused: stores that the backward pass updates; for compiled programs.
 
         Returns:
             (N, embedding_dim), or (B, sum of embedding_dim).
@@ -97,13 +120,13 @@ class Program:
             IndexError: an id outside ``[0, num_embeddings)``.
             ValueError: offsets that describe no bags.
         """
-        if self._dense:
+        if self._dense and fused is None:
             return self._run_dense(stores[0], bags)
         if self._parts:
             parts = zip(self._parts, stores, self._feature_bags(bags), strict=True)
             return torch.cat([part((each,), own) for part, each, own in parts], dim=1)
         if self._encoded is not None and _is_for_kernels(bags):
-            return self._run_compiled(self._encoded, stores, bags)
+            return self._run_compiled(self._encoded, stores, bags, fused)
         return self._run_reference(stores, bags)
 
     # -- torch's own operator
@@ -140,12 +163,15 @@ class Program:
 
     # -- the compiled operators
 
-    def _run_compiled(self, encoded: EncodedPlans, stores: Sequence[Stores], bags: Bags) -> Tensor:
-        tensors = [
-            each[store.name]
-            for plan, each in zip(self.plans, stores, strict=True)
-            for store in plan.stores
-        ]
+    def _run_compiled(
+        self,
+        encoded: EncodedPlans,
+        stores: Sequence[Stores],
+        bags: Bags,
+        fused: FusedStores | None,
+    ) -> Tensor:
+        by_owner = dict(zip(self.owners, stores, strict=True))
+        tensors = [by_owner[owner][name] for owner, name in self.stores]
         pool = self.plans[0].pool
         plain = pool in ("none", "max")  # a vector for every id
         arguments = (
@@ -162,7 +188,10 @@ class Program:
             pooled = torch.ops.embcompress.lookup(*arguments)
         else:
             try:
-                pooled = torch.ops.embcompress.lookup(*arguments)
+                if fused is not None and torch.is_grad_enabled():
+                    pooled = FusedLookup.apply(fused.anchor, arguments[3], fused, arguments)
+                else:
+                    pooled = torch.ops.embcompress.lookup(*arguments)
             except RuntimeError:
                 # The kernel says that something is wrong; the check says what, and raises it.
                 self._check(bags)
@@ -178,7 +207,9 @@ class Program:
             dtype = torch.promote_types(dtype, output_dtype(plan, each))
         return pooled if dtype == torch.float32 else pooled.to(dtype)
 
-    def _apply_heads(self, encoded: EncodedPlans, stores: Sequence[Stores], pooled: Tensor) -> Tensor:
+    def _apply_heads(
+        self, encoded: EncodedPlans, stores: Sequence[Stores], pooled: Tensor
+    ) -> Tensor:
         """Apply heads, which come after pooling where that is linear."""
         if self._has_heads:
             parts = []

@@ -103,12 +103,14 @@ def _code_rows(
     codes = plan.store(address.store)
     code_row, _ = address_rows(address.row, ids, plan, stores)
     positions = code_row * codes.width + address.column
-    rows = unpack_bits(stores[codes.name], positions, codes.bits)
-    present = rows != (1 << codes.bits) - 1
+    codes_read = unpack_bits(stores[codes.name], positions, codes.bits)
+    present = codes_read < address.size  # neither absent nor damaged
+    rows = torch.where(present, codes_read, 0)
     if address.otherwise is None:
-        return torch.where(present, rows, 0), present
+        return rows, present
     otherwise, _ = address_rows(address.otherwise, ids, plan, stores)
-    return torch.where(present, rows, otherwise), None
+    absent = codes_read == (1 << codes.bits) - 1
+    return torch.where(absent, otherwise, rows), present | absent
 
 
 def gather_rows(

@@ -73,6 +73,7 @@ def test_a_budget_written_as_it_is_shown_can_be_met(smallest: int) -> None:
     text = percent_at_least(smallest, 10_000)
     assert smallest <= parse_budget(f"{text}%", 10_000) <= 1.1 * smallest + 1
     assert percent_at_least(14_956, 229_056) == "6.6"
+    assert percent_at_least(1, 10**9) == "0.0000001"
 
 
 def test_the_command_is_read_off_the_records() -> None:

@@ -11,10 +11,11 @@ import torch
 
 import embcompress as ec
 from embcompress.bench import sweep as sweep_module
+from embcompress.bench import training as training_module
 from embcompress.bench.environment import torch_threads
 from embcompress.bench.settings import Run, SweepSettings, TrainingSettings
 from embcompress.bench.sweep import run_sweep
-from embcompress.bench.training import Trained, build_model, evaluate, test_scores, train
+from embcompress.bench.training import Trained, build_model, evaluate, train
 from embcompress.data import ClickLog, load_click_log
 
 DATA = "synthetic:rows=1500,ids=300,features=3"
@@ -49,14 +50,14 @@ def test_test_rows_are_not_looked_at_while_training(
     result = train(model, log, split, SETTINGS, 0.03, 0)
     assert not np.isin(np.concatenate(seen), split.test).any()
     seen.clear()
-    scores = test_scores(result, log, split.test)
+    scores = training_module.test_scores(result, log, split.test)
     assert set(scores) == {1, result.best_epoch}
     assert np.isin(np.concatenate(seen), split.test).all()
 
 
 def test_the_scores_are_those_of_the_kept_epochs(log: ClickLog) -> None:
     split, result = log.split("random", seed=0), trained(log)
-    validation = test_scores(result, log, split.validation)
+    validation = training_module.test_scores(result, log, split.validation)
     for epoch, score in validation.items():
         assert score == result.validation[epoch - 1]
 

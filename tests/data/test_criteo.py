@@ -7,10 +7,8 @@ import hashlib
 import os
 import random
 import resource
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -127,43 +125,6 @@ def test_a_truncated_gz_is_refused(source: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.gz").write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match=r"cut\.gz is truncated or damaged"):
         prepare_criteo([tmp_path / "cut.gz"], tmp_path / "log", progress=False)
-
-
-WORKER = """
-import sys
-from pathlib import Path
-from embcompress.data import criteo
-criteo.BLOCK_BYTES = 1 << 18
-criteo._CHECKPOINT_SECONDS = 0.0
-criteo._Checkpoint.due = property(lambda self: True)
-criteo.prepare_criteo([Path(sys.argv[1])], Path(sys.argv[2]), progress=False)
-"""
-
-
-def read(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
-
-
-def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(source: Path, tmp_path: Path) -> None:
-    expected = digest(prepare_criteo([source], tmp_path / "whole", progress=False).directory)
-    command = [sys.executable, "-c", WORKER, str(source), str(tmp_path / "killed")]
-    checkpoint = tmp_path / "killed.partial" / "checkpoint.json"
-    chance, places = random.Random(1), [""]
-    while len(places) <= 6:
-        process = subprocess.Popen(command)
-        # Let it get further than the last time, and a little on, into the middle of something.
-        while process.poll() is None and read(checkpoint) in places:
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0.0, 0.05))
-        if process.poll() is not None:
-            break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        places.append(read(checkpoint))
-    subprocess.run(command, check=True)
-    assert len(set(places)) >= 4  # it was stopped at different places
-    assert digest(tmp_path / "killed") == expected
-    assert not checkpoint.parent.exists()
 
 
 def test_other_settings_do_not_go_on_from_a_partial(source: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ gives the exact result, and the comparison is bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from embcompress.engine.reference import lookup_reference, output_dtype
 from embcompress.plan import FLOAT_BITS, LookupPlan, Sign
-from tests.plan_cases import Case, pack_bits, with_leaves
+from tests.plan_cases import Case, pack_bits, unpack_bits, with_leaves
 
 Lookup = Callable[[Case], Tensor]
 
@@ -37,9 +37,15 @@ def reference(case: Case, sparse: bool = False) -> Tensor:
     return lookup_reference(case.plan, case.stores, case.bags, sparse=sparse)
 
 
-def run(case: Case, gradient: Tensor, lookup: Lookup = reference) -> Result:
-    """Forward and backward with a gradient of the output (cast to its dtype)."""
-    leaves = with_leaves(case)
+def run(
+    case: Case, gradient: Tensor, lookup: Lookup = reference, *, frozen: Collection[str] = ()
+) -> Result:
+    """Forward and backward with a gradient of the output (cast to its dtype).
+
+    Args:
+        frozen: names of stores that take no gradient.
+    """
+    leaves = with_leaves(case, frozen)
     output = lookup(leaves)
     inputs = {name: t for name, t in leaves.stores.items() if t.requires_grad}
     if leaves.bags.weights is not None:
@@ -47,6 +53,12 @@ def run(case: Case, gradient: Tensor, lookup: Lookup = reference) -> Result:
     if output.requires_grad:
         output.backward(gradient.to(output.dtype))
     return Result(output.detach(), {name: t.grad for name, t in inputs.items()})
+
+
+def quantization_steps(case: Case) -> set[str]:
+    """Names of the stores that scale and shift packed ones."""
+    quantizations = [s.quantization for s in case.plan.stores if s.quantization is not None]
+    return {name for q in quantizations for name in (q.scale, q.bias) if name is not None}
 
 
 def output_gradient(case: Case) -> Tensor:
@@ -89,10 +101,8 @@ def absolute(case: Case) -> Case:
 
 def _codes_above_the_middle(packed: Tensor, bits: int) -> Tensor:
     """Codes mirrored so that ``code - (2**bits - 1) / 2`` is its absolute value."""
-    stream = int.from_bytes(bytes(packed.tolist()), "little")
-    mask, count = (1 << bits) - 1, packed.numel() * 8 // bits
-    codes = ((stream >> (position * bits)) & mask for position in range(count))
-    return pack_bits([max(code, mask - code) for code in codes], bits)
+    last = (1 << bits) - 1
+    return pack_bits([max(code, last - code) for code in unpack_bits(packed, bits)], bits)
 
 
 def accumulation_eps(plan: LookupPlan) -> float:
@@ -101,33 +111,51 @@ def accumulation_eps(plan: LookupPlan) -> float:
     return torch.finfo(torch.float64 if bits == {64} else torch.float32).eps
 
 
+class Judge:
+    """What a case must give, for values and for gradients, with the error that rounding explains.
+
+    Attributes:
+        gradient: gradient of the output that :meth:`check` expects to have been used.
+    """
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.gradient = output_gradient(case)
+        # In other precision a maximum of almost equal numbers may be another id's.
+        rounded = case.plan.pool == "max" and not case.whole
+        self.expected = run(case if rounded else in_float64(case), self.gradient)
+        self.magnitude = run(absolute(case), self.gradient.abs())
+        self.exact = case.whole and case.plan.pool != "mean"
+        terms = case.bags.ids.numel() + case.plan.width + case.plan.embedding_dim
+        factors = 4 * len(case.plan.probes) + 8
+        self.tolerance = (terms + factors) * accumulation_eps(case.plan)
+
+    def check_output(self, output: Tensor) -> None:
+        """Assert that values are right."""
+        assert output.dtype == output_dtype(self.case.plan, self.case.stores), self.case
+        self._compare(output, self.expected.output, self.magnitude.output, "output")
+
+    def check(self, actual: Result) -> None:
+        """Assert that values and all gradients of ``actual`` are right."""
+        self.check_output(actual.output)
+        for name, ours in actual.gradients.items():
+            theirs, size = self.expected.gradients[name], self.magnitude.gradients[name]
+            if ours is None or theirs is None or size is None:
+                nothing = all(g is None or not g.to_dense().any() for g in (ours, theirs))
+                assert nothing, f"gradient of {name} of {self.case}"
+                continue
+            what = f"gradient of {name}"
+            self._compare(ours.to_dense(), theirs.to_dense(), size.to_dense(), what)
+
+    def _compare(self, actual: Tensor, expected: Tensor, magnitude: Tensor, what: str) -> None:
+        what = f"{what} of {self.case}"
+        assert_within(actual, expected, magnitude, self.exact, self.tolerance, what)
+
+
 def check(case: Case, lookup: Lookup) -> None:
     """Assert that values and gradients of ``lookup`` are those of the reference."""
-    gradient = output_gradient(case)
-    check_result(case, run(case, gradient, lookup), gradient)
-
-
-def check_result(case: Case, actual: Result, gradient: Tensor) -> None:
-    """Assert that a result for this gradient of the output is that of the reference."""
-    # In other precision a maximum of almost equal numbers may be another id's.
-    rounded = case.plan.pool == "max" and not case.whole
-    expected = run(case if rounded else in_float64(case), gradient)
-    magnitude = run(absolute(case), gradient.abs())
-    exact = case.whole and case.plan.pool != "mean"
-    terms = case.bags.ids.numel() + case.plan.width + case.plan.embedding_dim
-    tolerance = (terms + 4 * len(case.plan.probes) + 8) * accumulation_eps(case.plan)
-
-    assert actual.output.dtype == output_dtype(case.plan, case.stores), case
-    what = f"output of {case}"
-    assert_within(actual.output, expected.output, magnitude.output, exact, tolerance, what)
-    for name, ours in actual.gradients.items():
-        theirs, size = expected.gradients[name], magnitude.gradients[name]
-        what = f"gradient of {name} of {case}"
-        if ours is None or theirs is None or size is None:
-            assert all(g is None or not g.to_dense().any() for g in (ours, theirs)), what
-            continue
-        ours, theirs, size = ours.to_dense(), theirs.to_dense(), size.to_dense()
-        assert_within(ours, theirs, size, exact, tolerance, what)
+    judge = Judge(case)
+    judge.check(run(case, judge.gradient, lookup))
 
 
 def assert_within(

@@ -43,7 +43,7 @@ class ScalarLoop:
         assert code_row is not None
         code = self.code(store, code_row, address.column)
         if code != 2**store.bits - 1:
-            return code
+            return code if code < address.size else None
         return None if address.otherwise is None else self.row(address.otherwise, id)
 
     def value(self, store: Store, row: int, column: int) -> float:

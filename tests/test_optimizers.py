@@ -1,0 +1,166 @@
+"""Fused optimizers equal torch's, on every method, and their state is kept."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import embcompress as ec
+from embcompress.optimizers import unfused_parameters
+
+METHODS = sorted(ec.methods())
+TORCH = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05),
+    "adam": lambda p: torch.optim.SparseAdam(p, lr=0.05),
+}
+
+
+def table(method: str, sparse: bool = False) -> ec.EmbeddingBag:
+    torch.manual_seed(0)
+    return ec.EmbeddingBag(200, 8, mode="sum", method=method, sparse=sparse)
+
+
+def batches() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randint(0, 200, (30,), generator=generator),
+            torch.tensor([0, 0, 7, 8, 20]),
+            torch.randn(5, 8, generator=generator),
+        )
+        for _ in range(6)
+    ]
+
+
+def train(module: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    for ids, offsets, gradient in batches():
+        if optimizer is not None:
+            optimizer.zero_grad()
+        module(ids, offsets).backward(gradient)
+        if optimizer is not None:
+            optimizer.step()
+
+
+@pytest.mark.parametrize("engine", ["kernel", "torch"])
+@pytest.mark.parametrize("name", sorted(TORCH))
+@pytest.mark.parametrize("method", METHODS)
+def test_the_fused_update_is_torchs(
+    method: str, name: str, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if engine == "torch":
+        monkeypatch.setattr("embcompress.engine.ops.is_available", lambda: False)
+    fused, plain = table(method), table(method, sparse=name == "adam")
+    if name == "adam" and fused.plan.head is not None:
+        pytest.skip("torch's SparseAdam refuses the dense gradient of a head")
+    ec.fuse_optimizer(fused, name, lr=0.05)
+    train(fused, None)
+    train(plain, TORCH[name](plain.parameters()))
+    for store, expected in plain.named_parameters():
+        actual = fused.get_parameter(store)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5, check_dtype=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rowwise_adagrad_is_its_formula(method: str) -> None:
+    fused, plain = table(method), table(method)
+    ec.fuse_optimizer(fused, "rowwise_adagrad", lr=0.05, eps=1e-6, weight_decay=0.01)
+    sums = {name: torch.zeros(p.shape[0], 1) for name, p in plain.named_parameters()}
+    for ids, offsets, gradient in batches():
+        fused(ids, offsets).backward(gradient)
+        plain.zero_grad()
+        plain(ids, offsets).backward(gradient)
+        with torch.no_grad():
+            for name, p in plain.named_parameters():
+                is_head = plain.plan.head is not None and plain.plan.head.weight == name
+                touched = torch.ones(len(p), 1) if is_head else p.grad.any(1, keepdim=True).float()
+                g = (p.grad + 0.01 * p) * touched
+                sums[name] += (g * g).mean(1, keepdim=True)
+                p -= 0.05 * g / (sums[name].sqrt() + 1e-6)
+    for name, expected in plain.named_parameters():
+        torch.testing.assert_close(fused.get_parameter(name), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_state_is_saved_and_goes_on(method: str) -> None:
+    whole, half = table(method), table(method)
+    for module in (whole, half):
+        ec.fuse_optimizer(module, "adam", lr=0.05)
+    all_batches = batches()
+    for ids, offsets, gradient in all_batches:
+        whole(ids, offsets).backward(gradient)
+    for ids, offsets, gradient in all_batches[:3]:
+        half(ids, offsets).backward(gradient)
+    resumed = table(method)
+    ec.fuse_optimizer(resumed, "adam", lr=0.05)
+    resumed.load_state_dict(copy.deepcopy(half.state_dict()))
+    for ids, offsets, gradient in all_batches[3:]:
+        resumed(ids, offsets).backward(gradient)
+    for name, expected in whole.named_parameters():
+        assert torch.equal(resumed.get_parameter(name), expected)
+
+
+def test_state_is_reported_as_training_memory() -> None:
+    module = table("hash")
+    before = ec.memory(module)
+    ec.fuse_optimizer(module, "rowwise_adagrad", lr=0.05)
+    after = ec.memory(module)
+    assert after.total == before.total and before.training == 0
+    assert after.training == module.plan.stores[0].rows * 4 + 8  # a sum a row, and a step
+
+
+def test_a_collection_with_a_shared_table() -> None:
+    tables = [ec.TableConfig("a", 100, 8, ("x", "y")), ec.TableConfig("b", 300, 8)]
+
+    def make() -> ec.EmbeddingBagCollection:
+        torch.manual_seed(0)
+        return ec.EmbeddingBagCollection(tables, method="qr")
+
+    fused, plain = make(), make()
+    ec.fuse_optimizer(fused, "adagrad", lr=0.1)
+    optimizer = torch.optim.Adagrad(plain.parameters(), lr=0.1)
+    features = {"x": torch.tensor([1, 2]), "y": torch.tensor([2, 9]), "b": torch.tensor([5, 250])}
+    for _ in range(3):
+        fused(features).pow(2).sum().backward()
+        optimizer.zero_grad()
+        plain(features).pow(2).sum().backward()
+        optimizer.step()
+    for name, expected in plain.named_parameters():
+        torch.testing.assert_close(fused.get_parameter(name), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_rate_can_be_scheduled_and_evaluation_changes_nothing() -> None:
+    module = table("hash")
+    rule = ec.fuse_optimizer(module, "sgd", lr=0.1)
+    ids, offsets, gradient = batches()[0]
+    before = module.weight.clone()
+    with torch.no_grad():
+        module(ids, offsets)
+    assert torch.equal(module.weight, before)
+    rule.lr = 1e-30
+    module(ids, offsets).backward(gradient)
+    assert torch.equal(module.weight, before)
+
+
+def test_the_other_parameters_are_left_to_the_user() -> None:
+    model = nn.ModuleDict({"table": table("low_dim"), "layer": nn.Linear(8, 1)})
+    ec.fuse_optimizer(model, "sgd", lr=0.1)
+    assert {id(p) for p in unfused_parameters(model)} == {
+        id(p) for p in model["layer"].parameters()
+    }
+
+
+def test_wrong_use_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown optimizer 'lion'; known: sgd"):
+        ec.fuse_optimizer(table("hash"), "lion", lr=0.1)
+    with pytest.raises(ValueError, match="lr must be positive"):
+        ec.fuse_optimizer(table("hash"), "sgd", lr=0.0)
+    with pytest.raises(ValueError, match="contains no table"):
+        ec.fuse_optimizer(nn.Linear(2, 2), "sgd", lr=0.1)
+    module = table("hash")
+    ec.fuse_optimizer(module, "sgd", lr=0.1)
+    with pytest.raises(ValueError, match="already"):
+        ec.fuse_optimizer(module, "sgd", lr=0.1)
