@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 import embcompress as ec
 from embcompress.models import DLRM
+from embcompress.optimizers import fuse_optimizer
 
 LEARNING_RATE = 0.01
 WIDTH = 16  # of the DLRM
@@ -68,15 +69,9 @@ def arguments() -> argparse.Namespace:
 
 
 def update_tables(module: nn.Module) -> Callable[[], None]:
-    """Row-wise Adagrad fused into the backward of our tables, or Adagrad where that is missing.
-
-    Returns:
-        What to call after backward.
-    """
-    if hasattr(ec, "fuse_optimizer"):
-        ec.fuse_optimizer(module, "rowwise_adagrad", lr=LEARNING_RATE)
-        return lambda: None
-    return step_of(list(module.parameters()))
+    """Row-wise Adagrad fused into the backward of our tables; nothing is left to call after it."""
+    fuse_optimizer(module, "rowwise_adagrad", lr=LEARNING_RATE)
+    return lambda: None
 
 
 def step_of(parameters: Sequence[nn.Parameter]) -> Callable[[], None]:

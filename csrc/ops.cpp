@@ -33,7 +33,8 @@ namespace {
 // ------------------------------------------------------------------------------------- checks
 
 StoreView view_store(const Tensor& store) {
-    STD_TORCH_CHECK(store.is_cpu() && store.is_contiguous(), "stores must be contiguous CPU tensors");
+    STD_TORCH_CHECK(store.is_cpu() && store.is_contiguous(),
+                    "stores must be contiguous CPU tensors");
     const ScalarType type = store.scalar_type();
     const int64_t bytes = store.numel() * static_cast<int64_t>(store.element_size());
     if (type == ScalarType::Byte) {
@@ -41,9 +42,9 @@ StoreView view_store(const Tensor& store) {
         return {store.const_data_ptr(), Dtype::kPacked, 0, 0, bytes};
     }
     STD_TORCH_CHECK(store.dim() == 2, "float stores must be 2-D");
-    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half ||
-                        type == ScalarType::BFloat16,
-                    "stores must be float32, float16, bfloat16 or packed");
+    STD_TORCH_CHECK(
+        type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
+        "stores must be float32, float16, bfloat16 or packed");
     const Dtype dtype = type == ScalarType::Float  ? Dtype::kFloat32
                         : type == ScalarType::Half ? Dtype::kFloat16
                                                    : Dtype::kBFloat16;
@@ -82,9 +83,9 @@ void check_probe(const Lookup& lookup, const Probe& probe, int64_t feature_width
     int64_t rows = address_size(probe.address);
     const Code& code = probe.code;
     if (code.store >= 0) {
-        STD_TORCH_CHECK(code.width >= 1 && code.column >= 0 && code.column < code.width &&
-                            code.size >= 1,
-                        "encoding: codes of no column or no size");
+        STD_TORCH_CHECK(
+            code.width >= 1 && code.column >= 0 && code.column < code.width && code.size >= 1,
+            "encoding: codes of no column or no size");
         check_packed_store(store_at(lookup, code.store), rows * code.width, code.bits);
         if (code.has_otherwise) {
             STD_TORCH_CHECK(address_size(code.otherwise) <= code.size, "encoding: otherwise");
@@ -140,11 +141,12 @@ void check_encoding(const Lookup& lookup, int64_t fields) {
     }
 }
 
-void check_offsets(const Lookup& lookup, int64_t entries) {
+void check_offsets(const Lookup& lookup) {
     const int64_t bags = lookup.header.num_features * lookup.batch;
-    STD_TORCH_CHECK(entries == bags + 1, "offsets has ", entries, " entries, which is not ",
-                    lookup.header.num_features, " features * B + 1");
-    STD_TORCH_CHECK(lookup.offset(0) == 0, "offsets[0] must be 0");
+    STD_TORCH_CHECK(lookup.num_offsets == bags || lookup.num_offsets == bags + 1, "offsets has ",
+                    lookup.num_offsets, " entries, which is not ", lookup.header.num_features,
+                    " features * B + 1");
+    STD_TORCH_CHECK(bags == 0 || lookup.offset(0) == 0, "offsets[0] must be 0");
     STD_TORCH_CHECK(lookup.offset(bags) == lookup.num_ids,
                     "the last offset must be the number of ids, ", lookup.num_ids);
     bool rising = true;
@@ -153,8 +155,9 @@ void check_offsets(const Lookup& lookup, int64_t entries) {
 }
 
 bool is_32_bit(const Tensor& tensor) {
-    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Int || tensor.scalar_type() == ScalarType::Long,
-                    "ids and offsets must be int32 or int64");
+    STD_TORCH_CHECK(
+        tensor.scalar_type() == ScalarType::Int || tensor.scalar_type() == ScalarType::Long,
+        "ids and offsets must be int32 or int64");
     STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 1 && tensor.is_contiguous(),
                     "ids and offsets must be contiguous 1-D CPU tensors");
     return tensor.scalar_type() == ScalarType::Int;
@@ -162,7 +165,7 @@ bool is_32_bit(const Tensor& tensor) {
 
 Lookup make_lookup(const std::vector<Tensor>& stores, const Tensor& ids,
                    const std::optional<Tensor>& offsets, const std::optional<Tensor>& weights,
-                   const Tensor& encoding) {
+                   const Tensor& encoding, bool ends_are_given) {
     Lookup lookup{};
     STD_TORCH_CHECK(encoding.is_cpu() && encoding.is_contiguous() &&
                         encoding.scalar_type() == ScalarType::Long &&
@@ -182,8 +185,9 @@ Lookup make_lookup(const std::vector<Tensor>& stores, const Tensor& ids,
         STD_TORCH_CHECK(is_32_bit(*offsets) == lookup.ids_are_32_bit,
                         "ids and offsets must be of one dtype");
         lookup.offsets = offsets->const_data_ptr();
-        lookup.batch = (offsets->numel() - 1) / lookup.header.num_features;
-        check_offsets(lookup, offsets->numel());
+        lookup.num_offsets = offsets->numel();
+        lookup.batch = (offsets->numel() - ends_are_given) / lookup.header.num_features;
+        check_offsets(lookup);
     } else {
         STD_TORCH_CHECK(lookup.header.num_features == 1, "many features need offsets");
         lookup.batch = lookup.num_ids;
@@ -212,12 +216,12 @@ int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 // ------------------------------------------------------------------------------------ operators
 
 Tensor lookup(std::vector<Tensor> stores, Tensor ids, std::optional<Tensor> offsets,
-              std::optional<Tensor> weights, Tensor encoding, int64_t num_features,
-              int64_t num_columns, bool /*sparse: for the backward pass*/) {
-    const Lookup what = make_lookup(stores, ids, offsets, weights, encoding);
-    STD_TORCH_CHECK(num_features == what.header.num_features &&
-                        num_columns == what.header.num_columns,
-                    "num_features and num_columns are not the encoding's");
+              std::optional<Tensor> weights, Tensor encoding, bool ends_are_given,
+              int64_t num_features, int64_t num_columns, bool /*sparse: for the backward*/) {
+    const Lookup what = make_lookup(stores, ids, offsets, weights, encoding, ends_are_given);
+    STD_TORCH_CHECK(
+        num_features == what.header.num_features && num_columns == what.header.num_columns,
+        "num_features and num_columns are not the encoding's");
     Tensor out = torch::stable::empty({what.batch, num_columns}, ScalarType::Float);
     check_ids(lookup_forward(what, static_cast<float*>(out.mutable_data_ptr()), threads()));
     return out;
@@ -225,8 +229,9 @@ Tensor lookup(std::vector<Tensor> stores, Tensor ids, std::optional<Tensor> offs
 
 std::vector<Tensor> lookup_backward(Tensor grad, std::vector<Tensor> stores, Tensor ids,
                                     std::optional<Tensor> offsets, std::optional<Tensor> weights,
-                                    Tensor encoding, std::vector<int64_t> wanted) {
-    const Lookup what = make_lookup(stores, ids, offsets, weights, encoding);
+                                    Tensor encoding, bool ends_are_given,
+                                    std::vector<int64_t> wanted) {
+    const Lookup what = make_lookup(stores, ids, offsets, weights, encoding, ends_are_given);
     const Tensor gradient = check_gradient(grad, what);
     std::vector<Tensor> results;
     std::vector<GradientSink> sinks(stores.size());
@@ -250,8 +255,8 @@ std::vector<Tensor> lookup_backward(Tensor grad, std::vector<Tensor> stores, Ten
 std::vector<Tensor> lookup_backward_sparse(Tensor grad, std::vector<Tensor> stores, Tensor ids,
                                            std::optional<Tensor> offsets,
                                            std::optional<Tensor> weights, Tensor encoding,
-                                           std::vector<int64_t> wanted) {
-    const Lookup what = make_lookup(stores, ids, offsets, weights, encoding);
+                                           bool ends_are_given, std::vector<int64_t> wanted) {
+    const Lookup what = make_lookup(stores, ids, offsets, weights, encoding, ends_are_given);
     const Tensor gradient = check_gradient(grad, what);
     std::vector<GradientSink> sinks(stores.size());
     std::vector<GradientSink*> pointers(stores.size(), nullptr);
@@ -295,8 +300,8 @@ std::vector<Tensor> lookup_backward_sparse(Tensor grad, std::vector<Tensor> stor
 
 Tensor lookup_backward_weights(Tensor grad, std::vector<Tensor> stores, Tensor ids,
                                std::optional<Tensor> offsets, std::optional<Tensor> weights,
-                               Tensor encoding) {
-    const Lookup what = make_lookup(stores, ids, offsets, weights, encoding);
+                               Tensor encoding, bool ends_are_given) {
+    const Lookup what = make_lookup(stores, ids, offsets, weights, encoding, ends_are_given);
     const Tensor gradient = check_gradient(grad, what);
     Tensor out = torch::stable::empty({what.num_ids}, ScalarType::Float);
     check_ids(weights_gradient(what, static_cast<const float*>(gradient.const_data_ptr()),
@@ -308,11 +313,11 @@ Tensor lookup_backward_weights(Tensor grad, std::vector<Tensor> stores, Tensor i
 // optimizer's state for each wanted store (empty tensors where it has none).
 void lookup_backward_update(Tensor grad, std::vector<Tensor> stores, Tensor ids,
                             std::optional<Tensor> offsets, std::optional<Tensor> weights,
-                            Tensor encoding, std::vector<int64_t> wanted, std::vector<Tensor> first,
-                            std::vector<Tensor> second, int64_t kind, double learning_rate,
-                            double epsilon, double weight_decay, double beta1, double beta2,
-                            int64_t step) {
-    const Lookup what = make_lookup(stores, ids, offsets, weights, encoding);
+                            Tensor encoding, bool ends_are_given, std::vector<int64_t> wanted,
+                            std::vector<Tensor> first, std::vector<Tensor> second, int64_t kind,
+                            double learning_rate, double epsilon, double weight_decay, double beta1,
+                            double beta2, int64_t step) {
+    const Lookup what = make_lookup(stores, ids, offsets, weights, encoding, ends_are_given);
     const Tensor gradient = check_gradient(grad, what);
     STD_TORCH_CHECK(kind >= 0 && kind <= 3, "unknown optimizer ", kind);
     STD_TORCH_CHECK(first.size() == wanted.size() && second.size() == wanted.size(),
@@ -333,11 +338,11 @@ void lookup_backward_update(Tensor grad, std::vector<Tensor> stores, Tensor ids,
         const StoreView& view = store_at(what, wanted[k]);
         STD_TORCH_CHECK(view.dtype == Dtype::kFloat32, "fused updates need float32 stores");
         const int64_t numbers = view.rows * (rowwise ? 1 : view.width);
-        for (const Tensor* state : {has_first ? &first[k] : nullptr, has_second ? &second[k] : nullptr}) {
-            STD_TORCH_CHECK(state == nullptr ||
-                                (state->is_cpu() && state->is_contiguous() &&
-                                 state->scalar_type() == ScalarType::Float &&
-                                 state->numel() == numbers),
+        for (const Tensor* state :
+             {has_first ? &first[k] : nullptr, has_second ? &second[k] : nullptr}) {
+            STD_TORCH_CHECK(state == nullptr || (state->is_cpu() && state->is_contiguous() &&
+                                                 state->scalar_type() == ScalarType::Float &&
+                                                 state->numel() == numbers),
                             "optimizer state of the wrong shape");
         }
         sinks[wanted[k]].width = view.width;
@@ -357,7 +362,8 @@ void lookup_backward_update(Tensor grad, std::vector<Tensor> stores, Tensor ids,
                 const int64_t row = touched.rows()[i], width = sink.width;
                 const int64_t at = row * (rowwise ? 1 : width);
                 update_row(optimizer, width, touched.values() + i * width, data + row * width,
-                           one == nullptr ? nullptr : one + at, two == nullptr ? nullptr : two + at);
+                           one == nullptr ? nullptr : one + at,
+                           two == nullptr ? nullptr : two + at);
             }
         });
     }
@@ -369,19 +375,20 @@ void lookup_backward_update(Tensor grad, std::vector<Tensor> stores, Tensor ids,
 STABLE_TORCH_LIBRARY(embcompress, m) {
     m.def(
         "lookup(Tensor[] stores, Tensor ids, Tensor? offsets, Tensor? weights, Tensor encoding, "
-        "int num_features, int num_columns, bool sparse) -> Tensor");
+        "bool ends_are_given, int num_features, int num_columns, bool sparse) -> Tensor");
     m.def(
         "lookup_backward(Tensor grad, Tensor[] stores, Tensor ids, Tensor? offsets, "
-        "Tensor? weights, Tensor encoding, int[] wanted) -> Tensor[]");
+        "Tensor? weights, Tensor encoding, bool ends_are_given, int[] wanted) -> Tensor[]");
     m.def(
         "lookup_backward_sparse(Tensor grad, Tensor[] stores, Tensor ids, Tensor? offsets, "
-        "Tensor? weights, Tensor encoding, int[] wanted) -> Tensor[]");
+        "Tensor? weights, Tensor encoding, bool ends_are_given, int[] wanted) -> Tensor[]");
     m.def(
         "lookup_backward_weights(Tensor grad, Tensor[] stores, Tensor ids, Tensor? offsets, "
-        "Tensor? weights, Tensor encoding) -> Tensor");
+        "Tensor? weights, Tensor encoding, bool ends_are_given) -> Tensor");
     m.def(
         "lookup_backward_update(Tensor grad, Tensor(a!)[] stores, Tensor ids, Tensor? offsets, "
-        "Tensor? weights, Tensor encoding, int[] wanted, Tensor(b!)[] first, Tensor(c!)[] second, "
+        "Tensor? weights, Tensor encoding, bool ends_are_given, int[] wanted, Tensor(b!)[] first, "
+        "Tensor(c!)[] second, "
         "int kind, float learning_rate, float epsilon, float weight_decay, float beta1, "
         "float beta2, int step) -> ()");
 }
@@ -396,7 +403,7 @@ STABLE_TORCH_LIBRARY_IMPL(embcompress, CPU, m) {
 
 // An empty Python module: importing it loads the library, which registers the operators.
 PyMODINIT_FUNC PyInit__C(void) {
-    static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
-                                     nullptr, nullptr, nullptr, nullptr};
+    static PyModuleDef definition = {
+        PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
     return PyModule_Create(&definition);
 }

@@ -146,14 +146,28 @@ class EmbeddingBagCollection(nn.Module):
         Returns:
             (B, sum of embedding_dims), the columns of each feature in order.
         """
+        weighted: list[str] | None = None
         if isinstance(input, Mapping):
             if offsets is not None or per_sample_weights is not None:
                 raise ValueError("a mapping carries its own offsets and weights")
+            weighted = [
+                name
+                for name, value in input.items()
+                if isinstance(value, tuple) and len(value) == 3 and name in self._tables_of_features
+            ]
             input, offsets, per_sample_weights = self._concatenate(input)
         elif offsets is None:
             raise ValueError("offsets must be given with ids; or pass a mapping of features")
         bags = make_bags(input, offsets, per_sample_weights, include_last_offset=True, check=False)
         modules = self._bags_of_features()
+        if per_sample_weights is not None and weighted is None:
+            weighted = list(self.feature_names)
+        for feature in weighted or []:
+            mode = self.embedding_bags[self._tables_of_features[feature]].mode
+            if mode != "sum":
+                raise ValueError(
+                    f"feature {feature!r} has mode {mode!r}; per-sample weights need 'sum'"
+                )
         program = self._program(modules)
         tables = list(dict.fromkeys(modules))
         fused = None

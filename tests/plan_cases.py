@@ -257,7 +257,7 @@ def unpack_bits(packed: Tensor, bits: int) -> list[int]:
 
 
 def make_stores(plan: LookupPlan, generator: torch.Generator, *, whole: bool) -> dict[str, Tensor]:
-    """Tensors for every store of a plan, its codes within their bounds, absent, or now and then damaged."""
+    """Tensors for every store of a plan, codes within bounds, absent, now and then damaged."""
     bounds: dict[str, int] = {}
     for probe in plan.probes:
         if isinstance(probe.address, Code):

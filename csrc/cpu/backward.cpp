@@ -88,8 +88,7 @@ EMBCOMPRESS_INLINE void add_row_gradient(const RowBlock& rows, const Feature& fe
     float factor = coefficient;
     if (rows.scaled()) factor *= rows.scales(t)[i];
     if (feature.combine != Combine::kMul) {
-        const float* mine =
-            gradient + (feature.combine == Combine::kConcat ? probe.column : 0);
+        const float* mine = gradient + (feature.combine == Combine::kConcat ? probe.column : 0);
         for (int64_t c = 0; c < probe.width; ++c) target[c] += factor * mine[c];
         return;
     }
@@ -250,15 +249,16 @@ EMBCOMPRESS_CLONES bool weights_range(const Lookup& lookup, int64_t number, int6
         valid &= rows.load_ids(position, n);
         rows.find_all(n);
         for (int i = 0; i < n; ++i) {
-            const float* gradient = grad +
-                                    (bags.at(position + i) - first_bag) * lookup.header.num_columns +
-                                    feature.out_column;
+            const float* gradient =
+                grad + (bags.at(position + i) - first_bag) * lookup.header.num_columns +
+                feature.out_column;
             float total = 0.0f;
             for (int t = 0; t < rows.num_probes() && !rows.skipped(i); ++t) {
                 if (feature.combine == Combine::kMul) {
                     total = t == 0 ? scale_gradient(rows, feature, 0, i, gradient, 1.0f) : total;
                 } else {
-                    total += rows.scales(t)[i] * scale_gradient(rows, feature, t, i, gradient, 1.0f);
+                    total +=
+                        rows.scales(t)[i] * scale_gradient(rows, feature, t, i, gradient, 1.0f);
                 }
             }
             if (feature.combine == Combine::kMul && !rows.skipped(i)) total *= rows.scales(0)[i];

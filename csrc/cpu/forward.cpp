@@ -1,6 +1,7 @@
 // Forward: address, prefetch, gather, combine and pool in one pass over blocks of ids.
 
 #include <algorithm>
+#include <cstring>
 
 #include "rows.h"
 
@@ -14,39 +15,93 @@ constexpr int64_t kPiece = 4096;
 // Below this many floats gathered a thread costs more than it gives.
 constexpr int64_t kFloatsPerThread = 16384;
 
-// Adds ids [begin, end) of a block, `kLanes` columns from `column` on, to acc. Probes are combined
-// per id. Sums run over ids in order, so vector width changes no bit.
+#if defined(__GNUC__) && !defined(__clang__)
+// Vectors are only ever passed between functions that are inlined.
+#pragma GCC diagnostic ignored "-Wpsabi"
+#endif
+
+// `kLanes` floats in registers. A vector extension of GCC and clang: it becomes whatever the
+// target has, and rounds as scalars do.
+template <int kLanes>
+struct Lanes {
+    typedef float Type __attribute__((vector_size(kLanes * sizeof(float))));
+};
+template <>
+struct Lanes<1> {
+    typedef float Type;
+};
+
+template <typename V>
+EMBCOMPRESS_INLINE V load_lanes(const float* from) {
+    V lanes;
+    std::memcpy(&lanes, from, sizeof(V));
+    return lanes;
+}
+
+template <typename V>
+EMBCOMPRESS_INLINE void store_lanes(float* to, V lanes) {
+    std::memcpy(to, &lanes, sizeof(V));
+}
+
+// Probes [first, last) of id number i, combined: some columns of its vector.
+template <typename V, bool kMul>
+EMBCOMPRESS_INLINE V combine_lanes(const float* const* pointers, const float* scales, int probes,
+                                   int i, int64_t column) {
+    V value = load_lanes<V>(pointers[i] + column);
+    if (scales != nullptr) value *= scales[i];
+    for (int t = 1; t < probes; ++t) {
+        V next = load_lanes<V>(pointers[t * kBlock + i] + column);
+        if (scales != nullptr) next *= scales[t * kBlock + i];
+        value = kMul ? value * next : value + next;
+    }
+    return value;
+}
+
+// Adds ids [begin, end) of a block, some columns, to acc. Probes are combined per id. Sums run
+// over ids in order, so the width of the vectors changes no bit.
 template <int kLanes, bool kMul>
 EMBCOMPRESS_INLINE void add_lanes(const RowBlock& rows, int first, int last, int begin, int end,
                                   int64_t column, const float* weights, bool start, float* acc) {
-    float sum[kLanes];
-    for (int c = 0; c < kLanes; ++c) sum[c] = start ? 0.0f : acc[c];
+    typedef typename Lanes<kLanes>::Type V;
     const float* const* pointers = rows.pointers(first);
     const float* scales = rows.scaled() ? rows.scales(first) : nullptr;
+    V sum = start ? V{} : load_lanes<V>(acc);
     for (int i = begin; i < end; ++i) {
-        float value[kLanes];
-        const float* row = pointers[i] + column;
-        for (int c = 0; c < kLanes; ++c) value[c] = row[c];
-        if (scales != nullptr) {
-            for (int c = 0; c < kLanes; ++c) value[c] *= scales[i];
-        }
-        for (int t = 1; t < last - first; ++t) {
-            const float* other = pointers[t * kBlock + i] + column;
-            float next[kLanes];
-            for (int c = 0; c < kLanes; ++c) next[c] = other[c];
-            if (scales != nullptr) {
-                for (int c = 0; c < kLanes; ++c) next[c] *= scales[t * kBlock + i];
-            }
-            for (int c = 0; c < kLanes; ++c) {
-                value[c] = kMul ? value[c] * next[c] : value[c] + next[c];
-            }
-        }
-        if (weights != nullptr) {
-            for (int c = 0; c < kLanes; ++c) value[c] *= weights[i];
-        }
-        for (int c = 0; c < kLanes; ++c) sum[c] += value[c];
+        V value = combine_lanes<V, kMul>(pointers, scales, last - first, i, column);
+        if (weights != nullptr) value *= weights[i];
+        sum += value;
     }
-    for (int c = 0; c < kLanes; ++c) acc[c] = sum[c];
+    store_lanes(acc, sum);
+}
+
+// The block's ids are a bag each: id i goes to out + i * stride.
+template <int kLanes, bool kMul>
+EMBCOMPRESS_INLINE void copy_lanes(const RowBlock& rows, int first, int last, int n, int64_t column,
+                                   const float* weights, int64_t stride, float* out) {
+    typedef typename Lanes<kLanes>::Type V;
+    const float* const* pointers = rows.pointers(first);
+    const float* scales = rows.scaled() ? rows.scales(first) : nullptr;
+    for (int i = 0; i < n; ++i) {
+        V value = combine_lanes<V, kMul>(pointers, scales, last - first, i, column);
+        if (weights != nullptr) value *= weights[i];
+        store_lanes(out + i * stride, value);
+    }
+}
+
+template <bool kMul>
+EMBCOMPRESS_INLINE void copy_columns(const RowBlock& rows, int first, int last, int n,
+                                     int64_t width, const float* weights, int64_t stride,
+                                     float* out) {
+    int64_t c = 0;
+    for (; c + 16 <= width; c += 16) {
+        copy_lanes<16, kMul>(rows, first, last, n, c, weights, stride, out + c);
+    }
+    for (; c + 4 <= width; c += 4) {
+        copy_lanes<4, kMul>(rows, first, last, n, c, weights, stride, out + c);
+    }
+    for (; c < width; ++c) {
+        copy_lanes<1, kMul>(rows, first, last, n, c, weights, stride, out + c);
+    }
 }
 
 template <bool kMul>
@@ -81,6 +136,23 @@ EMBCOMPRESS_INLINE void add_ids(const RowBlock& rows, const Feature& feature, in
     }
 }
 
+// Every id of a block is a bag of its own.
+EMBCOMPRESS_INLINE void copy_ids(const RowBlock& rows, const Feature& feature, int n,
+                                 const float* weights, int64_t stride, float* out) {
+    const int count = rows.num_probes();
+    if (feature.combine == Combine::kConcat) {
+        for (int t = 0; t < count; ++t) {
+            const Probe& probe = rows.probe(t);
+            copy_columns<false>(rows, t, t + 1, n, probe.width, weights, stride,
+                                out + probe.column);
+        }
+    } else if (feature.combine == Combine::kMul) {
+        copy_columns<true>(rows, 0, count, n, feature.width, weights, stride, out);
+    } else {
+        copy_columns<false>(rows, 0, count, n, feature.width, weights, stride, out);
+    }
+}
+
 EMBCOMPRESS_INLINE int64_t counted(const RowBlock& rows, int begin, int end) {
     int64_t count = 0;
     for (int i = begin; i < end; ++i) count += !rows.skipped(i);
@@ -110,9 +182,8 @@ struct Pieces {
 EMBCOMPRESS_INLINE void load_weights(const Lookup& lookup, const RowBlock& rows, int64_t position,
                                      int n, float* weights) {
     for (int i = 0; i < n; ++i) {
-        weights[i] = rows.skipped(i)
-                         ? 0.0f
-                         : load_float(lookup.weights, lookup.weights_dtype, position + i);
+        weights[i] =
+            rows.skipped(i) ? 0.0f : load_float(lookup.weights, lookup.weights_dtype, position + i);
     }
 }
 
@@ -124,6 +195,17 @@ EMBCOMPRESS_INLINE void finish_piece(const Pieces& pieces, int64_t piece, int64_
         const float divisor = static_cast<float>(count);
         for (int64_t c = 0; c < pieces.feature.width; ++c) acc[c] /= divisor;
     }
+}
+
+// Whether the next n pieces are of one id each.
+EMBCOMPRESS_INLINE bool are_single(const Pieces& pieces, int64_t piece, int64_t position, int n) {
+    if (pieces.piece_length != 0 || piece + n > pieces.last) return false;
+    if (pieces.lookup.offsets == nullptr) return true;
+    if (pieces.bound(piece) != position || pieces.bound(piece + n) != position + n) return false;
+    for (int i = 1; i < n; ++i) {
+        if (pieces.bound(piece + i) != position + i) return false;
+    }
+    return true;
 }
 
 EMBCOMPRESS_INLINE bool pool_pieces_inline(const Pieces& pieces) {
@@ -138,21 +220,27 @@ EMBCOMPRESS_INLINE bool pool_pieces_inline(const Pieces& pieces) {
     float* acc = pieces.out;
     int64_t position = piece_begin;
     while (piece < pieces.last) {
-        const int n =
-            static_cast<int>(std::min<int64_t>(kBlock, last_position - position));
+        const int n = static_cast<int>(std::min<int64_t>(kBlock, last_position - position));
         if (n > 0) {
             valid &= rows.load_ids(position, n);
             rows.find_all(n);
             if (weighted) load_weights(pieces.lookup, rows, position, n, weights);
         }
         const int64_t block_end = position + n;
+        if (n > 0 && pieces.counts == nullptr && are_single(pieces, piece, position, n)) {
+            copy_ids(rows, feature, n, weighted ? weights : nullptr, pieces.stride, acc);
+            piece += n;
+            acc += n * pieces.stride;
+            piece_begin = position = block_end;
+            continue;
+        }
         while (piece < pieces.last) {
             const int64_t piece_end = pieces.bound(piece + 1);
             const int begin = static_cast<int>(std::max(piece_begin, position) - position);
             const int end = static_cast<int>(std::min(piece_end, block_end) - position);
             const bool start = piece_begin >= position;
-            add_ids(rows, feature, begin, std::max(begin, end), weighted ? weights : nullptr,
-                    start, acc);
+            add_ids(rows, feature, begin, std::max(begin, end), weighted ? weights : nullptr, start,
+                    acc);
             if (feature.pool == Pool::kMean && end > begin) count += counted(rows, begin, end);
             if (piece_end > block_end) break;
             finish_piece(pieces, piece, count, acc);
@@ -179,9 +267,11 @@ bool pool_huge_bag(const Lookup& lookup, const Feature& feature, int64_t bag, fl
     const int parts = static_cast<int>(std::min<int64_t>(num_threads, pieces));
     parallel(parts, [&](int part) {
         const int64_t first = pieces * part / parts, last = pieces * (part + 1) / parts;
-        const Pieces mine{lookup, feature, first, last, kPiece, begin, end,
-                          partial.data() + first * feature.width, feature.width,
-                          counts.data() + first};
+        const Pieces mine{lookup,        feature,
+                          first,         last,
+                          kPiece,        begin,
+                          end,           partial.data() + first * feature.width,
+                          feature.width, counts.data() + first};
         if (!pool_pieces(mine)) valid = false;
     });
     int64_t count = 0;
@@ -246,7 +336,8 @@ bool lookup_forward(const Lookup& lookup, float* out, int num_threads) {
     std::atomic<bool> valid{true};
     parallel(parts, [&](int part) {
         const int64_t begin = bag_at_work(lookup, work * part / parts);
-        const int64_t end = part + 1 == parts ? bags : bag_at_work(lookup, work * (part + 1) / parts);
+        const int64_t end =
+            part + 1 == parts ? bags : bag_at_work(lookup, work * (part + 1) / parts);
         if (!pool_range(lookup, begin, end, out)) valid = false;
     });
     if (lookup.num_ids <= kHugeBag) return valid;

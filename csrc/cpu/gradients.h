@@ -13,7 +13,8 @@ namespace embcompress {
 // the order of the ids, so sums do not depend on the number of threads.
 EMBCOMPRESS_INLINE int partition_of(int64_t row, int partitions) {
     const uint32_t mixed = static_cast<uint32_t>(row) * 2654435769u;
-    return static_cast<int>((static_cast<uint64_t>(mixed) * static_cast<uint32_t>(partitions)) >> 32);
+    return static_cast<int>((static_cast<uint64_t>(mixed) * static_cast<uint32_t>(partitions)) >>
+                            32);
 }
 
 // Gradient rows of one partition that were touched, in order of first touch.

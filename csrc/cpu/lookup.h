@@ -29,6 +29,7 @@ struct Lookup {
     const void* ids;
     bool ids_are_32_bit;
     const void* offsets;  // nullptr: every id is a bag of its own; else of the ids' type
+    int64_t num_offsets;  // the end of the last bag may be left out: it is num_ids
     const void* weights;  // per-sample weights, or nullptr
     Dtype weights_dtype;
     int64_t num_ids;
@@ -42,6 +43,7 @@ struct Lookup {
     // Bags are numbered feature-major: bag b of feature f is f * batch + b.
     int64_t offset(int64_t bag) const {
         if (offsets == nullptr) return bag;
+        if (bag == num_offsets) return num_ids;
         return ids_are_32_bit ? static_cast<const int32_t*>(offsets)[bag]
                               : static_cast<const int64_t*>(offsets)[bag];
     }

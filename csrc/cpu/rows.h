@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -9,7 +10,8 @@
 
 // One build runs on every x86-64 machine: the kernels are compiled for three instruction sets and
 // the loader picks. Elsewhere the compiler's own target is used.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_ADDRESS__)
 #define EMBCOMPRESS_CLONES \
     __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -88,15 +90,9 @@ class RowBlock {
 
     // Reads the ids of a block and checks them; padding becomes -1. False for an id outside.
     EMBCOMPRESS_INLINE bool load_ids(int64_t position, int n) {
-        bool valid = true;
-        const int64_t limit = feature_.num_embeddings;
-        for (int i = 0; i < n; ++i) {
-            const int64_t id = lookup_.id(position + i);
-            const bool inside = static_cast<uint64_t>(id) < static_cast<uint64_t>(limit);
-            valid &= inside;
-            ids_[i] = inside && id != feature_.padding_idx ? id : -1;
-        }
-        return valid;
+        return lookup_.ids_are_32_bit
+                   ? check_ids(static_cast<const int32_t*>(lookup_.ids) + position, n)
+                   : check_ids(static_cast<const int64_t*>(lookup_.ids) + position, n);
     }
 
     // Takes ids that were checked already.
@@ -121,11 +117,12 @@ class RowBlock {
         const StoreView& store = lookup_.stores[probe.store];
         if (store.dtype == Dtype::kFloat32) {
             const float* data = static_cast<const float*>(store.data);
+            const float* zeros = zeros_.data();
+            const int64_t width = probe.width, lines = std::min(width, kPrefetchFloats);
             for (int i = 0; i < n; ++i) {
-                pointers[i] = rows[i] < 0 ? zeros_.data() : data + rows[i] * probe.width;
-                for (int64_t c = 0; c < probe.width && c < kPrefetchFloats; c += 16) {
-                    __builtin_prefetch(pointers[i] + c);
-                }
+                const float* row = rows[i] < 0 ? zeros : data + rows[i] * width;
+                pointers[i] = row;
+                for (int64_t c = 0; c < lines; c += 16) __builtin_prefetch(row + c);
             }
         } else {
             float* buffer = buffers_[t].data();
@@ -158,6 +155,20 @@ class RowBlock {
     }
 
   private:
+    template <typename Id>
+    EMBCOMPRESS_INLINE bool check_ids(const Id* ids, int n) {
+        const uint64_t limit = static_cast<uint64_t>(feature_.num_embeddings);
+        const int64_t padding = feature_.padding_idx;
+        int outside = 0;
+        for (int i = 0; i < n; ++i) {
+            const int64_t id = ids[i];
+            const bool inside = static_cast<uint64_t>(id) < limit;
+            outside |= !inside;
+            ids_[i] = inside && id != padding ? id : -1;
+        }
+        return outside == 0;
+    }
+
     EMBCOMPRESS_INLINE void addresses(const Address& address, int n, int64_t* rows) const {
         if (address.kind == AddressKind::kHash) {
             const uint64_t key = static_cast<uint64_t>(address.a);
@@ -178,8 +189,8 @@ class RowBlock {
         } else {
             const uint64_t reciprocal = ~0ULL / static_cast<uint64_t>(address.a) + 1;
             for (int i = 0; i < n; ++i) {
-                rows[i] = static_cast<int64_t>(
-                    multiply_high(reciprocal, static_cast<uint32_t>(ids_[i])));
+                rows[i] =
+                    static_cast<int64_t>(multiply_high(reciprocal, static_cast<uint32_t>(ids_[i])));
             }
         }
         const int64_t largest = (feature_.num_embeddings - 1) / address.a;
@@ -191,8 +202,8 @@ class RowBlock {
         const uint64_t reciprocal = ~0ULL / static_cast<uint64_t>(address.b) + 1;
         for (int i = 0; i < n; ++i) {
             const uint64_t row = static_cast<uint32_t>(rows[i]);
-            rows[i] = static_cast<int64_t>(
-                row - multiply_high(reciprocal, row) * static_cast<uint64_t>(address.b));
+            rows[i] = static_cast<int64_t>(row - multiply_high(reciprocal, row) *
+                                                     static_cast<uint64_t>(address.b));
         }
     }
 
@@ -202,9 +213,8 @@ class RowBlock {
         const uint32_t absent = static_cast<uint32_t>((1ULL << code.bits) - 1);
         for (int i = 0; i < n; ++i) {
             if (ids_[i] < 0) continue;
-            const uint32_t value =
-                unpack_bits(static_cast<const uint8_t*>(store.data), store.bytes,
-                            rows[i] * code.width + code.column, code.bits);
+            const uint32_t value = unpack_bits(static_cast<const uint8_t*>(store.data), store.bytes,
+                                               rows[i] * code.width + code.column, code.bits);
             if (value != absent && value < code.size) {
                 rows[i] = value;
             } else {
@@ -232,9 +242,8 @@ class RowBlock {
         const int64_t base = q.per_row ? row * scale.width : 0;
         for (int64_t c = 0; c < width; ++c) {
             const int64_t at = base + (q.per_column ? c : 0);
-            const float code = static_cast<float>(
-                unpack_bits(static_cast<const uint8_t*>(store.data), store.bytes, row * width + c,
-                            q.bits));
+            const float code = static_cast<float>(unpack_bits(
+                static_cast<const uint8_t*>(store.data), store.bytes, row * width + c, q.bits));
             const float step = load_float(scale.data, scale.dtype, at);
             if (q.bias_store < 0) {
                 out[c] = step * (code - zero);
@@ -257,9 +266,9 @@ class RowBlock {
         const StoreView& store = lookup_.stores[scale.store];
         for (int i = 0; i < n; ++i) {
             const int64_t row = scale_row(t, i);
-            values[i] = row < 0 ? 0.0f
-                                : load_float(store.data, store.dtype,
-                                             row * store.width + scale.column);
+            values[i] = row < 0
+                            ? 0.0f
+                            : load_float(store.data, store.dtype, row * store.width + scale.column);
         }
     }
 

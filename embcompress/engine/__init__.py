@@ -8,6 +8,7 @@ everything else.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from embcompress.engine import ops
 from embcompress.engine.bags import Bags, check_ids, check_offsets, make_bags
 from embcompress.engine.encoding import EncodedPlans, can_encode, encode_plans
 from embcompress.engine.fused import FusedLookup, FusedStores
-from embcompress.engine.reference import lookup_reference, output_dtype, pool_bags
+from embcompress.engine.reference import lookup_reference, pool_bags
 from embcompress.plan import LookupPlan
 
 __all__ = [
@@ -77,6 +78,7 @@ class Program:
         if ops.is_available() and all(map(can_encode, plans)):
             self._encode()
         self._has_heads = any(plan.head is not None for plan in plans)
+        self._dtype = _output_dtype(plans)
 
     def _encode(self) -> None:
         if any(plan.pool == "max" for plan in self.plans):
@@ -121,13 +123,13 @@ class Program:
             ValueError: offsets that describe no bags.
         """
         if self._dense and fused is None:
-            return self._run_dense(stores[0], bags)
+            return self._run_dense(stores[0], bags.complete())
         if self._parts:
             parts = zip(self._parts, stores, self._feature_bags(bags), strict=True)
             return torch.cat([part((each,), own) for part, each, own in parts], dim=1)
         if self._encoded is not None and _is_for_kernels(bags):
             return self._run_compiled(self._encoded, stores, bags, fused)
-        return self._run_reference(stores, bags)
+        return self._run_reference(stores, bags.complete())
 
     # -- torch's own operator
 
@@ -180,6 +182,7 @@ class Program:
             None if plain else bags.offsets.contiguous(),
             None if bags.weights is None else bags.weights.contiguous(),
             encoded.tensor,
+            bags.ends_are_given,
             len(self.plans),
             encoded.num_columns,
             self.options.sparse and not torch.compiler.is_compiling(),
@@ -194,18 +197,16 @@ class Program:
                     pooled = torch.ops.embcompress.lookup(*arguments)
             except RuntimeError:
                 # The kernel says that something is wrong; the check says what, and raises it.
-                self._check(bags)
+                self._check(bags.complete())
                 raise
         pooled = self._apply_heads(encoded, stores, pooled)
         if pool == "max":
+            bags = bags.complete()
             if not bags.checked:
                 check_offsets(bags.offsets, bags.ids.numel())
             pooled = pool_bags(self.plans[0], pooled, bags)
-        # Rounded once, at the end; features of several dtypes get the widest, as torch.cat gives.
-        dtype = output_dtype(self.plans[0], stores[0])
-        for plan, each in zip(self.plans[1:], stores[1:], strict=True):
-            dtype = torch.promote_types(dtype, output_dtype(plan, each))
-        return pooled if dtype == torch.float32 else pooled.to(dtype)
+        # Rounded once, at the end.
+        return pooled if self._dtype == torch.float32 else pooled.to(self._dtype)
 
     def _apply_heads(
         self, encoded: EncodedPlans, stores: Sequence[Stores], pooled: Tensor
@@ -257,6 +258,17 @@ class Program:
                 check_offsets(part.offsets, part.ids.numel())
             columns.append(lookup_reference(plan, each, part, sparse=self.options.sparse))
         return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+
+
+def _output_dtype(plans: Sequence[LookupPlan]) -> torch.dtype:
+    """What the values of all features promote to."""
+    names = {
+        (store if store.quantization is None else plan.store(store.quantization.scale)).dtype
+        for plan in plans
+        for store in (plan.store(probe.store) for probe in plan.probes)
+    }
+    dtypes = [getattr(torch, name) for name in sorted(names)]
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def _is_for_kernels(bags: Bags) -> bool:

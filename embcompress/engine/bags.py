@@ -7,7 +7,7 @@ silently truncates are refused, and so are ids outside the vocabulary on every b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ class Bags:
 
     Attributes:
         ids: (N,) int32 or int64.
-        offsets: (B + 1,) of the ids' dtype, from 0 to N, not decreasing.
+        offsets: (B + 1,) of the ids' dtype, from 0 to N, not decreasing; the last may be left
+            out where ``ends_are_given`` is False.
         weights: (N,) float per-sample weights, or None.
         checked: whether the offsets are known to be right; an engine checks them otherwise.
     """
@@ -30,6 +31,14 @@ class Bags:
     offsets: Tensor
     weights: Tensor | None = None
     checked: bool = False
+    ends_are_given: bool = True
+
+    def complete(self) -> Bags:
+        """The same bags with the end of the last one among the offsets."""
+        if self.ends_are_given:
+            return self
+        offsets = torch.cat([self.offsets, self.offsets.new_full((1,), self.ids.numel())])
+        return replace(self, offsets=offsets, ends_are_given=True)
 
 
 def make_bags(
@@ -43,7 +52,7 @@ def make_bags(
     """Canonical bags from the arguments of ``torch.nn.EmbeddingBag.forward``.
 
     Args:
-        check: check the values of the offsets here; False leaves that to the engine.
+        check: complete the offsets and check their values; False leaves that to the engine.
 
     Raises:
         TypeError: ids or offsets that are not int32 or int64.
@@ -73,14 +82,14 @@ def make_bags(
     if input.dtype != offsets.dtype:
         # Like torch, int32 ids with int64 offsets (or the reverse) are promoted together.
         input, offsets = input.long(), offsets.long()
-    if include_last_offset:
-        if offsets.numel() == 0:
-            raise ValueError("offsets must have at least one entry with include_last_offset=True")
-    else:
-        offsets = torch.cat([offsets, offsets.new_full((1,), input.numel())])
-    if check:
-        check_offsets(offsets, input.numel())
-    return Bags(input, offsets, per_sample_weights, checked=check)
+    if include_last_offset and offsets.numel() == 0:
+        raise ValueError("offsets must have at least one entry with include_last_offset=True")
+    bags = Bags(input, offsets, per_sample_weights, ends_are_given=include_last_offset)
+    if not check:
+        return bags
+    bags = bags.complete()
+    check_offsets(bags.offsets, input.numel())
+    return replace(bags, checked=True)
 
 
 def _flat(weights: Tensor | None) -> Tensor | None:

@@ -113,18 +113,19 @@ class FusedLookup(torch.autograd.Function):
         fused: FusedStores,
         arguments: tuple[Any, ...],
     ) -> Tensor:
-        stores, ids, offsets, _, encoding, num_features, num_columns, _ = arguments
-        ctx.fused, ctx.stores = fused, stores
+        stores, ids, offsets, _, encoding, ends_are_given, *shape = arguments
+        ctx.fused, ctx.stores, ctx.ends_are_given = fused, stores, ends_are_given
         ctx.save_for_backward(ids, offsets, weights, encoding)
         return torch.ops.embcompress.lookup(
-            stores, ids, offsets, weights, encoding, num_features, num_columns, False
+            stores, ids, offsets, weights, encoding, ends_are_given, *shape
         )
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         ids, offsets, weights, encoding = ctx.saved_tensors
         fused, rule = ctx.fused, ctx.fused.rule
-        arguments = (gradients[0].contiguous(), ctx.stores, ids, offsets, weights, encoding)
+        gradient = gradients[0].contiguous()
+        arguments = (gradient, ctx.stores, ids, offsets, weights, encoding, ctx.ends_are_given)
         weights_gradient = None
         if ctx.needs_input_grad[1]:  # before the rows move
             weights_gradient = torch.ops.embcompress.lookup_backward_weights(*arguments)

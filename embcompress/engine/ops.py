@@ -53,12 +53,13 @@ def _fake_lookup(
     offsets: Tensor | None,
     weights: Tensor | None,
     encoding: Tensor,
+    ends_are_given: bool,
     num_features: int,
     num_columns: int,
     sparse: bool,
 ) -> Tensor:
-    batch = ids.shape[0] if offsets is None else (offsets.shape[0] - 1) // num_features
-    return ids.new_empty((batch, num_columns), dtype=torch.float32)
+    bags = ids.shape[0] if offsets is None else offsets.shape[0] - ends_are_given
+    return ids.new_empty((bags // num_features, num_columns), dtype=torch.float32)
 
 
 def _fake_lookup_backward(
@@ -68,6 +69,7 @@ def _fake_lookup_backward(
     offsets: Tensor | None,
     weights: Tensor | None,
     encoding: Tensor,
+    ends_are_given: bool,
     wanted: Sequence[int],
 ) -> list[Tensor]:
     return [grad.new_empty(stores[number].shape) for number in wanted]
@@ -80,6 +82,7 @@ def _fake_lookup_backward_sparse(
     offsets: Tensor | None,
     weights: Tensor | None,
     encoding: Tensor,
+    ends_are_given: bool,
     wanted: Sequence[int],
 ) -> list[Tensor]:
     touched = []
@@ -97,6 +100,7 @@ def _fake_lookup_backward_weights(
     offsets: Tensor | None,
     weights: Tensor | None,
     encoding: Tensor,
+    ends_are_given: bool,
 ) -> Tensor:
     return grad.new_empty(ids.shape)
 
@@ -109,16 +113,16 @@ def _fake_lookup_backward_update(*arguments: Any) -> None:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    stores, ids, offsets, weights, encoding, _, _, sparse = inputs
+    stores, ids, offsets, weights, encoding, ends_are_given, _, _, sparse = inputs
     # Saved together, so that a change between forward and backward is noticed.
     ctx.save_for_backward(ids, offsets, weights, encoding, *stores)
-    ctx.sparse = sparse
+    ctx.sparse, ctx.ends_are_given = sparse, ends_are_given
     ctx.wanted = [number for number, store in enumerate(stores) if store.requires_grad]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     ids, offsets, weights, encoding, *stores = ctx.saved_tensors
-    arguments = (grad.contiguous(), stores, ids, offsets, weights, encoding)
+    arguments = (grad.contiguous(), stores, ids, offsets, weights, encoding, ctx.ends_are_given)
     weights_gradient = None
     if weights is not None and ctx.needs_input_grad[3]:
         weights_gradient = torch.ops.embcompress.lookup_backward_weights(*arguments)
@@ -127,7 +131,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if ctx.wanted:
         for number, gradient in zip(ctx.wanted, _store_gradients(ctx, arguments), strict=True):
             gradients[number] = gradient.to(stores[number].dtype)
-    return gradients, None, None, weights_gradient, None, None, None, None
+    return gradients, None, None, weights_gradient, None, None, None, None, None
 
 
 def _store_gradients(ctx: Any, arguments: tuple[Any, ...]) -> list[Tensor]:
