@@ -60,5 +60,18 @@ format: setup ## format Python and C++ files
 	$(RUN)/ruff format .
 	@if [ -n "$(CXX_FILES)" ]; then $(RUN)/clang-format -i $(CXX_FILES); fi
 
+# Leaks are left out: the interpreter never frees what it holds at its end.
+sanitize: setup ## the engine's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	EMBCOMPRESS_SANITIZE=1 EMBCOMPRESS_BUILD_EXTENSION=1 $(RUN)/python setup.py -q build_ext \
+	    --build-lib .sanitize/lib --build-temp .sanitize/temp
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	    EMBCOMPRESS_LIBRARY=.sanitize/lib/embcompress/_C.abi3.so OMP_NUM_THREADS=2 \
+	    $(RUN)/python -m pytest tests/engine tests/test_optimizers.py tests/test_collection.py
+
+benchmark: setup ## lookups and training steps, ours against the full table (needs an idle machine)
+	$(RUN)/python benchmarks/lookup.py --out benchmark-results/lookup
+	$(RUN)/python benchmarks/train_step.py --out benchmark-results/train_step
+
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) build *.egg-info embcompress/*.so
+	rm -rf $(VENV) build .sanitize *.egg-info embcompress/*.so

@@ -2,7 +2,8 @@
 
 Schemas and kernels are in ``csrc/ops.cpp``. Without the extension, or with
 ``EMBCOMPRESS_ENGINE=reference`` in the environment, :func:`is_available` is False and everything
-runs through the reference.
+runs through the reference. ``EMBCOMPRESS_LIBRARY=PATH`` loads another build of the extension, such
+as the one with sanitizers.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ def _load() -> bool:
     """Load the extension, which registers its operators; warn if it is there but will not load."""
     if os.environ.get("EMBCOMPRESS_ENGINE", "compiled") == "reference":
         return False
+    if library := os.environ.get("EMBCOMPRESS_LIBRARY"):
+        torch.ops.load_library(library)
+        return True
     if importlib.util.find_spec("embcompress._C") is None:
         return False
     try:
