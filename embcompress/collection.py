@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ class TableConfig:
         num_embeddings, embedding_dim: shape of the table that it stands for.
         features: names of the features that read it (default: its own name).
         mode: ``"sum"``, ``"mean"`` or ``"max"``.
+        counts: (num_embeddings,) how often each id occurs in the training data, or None.
     """
 
     name: str
@@ -36,6 +37,7 @@ class TableConfig:
     embedding_dim: int
     features: tuple[str, ...] = ()
     mode: Pool = "sum"
+    counts: Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def feature_names(self) -> tuple[str, ...]:
@@ -92,8 +94,8 @@ class EmbeddingBagCollection(nn.Module):
         resolved = resolve_method(method)
         name = dtype_name(torch.get_default_dtype() if dtype is None else dtype)
         specs = [
-            TableSpec(table.num_embeddings, table.embedding_dim, table.name, seed, name)
-            for table in tables
+            TableSpec(t.num_embeddings, t.embedding_dim, t.name, seed, name, t.counts)
+            for t in tables
         ]
         if budget is None:
             plans = [default_plan(resolved, spec) for spec in specs]
@@ -102,9 +104,11 @@ class EmbeddingBagCollection(nn.Module):
             limit = parse_budget(budget, dense)
             plans = allocate(specs, [resolved] * len(specs), limit, full_plan)
         self.embedding_bags = nn.ModuleDict()
-        for table, plan in zip(tables, plans, strict=True):
+        for table, spec, plan in zip(tables, specs, plans, strict=True):
             used = "full" if plan.is_dense else resolved.name
             bag = EmbeddingBag.from_plan(plan.with_pool(table.mode), used, device=device)
+            if not plan.is_dense:
+                resolved.fill(spec, plan, bag.stores())
             self.embedding_bags[table.name] = bag
         self._encoded: Program | None = None
         self._tables_of_features = {

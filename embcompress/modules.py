@@ -335,12 +335,13 @@ def _construct(
     budget: Budget | None,
     seed: int,
     name: str,
+    counts: Tensor | None,
 ) -> None:
     """The one constructor behind both modules' signatures."""
     method = resolve_method(method)
     if dtype is None:
         dtype = torch.get_default_dtype() if weight is None else weight.dtype
-    table = TableSpec(num_embeddings, embedding_dim, name, seed, dtype_name(dtype))
+    table = TableSpec(num_embeddings, embedding_dim, name, seed, dtype_name(dtype), counts)
     plan = make_plan(table, method, budget)
     plan = plan.with_pool(pool, _normalize_padding(padding_idx, num_embeddings))
     _check_options(plan, method.name, options)
@@ -351,6 +352,7 @@ def _construct(
     else:
         CompressedTable.__init__(module, plan, method.name, options, device=device)
         module.reset_parameters()
+        method.fill(table, plan, module.stores())
     if freeze:
         module.requires_grad_(False)
 
@@ -367,6 +369,8 @@ class Embedding(CompressedTable):
             10 %, or the smallest size that the method can take if that is more.
         seed: hash keys are derived from it (start values come from torch's generator).
         name: the table's name; hash keys are derived from it.
+        counts: (num_embeddings,) how often each id occurs in the training data, for methods that
+            treat frequent ids better.
 
     Where it differs from torch: the vector of ``padding_idx`` of a compressed table is always
     zero, and ids outside ``[0, num_embeddings)`` raise IndexError on every backend.
@@ -403,11 +407,12 @@ class Embedding(CompressedTable):
         budget: Budget | None = None,
         seed: int = 0,
         name: str = "",
+        counts: Tensor | None = None,
     ) -> None:
         options = GradientOptions(max_norm, norm_type, scale_grad_by_freq, sparse)
         _construct(
             self, num_embeddings, embedding_dim, "none", padding_idx, options, _weight, _freeze,
-            device, dtype, method, budget, seed, name,
+            device, dtype, method, budget, seed, name, counts,
         )  # fmt: skip
 
     @classmethod
@@ -466,7 +471,7 @@ class EmbeddingBag(CompressedTable):
         num_embeddings, embedding_dim, max_norm, norm_type, scale_grad_by_freq, mode, sparse,
         _weight, include_last_offset, padding_idx, device, dtype: as in
             :class:`torch.nn.EmbeddingBag`.
-        method, budget, seed, name: as in :class:`Embedding`.
+        method, budget, seed, name, counts: as in :class:`Embedding`.
 
     Every id's vector is assembled before the bag is pooled. Where it differs from torch: offsets
     that do not end at the number of ids, and per-sample weights with another mode than
@@ -499,13 +504,14 @@ class EmbeddingBag(CompressedTable):
         budget: Budget | None = None,
         seed: int = 0,
         name: str = "",
+        counts: Tensor | None = None,
     ) -> None:
         if mode not in ("sum", "mean", "max"):
             raise ValueError(f"mode must be 'sum', 'mean' or 'max', got {mode!r}")
         options = GradientOptions(max_norm, norm_type, scale_grad_by_freq, sparse)
         _construct(
             self, num_embeddings, embedding_dim, cast(Pool, mode), padding_idx, options, _weight,
-            False, device, dtype, method, budget, seed, name,
+            False, device, dtype, method, budget, seed, name, counts,
         )  # fmt: skip
         self.include_last_offset = include_last_offset
 

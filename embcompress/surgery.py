@@ -100,6 +100,7 @@ def compress(
     method: MethodChoice | Mapping[str, MethodChoice],
     budget: Budget,
     seed: int = 0,
+    counts: Mapping[str, Tensor] | None = None,
 ) -> CompressionReport:
     """Swap the embedding tables of a model for compressed ones, in place.
 
@@ -116,6 +117,8 @@ def compress(
         budget: bytes for all these tables together, as in :class:`~embcompress.EmbeddingBag`.
             A table is left full where that is the better use of bytes.
         seed: hash keys are derived from it and from the tables' paths.
+        counts: for any of the tables, by path, (rows,) how often each id occurs in the training
+            data; for methods that treat frequent ids better.
 
     Returns:
         A report that prints as a table and says why a table was left alone.
@@ -134,17 +137,19 @@ def compress(
         raise ValueError("the model contains no nn.Embedding or nn.EmbeddingBag")
     _choose_methods(candidates, method)
     chosen = [candidate for candidate in candidates if not candidate.refusal]
-    specs = [_table_spec(candidate, seed) for candidate in chosen]
-    limit = parse_budget(budget, sum(spec.dense_bytes for spec in specs))
+    _check_counts(candidates, counts or {})
+    specs = {id(candidate): _table_spec(candidate, seed, counts or {}) for candidate in chosen}
+    limit = parse_budget(budget, sum(spec.dense_bytes for spec in specs.values()))
     methods = [candidate.method for candidate in chosen if candidate.method is not None]
-    plans = dict(zip(map(id, chosen), allocate(specs, methods, limit, full_plan), strict=True))
+    allocated = allocate(list(specs.values()), methods, limit, full_plan)
+    plans = dict(zip(specs, allocated, strict=True))
     replacements: dict[nn.Module, nn.Module] = {}
     changes = []
     for candidate in candidates:
         plan = plans.get(id(candidate))
         changes.append(_describe(candidate, plan))
         if plan is not None and not plan.is_dense:
-            replacements.update(_build(candidate, plan))
+            replacements.update(_build(candidate, specs[id(candidate)], plan))
     _swap(model, replacements)
     return CompressionReport(tuple(changes), limit)
 
@@ -253,12 +258,21 @@ def _choose_methods(
 # ------------------------------------------------------------------------------------- swapping
 
 
-def _table_spec(candidate: _Candidate, seed: int) -> TableSpec:
+def _check_counts(candidates: list[_Candidate], counts: Mapping[str, Tensor]) -> None:
+    paths = [path for candidate in candidates for path in candidate.paths]
+    unknown = sorted(set(counts) - set(paths))
+    if unknown:
+        raise ValueError(f"counts name {unknown}, which are no tables; tables: {paths}")
+
+
+def _table_spec(candidate: _Candidate, seed: int, counts: Mapping[str, Tensor]) -> TableSpec:
     rows, width = candidate.weight.shape
-    return TableSpec(rows, width, candidate.paths[0], seed, dtype_name(candidate.weight.dtype))
+    own = next((counts[path] for path in candidate.paths if path in counts), None)
+    dtype = dtype_name(candidate.weight.dtype)
+    return TableSpec(rows, width, candidate.paths[0], seed, dtype, own)
 
 
-def _build(candidate: _Candidate, plan: LookupPlan) -> dict[nn.Module, nn.Module]:
+def _build(candidate: _Candidate, table: TableSpec, plan: LookupPlan) -> dict[nn.Module, nn.Module]:
     """New modules for the tables of a candidate; tied ones share their stores."""
     assert candidate.method is not None
     first: CompressedTable | None = None
@@ -269,6 +283,7 @@ def _build(candidate: _Candidate, plan: LookupPlan) -> dict[nn.Module, nn.Module
         )
         if first is None:
             new.reset_parameters(_start_deviation(candidate.weight))
+            candidate.method.fill(table, plan, new.stores())
             first = new
         else:
             for name, tensor in first.stores().items():

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
+
+from torch import Tensor
 
 from embcompress.hashing import derive_key
 from embcompress.plan import LookupPlan
@@ -21,6 +24,8 @@ class TableSpec:
         name: the table's name; hash keys are derived from it.
         seed: hash keys are derived from it.
         dtype: dtype of the float stores, such as ``"float32"``.
+        counts: (num_embeddings,) how often each id occurs in the training data, or None where
+            that is not known.
     """
 
     num_embeddings: int
@@ -28,14 +33,26 @@ class TableSpec:
     name: str = ""
     seed: int = 0
     dtype: str = "float32"
+    counts: Tensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        for field in ("num_embeddings", "embedding_dim"):
-            value = getattr(self, field)
+        for name in ("num_embeddings", "embedding_dim"):
+            value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{field} must be an integer of at least 1, got {value!r}")
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         if self.num_embeddings >= 2**63:
             raise ValueError(f"num_embeddings must be below 2**63, got {self.num_embeddings}")
+        if self.counts is not None:
+            self._check_counts(self.counts)
+
+    def _check_counts(self, counts: Tensor) -> None:
+        if tuple(counts.shape) != (self.num_embeddings,):
+            raise ValueError(
+                f"counts of table {self.name!r} must have shape ({self.num_embeddings},), one "
+                f"number an id, got {tuple(counts.shape)}"
+            )
+        if not (counts >= 0).all():  # also false for NaN
+            raise ValueError(f"counts of table {self.name!r} must not be negative or NaN")
 
     @property
     def dense_bytes(self) -> int:
@@ -64,6 +81,33 @@ class Method(ABC):
     @abstractmethod
     def plan(self, table: TableSpec, size: int) -> LookupPlan:
         """The plan of that size, without pooling."""
+
+    def fill(  # noqa: B027 - most methods have nothing to write
+        self, table: TableSpec, plan: LookupPlan, stores: Mapping[str, Tensor]
+    ) -> None:
+        """Write, in place, what is not drawn at random: codes and the like.
+
+        Called once for a new table, after its float stores have got their start values. The same
+        table gives the same bits: no global generator is used.
+        """
+
+    def fit(self, table: TableSpec, plan: LookupPlan, weight: Tensor) -> dict[str, Tensor]:
+        """Stores whose vectors approximate a trained table.
+
+        Args:
+            table: what the plan was made for; its counts, where known, weigh the ids.
+            plan: of this method.
+            weight: (num_embeddings, embedding_dim) float.
+
+        Returns:
+            Tensors by store name, of the shapes and dtypes that the module has.
+
+        Raises:
+            ValueError: the method cannot start from a trained table.
+        """
+        raise ValueError(
+            f"method {self.name!r} cannot start from a trained table; train it from the start"
+        )
 
     @classmethod
     def description(cls) -> str:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.peak_memory import measure_peak
+
 _HEX = np.frombuffer(b"0123456789abcdef", np.uint8)
 _MEASURE = """
-import resource, sys
+import sys
 from pathlib import Path
 from embcompress.data import prepare_criteo
 log = prepare_criteo([Path(sys.argv[1])], Path(sys.argv[2]), progress=False)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 print(sum(feature.num_embeddings for feature in log.features))
 """
 
@@ -41,10 +40,8 @@ def write_distinct_criteo(path: Path, rows: int, chunk: int = 100_000) -> Path:
 def measure(tmp_path: Path, rows: int) -> tuple[int, int]:
     """Peak resident bytes, and ids, of a preparation in a process of its own."""
     source = write_distinct_criteo(tmp_path / "day", rows)
-    command = [sys.executable, "-c", _MEASURE, str(source), str(tmp_path / "log")]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    peak, ids = map(int, done.stdout.split())
-    return peak, ids
+    peak, (ids,), _ = measure_peak(_MEASURE, str(source), str(tmp_path / "log"))
+    return peak, int(ids)
 
 
 def test_fifty_thousand_rows_stay_small(tmp_path: Path) -> None:
