@@ -12,6 +12,7 @@ import pytest
 
 from embcompress.data import CriteoSettings, MalformedRowsError, load_click_log, prepare_criteo
 from embcompress.data import criteo as criteo_module
+from tests.peak_memory import measure_peak
 
 from .criteo_file import write_criteo
 
