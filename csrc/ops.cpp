@@ -376,6 +376,12 @@ STABLE_TORCH_LIBRARY(embcompress, m) {
     m.def(
         "lookup(Tensor[] stores, Tensor ids, Tensor? offsets, Tensor? weights, Tensor encoding, "
         "bool ends_are_given, int num_features, int num_columns, bool sparse) -> Tensor");
+    // The same without a gradient formula: what eager code calls inside its own autograd.Function,
+    // because a formula registered from Python costs more than a small batch.
+    m.def(
+        "lookup_forward(Tensor[] stores, Tensor ids, Tensor? offsets, Tensor? weights, "
+        "Tensor encoding, bool ends_are_given, int num_features, int num_columns, bool sparse) "
+        "-> Tensor");
     m.def(
         "lookup_backward(Tensor grad, Tensor[] stores, Tensor ids, Tensor? offsets, "
         "Tensor? weights, Tensor encoding, bool ends_are_given, int[] wanted) -> Tensor[]");
@@ -395,6 +401,7 @@ STABLE_TORCH_LIBRARY(embcompress, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(embcompress, CPU, m) {
     m.impl("lookup", TORCH_BOX(&embcompress::lookup));
+    m.impl("lookup_forward", TORCH_BOX(&embcompress::lookup));
     m.impl("lookup_backward", TORCH_BOX(&embcompress::lookup_backward));
     m.impl("lookup_backward_sparse", TORCH_BOX(&embcompress::lookup_backward_sparse));
     m.impl("lookup_backward_weights", TORCH_BOX(&embcompress::lookup_backward_weights));

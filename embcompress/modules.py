@@ -94,6 +94,7 @@ class CompressedTable(nn.Module):
 
     def _set_plan(self, plan: LookupPlan) -> None:
         self._plan = plan
+        self._store_names = tuple(store.name for store in plan.stores)
         self._program = Program((plan,), self.options)
 
     # -- reading
@@ -120,7 +121,12 @@ class CompressedTable(nn.Module):
 
     def stores(self) -> dict[str, Tensor]:
         """The physical tables by store name."""
-        return {store.name: getattr(self, store.name) for store in self._plan.stores}
+        known: dict[str, Any] = {**self._buffers, **self._parameters}
+        # A parametrized store is neither, and computed by an attribute.
+        return {
+            name: known[name] if name in known else getattr(self, name)
+            for name in self._store_names
+        }
 
     @torch.no_grad()
     def to_dense(self) -> Tensor:

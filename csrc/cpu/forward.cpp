@@ -43,113 +43,108 @@ EMBCOMPRESS_INLINE void store_lanes(float* to, V lanes) {
     std::memcpy(to, &lanes, sizeof(V));
 }
 
-// Probes [first, last) of id number i, combined: some columns of its vector.
-template <typename V, bool kMul>
-EMBCOMPRESS_INLINE V combine_lanes(const float* const* pointers, const float* scales, int probes,
-                                   int i, int64_t column) {
-    V value = load_lanes<V>(pointers[i] + column);
-    if (scales != nullptr) value *= scales[i];
-    for (int t = 1; t < probes; ++t) {
-        V next = load_lanes<V>(pointers[t * kBlock + i] + column);
-        if (scales != nullptr) next *= scales[t * kBlock + i];
+// The rows of some probes, for every id of a block.
+struct ProbeRows {
+    const float* const* pointers;  // of the first probe; the next one's are kBlock further
+    const float* scales;           // likewise; nullptr: none of them is scaled
+    int count;
+};
+
+// Columns [column, column + lanes) of id number i, its probes combined. kProbes is their number,
+// unscaled, or 0 where neither is known.
+template <typename V, bool kMul, int kProbes>
+EMBCOMPRESS_INLINE V combine_lanes(const ProbeRows& rows, int i, int64_t column) {
+    const int count = kProbes == 0 ? rows.count : kProbes;
+    V value = load_lanes<V>(rows.pointers[i] + column);
+    if (kProbes == 0 && rows.scales != nullptr) value *= rows.scales[i];
+    for (int t = 1; t < count; ++t) {
+        V next = load_lanes<V>(rows.pointers[t * kBlock + i] + column);
+        if (kProbes == 0 && rows.scales != nullptr) next *= rows.scales[t * kBlock + i];
         value = kMul ? value * next : value + next;
     }
     return value;
 }
 
-// Adds ids [begin, end) of a block, some columns, to acc. Probes are combined per id. Sums run
-// over ids in order, so the width of the vectors changes no bit.
-template <int kLanes, bool kMul>
-EMBCOMPRESS_INLINE void add_lanes(const RowBlock& rows, int first, int last, int begin, int end,
-                                  int64_t column, const float* weights, bool start, float* acc) {
+// What becomes of a block's vectors: ids [begin, end) are added to `out` (to zero where `start`),
+// or id number i is written to out + i * stride. Weights are of the ids, or nullptr.
+struct Target {
+    int begin;
+    int end;
+    const float* weights;
+    bool start;
+    int64_t stride;  // 0: the ids are added up
+    float* out;
+};
+
+// kVectors vectors of kLanes columns, from `column` on. Sums run over ids in order, so the width
+// of the vectors changes no bit.
+template <int kLanes, int kVectors, bool kMul, int kProbes>
+EMBCOMPRESS_INLINE void pool_lanes(const ProbeRows& rows, const Target& target, int64_t column) {
     typedef typename Lanes<kLanes>::Type V;
-    const float* const* pointers = rows.pointers(first);
-    const float* scales = rows.scaled() ? rows.scales(first) : nullptr;
-    V sum = start ? V{} : load_lanes<V>(acc);
-    for (int i = begin; i < end; ++i) {
-        V value = combine_lanes<V, kMul>(pointers, scales, last - first, i, column);
-        if (weights != nullptr) value *= weights[i];
-        sum += value;
+    float* out = target.out + column;
+    if (target.stride != 0) {
+        for (int i = target.begin; i < target.end; ++i) {
+            float* to = out + i * target.stride;
+            for (int v = 0; v < kVectors; ++v) {
+                V value = combine_lanes<V, kMul, kProbes>(rows, i, column + v * kLanes);
+                if (target.weights != nullptr) value *= target.weights[i];
+                store_lanes(to + v * kLanes, value);
+            }
+        }
+        return;
     }
-    store_lanes(acc, sum);
+    V sums[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+        sums[v] = target.start ? V{} : load_lanes<V>(out + v * kLanes);
+    }
+    for (int i = target.begin; i < target.end; ++i) {
+        for (int v = 0; v < kVectors; ++v) {
+            V value = combine_lanes<V, kMul, kProbes>(rows, i, column + v * kLanes);
+            if (target.weights != nullptr) value *= target.weights[i];
+            sums[v] += value;
+        }
+    }
+    for (int v = 0; v < kVectors; ++v) store_lanes(out + v * kLanes, sums[v]);
 }
 
-// The block's ids are a bag each: id i goes to out + i * stride.
-template <int kLanes, bool kMul>
-EMBCOMPRESS_INLINE void copy_lanes(const RowBlock& rows, int first, int last, int n, int64_t column,
-                                   const float* weights, int64_t stride, float* out) {
-    typedef typename Lanes<kLanes>::Type V;
-    const float* const* pointers = rows.pointers(first);
-    const float* scales = rows.scaled() ? rows.scales(first) : nullptr;
-    for (int i = 0; i < n; ++i) {
-        V value = combine_lanes<V, kMul>(pointers, scales, last - first, i, column);
-        if (weights != nullptr) value *= weights[i];
-        store_lanes(out + i * stride, value);
-    }
+template <bool kMul, int kProbes>
+EMBCOMPRESS_INLINE void pool_columns(const ProbeRows& rows, const Target& target, int64_t width) {
+    int64_t c = 0;
+    for (; c + 64 <= width; c += 64) pool_lanes<16, 4, kMul, kProbes>(rows, target, c);
+    for (; c + 16 <= width; c += 16) pool_lanes<16, 1, kMul, kProbes>(rows, target, c);
+    for (; c + 4 <= width; c += 4) pool_lanes<4, 1, kMul, kProbes>(rows, target, c);
+    for (; c < width; ++c) pool_lanes<1, 1, kMul, kProbes>(rows, target, c);
 }
 
 template <bool kMul>
-EMBCOMPRESS_INLINE void copy_columns(const RowBlock& rows, int first, int last, int n,
-                                     int64_t width, const float* weights, int64_t stride,
-                                     float* out) {
-    int64_t c = 0;
-    for (; c + 16 <= width; c += 16) {
-        copy_lanes<16, kMul>(rows, first, last, n, c, weights, stride, out + c);
-    }
-    for (; c + 4 <= width; c += 4) {
-        copy_lanes<4, kMul>(rows, first, last, n, c, weights, stride, out + c);
-    }
-    for (; c < width; ++c) {
-        copy_lanes<1, kMul>(rows, first, last, n, c, weights, stride, out + c);
-    }
-}
-
-template <bool kMul>
-EMBCOMPRESS_INLINE void add_columns(const RowBlock& rows, int first, int last, int begin, int end,
-                                    int64_t width, const float* weights, bool start, float* acc) {
-    int64_t c = 0;
-    for (; c + 16 <= width; c += 16) {
-        add_lanes<16, kMul>(rows, first, last, begin, end, c, weights, start, acc + c);
-    }
-    for (; c + 4 <= width; c += 4) {
-        add_lanes<4, kMul>(rows, first, last, begin, end, c, weights, start, acc + c);
-    }
-    for (; c < width; ++c) {
-        add_lanes<1, kMul>(rows, first, last, begin, end, c, weights, start, acc + c);
-    }
-}
-
-// Adds ids [begin, end) of a block to one bag's accumulator.
-EMBCOMPRESS_INLINE void add_ids(const RowBlock& rows, const Feature& feature, int begin, int end,
-                                const float* weights, bool start, float* acc) {
-    const int count = rows.num_probes();
-    if (feature.combine == Combine::kConcat) {
-        for (int t = 0; t < count; ++t) {
-            const Probe& probe = rows.probe(t);
-            add_columns<false>(rows, t, t + 1, begin, end, probe.width, weights, start,
-                               acc + probe.column);
-        }
-    } else if (feature.combine == Combine::kMul) {
-        add_columns<true>(rows, 0, count, begin, end, feature.width, weights, start, acc);
+EMBCOMPRESS_INLINE void pool_probes(const ProbeRows& rows, const Target& target, int64_t width) {
+    if (rows.scales != nullptr) {
+        pool_columns<kMul, 0>(rows, target, width);
+    } else if (rows.count == 1) {
+        pool_columns<false, 1>(rows, target, width);
+    } else if (rows.count == 2) {
+        pool_columns<kMul, 2>(rows, target, width);
     } else {
-        add_columns<false>(rows, 0, count, begin, end, feature.width, weights, start, acc);
+        pool_columns<kMul, 0>(rows, target, width);
     }
 }
 
-// Every id of a block is a bag of its own.
-EMBCOMPRESS_INLINE void copy_ids(const RowBlock& rows, const Feature& feature, int n,
-                                 const float* weights, int64_t stride, float* out) {
+// Pools the vectors of a block's ids; probes are combined per id, before.
+EMBCOMPRESS_INLINE void pool_ids(const RowBlock& rows, const Feature& feature, Target target) {
+    const auto probes = [&](int first, int count) {
+        return ProbeRows{rows.pointers(first), rows.scaled() ? rows.scales(first) : nullptr, count};
+    };
     const int count = rows.num_probes();
-    if (feature.combine == Combine::kConcat) {
-        for (int t = 0; t < count; ++t) {
-            const Probe& probe = rows.probe(t);
-            copy_columns<false>(rows, t, t + 1, n, probe.width, weights, stride,
-                                out + probe.column);
-        }
-    } else if (feature.combine == Combine::kMul) {
-        copy_columns<true>(rows, 0, count, n, feature.width, weights, stride, out);
+    if (feature.combine == Combine::kMul) {
+        pool_probes<true>(probes(0, count), target, feature.width);
+    } else if (feature.combine == Combine::kSum) {
+        pool_probes<false>(probes(0, count), target, feature.width);
     } else {
-        copy_columns<false>(rows, 0, count, n, feature.width, weights, stride, out);
+        float* out = target.out;
+        for (int t = 0; t < count; ++t) {
+            target.out = out + rows.probe(t).column;
+            pool_probes<false>(probes(t, 1), target, rows.probe(t).width);
+        }
     }
 }
 
@@ -228,7 +223,8 @@ EMBCOMPRESS_INLINE bool pool_pieces_inline(const Pieces& pieces) {
         }
         const int64_t block_end = position + n;
         if (n > 0 && pieces.counts == nullptr && are_single(pieces, piece, position, n)) {
-            copy_ids(rows, feature, n, weighted ? weights : nullptr, pieces.stride, acc);
+            pool_ids(rows, feature,
+                     {0, n, weighted ? weights : nullptr, true, pieces.stride, acc});
             piece += n;
             acc += n * pieces.stride;
             piece_begin = position = block_end;
@@ -239,8 +235,9 @@ EMBCOMPRESS_INLINE bool pool_pieces_inline(const Pieces& pieces) {
             const int begin = static_cast<int>(std::max(piece_begin, position) - position);
             const int end = static_cast<int>(std::min(piece_end, block_end) - position);
             const bool start = piece_begin >= position;
-            add_ids(rows, feature, begin, std::max(begin, end), weighted ? weights : nullptr, start,
-                    acc);
+            pool_ids(
+                rows, feature,
+                {begin, std::max(begin, end), weighted ? weights : nullptr, start, 0, acc});
             if (feature.pool == Pool::kMean && end > begin) count += counted(rows, begin, end);
             if (piece_end > block_end) break;
             finish_piece(pieces, piece, count, acc);

@@ -173,7 +173,14 @@ class RowBlock {
         if (address.kind == AddressKind::kHash) {
             const uint64_t key = static_cast<uint64_t>(address.a);
             const uint64_t buckets = static_cast<uint64_t>(address.b);
-            for (int i = 0; i < n; ++i) rows[i] = hash_bucket(ids_[i], key, buckets);
+            if (buckets < (1ULL << 32)) {
+                for (int i = 0; i < n; ++i) {
+                    const uint64_t mixed = mix64(static_cast<uint64_t>(ids_[i]) ^ key);
+                    rows[i] = static_cast<int64_t>(multiply_high_32(mixed, buckets));
+                }
+            } else {
+                for (int i = 0; i < n; ++i) rows[i] = hash_bucket(ids_[i], key, buckets);
+            }
         } else if (feature_.num_embeddings <= (1LL << 32) && address.a < (1LL << 32)) {
             digits_32(address, n, rows);
         } else {
@@ -189,8 +196,8 @@ class RowBlock {
         } else {
             const uint64_t reciprocal = ~0ULL / static_cast<uint64_t>(address.a) + 1;
             for (int i = 0; i < n; ++i) {
-                rows[i] =
-                    static_cast<int64_t>(multiply_high(reciprocal, static_cast<uint32_t>(ids_[i])));
+                rows[i] = static_cast<int64_t>(
+                    multiply_high_32(reciprocal, static_cast<uint32_t>(ids_[i])));
             }
         }
         const int64_t largest = (feature_.num_embeddings - 1) / address.a;
@@ -202,8 +209,8 @@ class RowBlock {
         const uint64_t reciprocal = ~0ULL / static_cast<uint64_t>(address.b) + 1;
         for (int i = 0; i < n; ++i) {
             const uint64_t row = static_cast<uint32_t>(rows[i]);
-            rows[i] = static_cast<int64_t>(row - multiply_high(reciprocal, row) *
-                                                     static_cast<uint64_t>(address.b));
+            const uint64_t quotient = multiply_high_32(reciprocal, row);
+            rows[i] = static_cast<int64_t>(row - quotient * static_cast<uint32_t>(address.b));
         }
     }
 

@@ -187,19 +187,18 @@ class Program:
             encoded.num_columns,
             self.options.sparse and not torch.compiler.is_compiling(),
         )
-        if torch.compiler.is_compiling():
-            pooled = torch.ops.embcompress.lookup(*arguments)
-        else:
-            try:
-                if fused is not None and torch.is_grad_enabled():
-                    pooled = FusedLookup.apply(fused.anchor, arguments[3], fused, arguments)
-                else:
-                    pooled = torch.ops.embcompress.lookup(*arguments)
-            except RuntimeError:
+        try:
+            if fused is not None and torch.is_grad_enabled():
+                pooled = FusedLookup.apply(fused.anchor, arguments[3], fused, arguments)
+            else:
+                pooled = ops.lookup(*arguments)
+        except RuntimeError:
+            if not torch.compiler.is_compiling():
                 # The kernel says that something is wrong; the check says what, and raises it.
                 self._check(bags.complete())
-                raise
-        pooled = self._apply_heads(encoded, stores, pooled)
+            raise
+        if self._has_heads:
+            pooled = self._apply_heads(encoded, stores, pooled)
         if pool == "max":
             bags = bags.complete()
             if not bags.checked:
@@ -212,15 +211,13 @@ class Program:
         self, encoded: EncodedPlans, stores: Sequence[Stores], pooled: Tensor
     ) -> Tensor:
         """Apply heads, which come after pooling where that is linear."""
-        if self._has_heads:
-            parts = []
-            for plan, each, column in zip(self.plans, stores, encoded.columns, strict=True):
-                part = pooled[:, column : column + plan.width]
-                if plan.head is not None:
-                    part = F.linear(part, each[plan.head.weight].float())
-                parts.append(part)
-            pooled = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        return pooled
+        parts = []
+        for plan, each, column in zip(self.plans, stores, encoded.columns, strict=True):
+            part = pooled[:, column : column + plan.width]
+            if plan.head is not None:
+                part = F.linear(part, each[plan.head.weight].float())
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     # -- the reference
 

@@ -15,7 +15,7 @@ from torch import Tensor
 ID_DTYPES = (torch.int32, torch.int64)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Bags:
     """Bags of ids; bag ``b`` is ``ids[offsets[b]:offsets[b + 1]]``.
 

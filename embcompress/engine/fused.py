@@ -116,7 +116,7 @@ class FusedLookup(torch.autograd.Function):
         stores, ids, offsets, _, encoding, ends_are_given, *shape = arguments
         ctx.fused, ctx.stores, ctx.ends_are_given = fused, stores, ends_are_given
         ctx.save_for_backward(ids, offsets, weights, encoding)
-        return torch.ops.embcompress.lookup(
+        return torch.ops.embcompress.lookup_forward(
             stores, ids, offsets, weights, encoding, ends_are_given, *shape
         )
 

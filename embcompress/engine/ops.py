@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def _load() -> bool:
@@ -116,7 +117,7 @@ def _fake_lookup_backward_update(*arguments: Any) -> None:
 # ------------------------------------------------------------------------------------- autograd
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
     stores, ids, offsets, weights, encoding, ends_are_given, _, _, sparse = inputs
     # Saved together, so that a change between forward and backward is noticed.
     ctx.save_for_backward(ids, offsets, weights, encoding, *stores)
@@ -124,17 +125,25 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.wanted = [number for number, store in enumerate(stores) if store.requires_grad]
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _gradients(
+    ctx: Any, grad: Tensor, weights_are_wanted: bool
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Gradients of the per-sample weights and of each store."""
     ids, offsets, weights, encoding, *stores = ctx.saved_tensors
     arguments = (grad.contiguous(), stores, ids, offsets, weights, encoding, ctx.ends_are_given)
     weights_gradient = None
-    if weights is not None and ctx.needs_input_grad[3]:
+    if weights_are_wanted:
         weights_gradient = torch.ops.embcompress.lookup_backward_weights(*arguments)
         weights_gradient = weights_gradient.to(weights.dtype)
     gradients: list[Tensor | None] = [None] * len(stores)
     if ctx.wanted:
         for number, gradient in zip(ctx.wanted, _store_gradients(ctx, arguments), strict=True):
             gradients[number] = gradient.to(stores[number].dtype)
+    return weights_gradient, gradients
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    weights_gradient, gradients = _gradients(ctx, grad, ctx.needs_input_grad[3])
     return gradients, None, None, weights_gradient, None, None, None, None, None
 
 
@@ -155,9 +164,55 @@ def _store_gradients(ctx: Any, arguments: tuple[Any, ...]) -> list[Tensor]:
     ]
 
 
+class _Lookup(torch.autograd.Function):
+    """``lookup_forward`` with the gradients of ``lookup``."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor | None, inputs: list[Any], *stores: Tensor) -> Tensor:
+        inputs[0], inputs[3] = stores, weights
+        _setup_context(ctx, tuple(inputs), None)
+        return _lookup_forward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        weights_gradient, gradients = _gradients(ctx, grads[0], ctx.needs_input_grad[0])
+        return weights_gradient, None, *gradients
+
+
+def lookup(
+    stores: Sequence[Tensor],
+    ids: Tensor,
+    offsets: Tensor | None,
+    weights: Tensor | None,
+    encoding: Tensor,
+    ends_are_given: bool,
+    num_features: int,
+    num_columns: int,
+    sparse: bool,
+) -> Tensor:
+    """``embcompress::lookup``, by the cheapest way that the situation allows.
+
+    A gradient formula that is registered from Python is what compilers need, and costs more than
+    the lookup of a small batch: eager code goes around it.
+    """
+    inputs = [
+        stores, ids, offsets, weights, encoding, ends_are_given, num_features, num_columns, sparse,
+    ]  # fmt: skip
+    if torch.compiler.is_compiling():
+        return torch.ops.embcompress.lookup(*inputs)
+    if torch.is_grad_enabled():
+        trained = any(store.requires_grad for store in stores)
+        if trained or (weights is not None and weights.requires_grad):
+            return _Lookup.apply(weights, inputs, *stores)
+    return _lookup_forward(*inputs)
+
+
 if _LOADED:
+    _lookup_forward = torch.ops.embcompress.lookup_forward.default
     for _name, _fake in (
         ("lookup", _fake_lookup),
+        ("lookup_forward", _fake_lookup),
         ("lookup_backward", _fake_lookup_backward),
         ("lookup_backward_sparse", _fake_lookup_backward_sparse),
         ("lookup_backward_weights", _fake_lookup_backward_weights),
