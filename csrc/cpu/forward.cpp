@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kHugeBag = 16384;
 constexpr int64_t kPiece = 4096;
 // Below this many floats gathered a thread costs more than it gives.
-constexpr int64_t kFloatsPerThread = 16384;
+constexpr int64_t kFloatsPerThread = 65536;
 
 #if defined(__GNUC__) && !defined(__clang__)
 // Vectors are only ever passed between functions that are inlined.
@@ -158,7 +158,7 @@ EMBCOMPRESS_INLINE int64_t counted(const RowBlock& rows, int begin, int end) {
 // counts(b), where wanted, gets the number of ids that are not padding.
 struct Pieces {
     const Lookup& lookup;
-    const Feature& feature;
+    RowBlock& rows;
     int64_t first;
     int64_t last;
     int64_t piece_length;  // 0: the bags of the lookup; else pieces of this length
@@ -186,9 +186,9 @@ EMBCOMPRESS_INLINE void finish_piece(const Pieces& pieces, int64_t piece, int64_
                                      float* acc) {
     if (pieces.counts != nullptr) {
         pieces.counts[piece - pieces.first] = count;
-    } else if (pieces.feature.pool == Pool::kMean && count > 0) {
+    } else if (pieces.rows.feature().pool == Pool::kMean && count > 0) {
         const float divisor = static_cast<float>(count);
-        for (int64_t c = 0; c < pieces.feature.width; ++c) acc[c] /= divisor;
+        for (int64_t c = 0; c < pieces.rows.feature().width; ++c) acc[c] /= divisor;
     }
 }
 
@@ -204,8 +204,8 @@ EMBCOMPRESS_INLINE bool are_single(const Pieces& pieces, int64_t piece, int64_t 
 }
 
 EMBCOMPRESS_INLINE bool pool_pieces_inline(const Pieces& pieces) {
-    const Feature& feature = pieces.feature;
-    RowBlock rows(pieces.lookup, feature);
+    RowBlock& rows = pieces.rows;
+    const Feature& feature = rows.feature();
     float weights[kBlock];
     const bool weighted = pieces.lookup.weights != nullptr;
     bool valid = true;
@@ -223,8 +223,7 @@ EMBCOMPRESS_INLINE bool pool_pieces_inline(const Pieces& pieces) {
         }
         const int64_t block_end = position + n;
         if (n > 0 && pieces.counts == nullptr && are_single(pieces, piece, position, n)) {
-            pool_ids(rows, feature,
-                     {0, n, weighted ? weights : nullptr, true, pieces.stride, acc});
+            pool_ids(rows, feature, {0, n, weighted ? weights : nullptr, true, pieces.stride, acc});
             piece += n;
             acc += n * pieces.stride;
             piece_begin = position = block_end;
@@ -235,9 +234,8 @@ EMBCOMPRESS_INLINE bool pool_pieces_inline(const Pieces& pieces) {
             const int begin = static_cast<int>(std::max(piece_begin, position) - position);
             const int end = static_cast<int>(std::min(piece_end, block_end) - position);
             const bool start = piece_begin >= position;
-            pool_ids(
-                rows, feature,
-                {begin, std::max(begin, end), weighted ? weights : nullptr, start, 0, acc});
+            pool_ids(rows, feature,
+                     {begin, std::max(begin, end), weighted ? weights : nullptr, start, 0, acc});
             if (feature.pool == Pool::kMean && end > begin) count += counted(rows, begin, end);
             if (piece_end > block_end) break;
             finish_piece(pieces, piece, count, acc);
@@ -264,7 +262,8 @@ bool pool_huge_bag(const Lookup& lookup, const Feature& feature, int64_t bag, fl
     const int parts = static_cast<int>(std::min<int64_t>(num_threads, pieces));
     parallel(parts, [&](int part) {
         const int64_t first = pieces * part / parts, last = pieces * (part + 1) / parts;
-        const Pieces mine{lookup,        feature,
+        RowBlock rows(lookup, feature);
+        const Pieces mine{lookup,        rows,
                           first,         last,
                           kPiece,        begin,
                           end,           partial.data() + first * feature.width,
@@ -287,36 +286,40 @@ bool is_huge(const Lookup& lookup, int64_t bag) {
     return lookup.offset(bag + 1) - lookup.offset(bag) > kHugeBag;
 }
 
-// Pools bags [begin, end) of all features, but for huge ones.
-bool pool_range(const Lookup& lookup, int64_t begin, int64_t end, float* out) {
+// Pools bags [begin, end) of one feature, but for huge ones.
+bool pool_bags(const Lookup& lookup, RowBlock& rows, int64_t begin, int64_t end, float* out) {
     bool valid = true;
     const int64_t stride = lookup.header.num_columns;
+    const bool some_are_huge = lookup.longest_bag > kHugeBag;
     for (int64_t bag = begin; bag < end;) {
-        const Feature& feature = lookup.features[bag / lookup.batch];
-        const int64_t feature_end = std::min(end, (bag / lookup.batch + 1) * lookup.batch);
-        int64_t last = bag;
-        while (last < feature_end && !is_huge(lookup, last)) ++last;
+        int64_t last = some_are_huge ? bag : end;
+        while (last < end && !is_huge(lookup, last)) ++last;
         if (last > bag) {
-            float* first_out = out + (bag % lookup.batch) * stride + feature.out_column;
-            valid &= pool_pieces({lookup, feature, bag, last, 0, 0, 0, first_out, stride, nullptr});
+            float* first_out = out + (bag - begin) * stride;
+            valid &= pool_pieces({lookup, rows, bag, last, 0, 0, 0, first_out, stride, nullptr});
         }
-        bag = last < feature_end ? last + 1 : last;
+        bag = last < end ? last + 1 : last;
     }
     return valid;
 }
 
-// First bag whose work (ids and bags before it) is at least `work`.
-int64_t bag_at_work(const Lookup& lookup, int64_t work) {
-    int64_t low = 0, high = lookup.header.num_features * lookup.batch;
-    while (low < high) {
-        const int64_t middle = (low + high) / 2;
-        if (lookup.offset(middle) + middle < work) {
-            low = middle + 1;
-        } else {
-            high = middle;
-        }
+// Pools samples [begin, end) of the batch for every feature: the output is written row by row.
+bool pool_samples(const Lookup& lookup, RowBlock& rows, int64_t begin, int64_t end, float* out) {
+    bool valid = true;
+    for (int64_t f = 0; f < lookup.header.num_features; ++f) {
+        rows.use(lookup.features[f]);
+        float* first_out = out + begin * lookup.header.num_columns + lookup.features[f].out_column;
+        const int64_t first = f * lookup.batch;
+        valid &= pool_bags(lookup, rows, first + begin, first + end, first_out);
     }
-    return low;
+    return valid;
+}
+
+// Samples that a thread takes at once: few enough that threads end together where bags differ,
+// and that the output's rows stay in the cache between features.
+int64_t samples_at_once(const Lookup& lookup, int parts) {
+    const int64_t share = (lookup.batch + 8 * parts - 1) / (8 * parts);
+    return std::max<int64_t>(1, std::min<int64_t>(share, kBlock));
 }
 
 }  // namespace
@@ -330,14 +333,18 @@ bool lookup_forward(const Lookup& lookup, float* out, int num_threads) {
     }
     const int parts = static_cast<int>(
         std::max<int64_t>(1, std::min<int64_t>(num_threads, work * width / kFloatsPerThread)));
+    const int64_t step = samples_at_once(lookup, parts);
     std::atomic<bool> valid{true};
-    parallel(parts, [&](int part) {
-        const int64_t begin = bag_at_work(lookup, work * part / parts);
-        const int64_t end =
-            part + 1 == parts ? bags : bag_at_work(lookup, work * (part + 1) / parts);
-        if (!pool_range(lookup, begin, end, out)) valid = false;
+    std::atomic<int64_t> next{0};
+    parallel(parts, [&](int) {
+        RowBlock rows(lookup);
+        for (int64_t begin = next.fetch_add(step); begin < lookup.batch;
+             begin = next.fetch_add(step)) {
+            const int64_t end = std::min(begin + step, lookup.batch);
+            if (!pool_samples(lookup, rows, begin, end, out)) valid = false;
+        }
     });
-    if (lookup.num_ids <= kHugeBag) return valid;
+    if (lookup.longest_bag <= kHugeBag) return valid;
     for (int64_t bag = 0; bag < bags; ++bag) {
         if (!is_huge(lookup, bag)) continue;
         const Feature& feature = lookup.features[bag / lookup.batch];

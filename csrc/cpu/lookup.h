@@ -34,6 +34,7 @@ struct Lookup {
     Dtype weights_dtype;
     int64_t num_ids;
     int64_t batch;  // bags of each feature
+    int64_t longest_bag;
 
     int64_t id(int64_t position) const {
         return ids_are_32_bit ? static_cast<const int32_t*>(ids)[position]

@@ -23,6 +23,7 @@ namespace embcompress {
 constexpr int kBlock = 128;
 // Lines of a row that are prefetched; the hardware follows a longer row by itself.
 constexpr int64_t kPrefetchFloats = 64;
+constexpr int64_t kSmallStore = 32 << 10;
 
 EMBCOMPRESS_INLINE float half_to_float(uint16_t half) {
     const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
@@ -55,29 +56,49 @@ EMBCOMPRESS_INLINE float load_float(const void* data, Dtype dtype, int64_t index
     return dtype == Dtype::kFloat16 ? half_to_float(value) : bfloat_to_float(value);
 }
 
-// The rows that a block of ids reads through every probe of its feature.
+// The rows that a block of ids reads through every probe of a feature. One is made for a thread
+// and used for one feature after another.
 class RowBlock {
   public:
-    RowBlock(const Lookup& lookup, const Feature& feature)
-        : lookup_(lookup),
-          feature_(feature),
-          probes_(lookup.probes + feature.first_probe),
-          count_(static_cast<int>(feature.num_probes)),
-          rows_(count_ * kBlock),
-          pointers_(count_ * kBlock),
-          scales_(count_ * kBlock, 1.0f),
-          buffers_(count_) {
-        int64_t widest = 1;
-        for (int t = 0; t < count_; ++t) {
-            widest = std::max(widest, probes_[t].width);
-            if (lookup.stores[probes_[t].store].dtype != Dtype::kFloat32) {
-                buffers_[t].resize(kBlock * probes_[t].width);
+    explicit RowBlock(const Lookup& lookup) : lookup_(lookup) {
+        int64_t most = 0, widest = 1, converted = 0;
+        for (int64_t f = 0; f < lookup.header.num_features; ++f) {
+            const Feature& feature = lookup.features[f];
+            int64_t width = 0;
+            for (int64_t t = 0; t < feature.num_probes; ++t) {
+                const Probe& probe = lookup.probes[feature.first_probe + t];
+                widest = std::max(widest, probe.width);
+                width += is_converted(probe) ? probe.width : 0;
             }
-            scaled_ |= probes_[t].scale.kind != ScaleKind::kNone;
+            most = std::max(most, feature.num_probes);
+            converted = std::max(converted, width);
         }
+        rows_.resize(most * kBlock);
+        pointers_.resize(most * kBlock);
+        scales_.assign(most * kBlock, 1.0f);
         zeros_.assign(widest, 0.0f);
+        buffer_.resize(converted * kBlock);
+        buffers_.resize(most);
     }
 
+    RowBlock(const Lookup& lookup, const Feature& feature) : RowBlock(lookup) { use(feature); }
+
+    // Turns to the ids of a feature.
+    void use(const Feature& feature) {
+        feature_ = &feature;
+        probes_ = lookup_.probes + feature.first_probe;
+        count_ = static_cast<int>(feature.num_probes);
+        if (scaled_) std::fill(scales_.begin(), scales_.end(), 1.0f);
+        scaled_ = false;
+        float* buffer = buffer_.data();
+        for (int t = 0; t < count_; ++t) {
+            buffers_[t] = buffer;
+            if (is_converted(probes_[t])) buffer += probes_[t].width * kBlock;
+            scaled_ |= probes_[t].scale.kind != ScaleKind::kNone;
+        }
+    }
+
+    const Feature& feature() const { return *feature_; }
     int num_probes() const { return count_; }
     const Probe& probe(int t) const { return probes_[t]; }
     bool scaled() const { return scaled_; }
@@ -96,7 +117,10 @@ class RowBlock {
     }
 
     // Takes ids that were checked already.
-    EMBCOMPRESS_INLINE void set_ids(const int64_t* ids, int n) { std::memcpy(ids_, ids, n * 8); }
+    EMBCOMPRESS_INLINE void set_ids(const int64_t* ids, int n) {
+        std::memcpy(ids_, ids, n * 8);
+        has_skipped_ = true;
+    }
 
     // Rows of probe t for the present ids.
     EMBCOMPRESS_INLINE void find_rows(int t, int n) {
@@ -104,6 +128,7 @@ class RowBlock {
         const Probe& probe = probes_[t];
         addresses(probe.address, n, rows);
         if (probe.code.store >= 0) decode(probe.code, n, rows);
+        if (probe.code.store < 0 && probe.offset == 0 && !has_skipped_) return;
         for (int i = 0; i < n; ++i) {
             rows[i] = ids_[i] < 0 || rows[i] < 0 ? -1 : rows[i] + probe.offset;
         }
@@ -118,14 +143,17 @@ class RowBlock {
         if (store.dtype == Dtype::kFloat32) {
             const float* data = static_cast<const float*>(store.data);
             const float* zeros = zeros_.data();
-            const int64_t width = probe.width, lines = std::min(width, kPrefetchFloats);
+            const int64_t width = probe.width;
+            // A small store is in the first-level cache by itself.
+            const int64_t lines = store.bytes <= kSmallStore ? 0 : std::min(width, kPrefetchFloats);
             for (int i = 0; i < n; ++i) {
                 const float* row = rows[i] < 0 ? zeros : data + rows[i] * width;
                 pointers[i] = row;
-                for (int64_t c = 0; c < lines; c += 16) __builtin_prefetch(row + c);
+                if (lines > 0) __builtin_prefetch(row);
+                for (int64_t c = 16; c < lines; c += 16) __builtin_prefetch(row + c);
             }
         } else {
-            float* buffer = buffers_[t].data();
+            float* buffer = buffers_[t];
             for (int i = 0; i < n; ++i) {
                 pointers[i] = rows[i] < 0 ? zeros_.data() : buffer + i * probe.width;
                 if (rows[i] >= 0) load_row(probe, store, rows[i], buffer + i * probe.width);
@@ -155,17 +183,23 @@ class RowBlock {
     }
 
   private:
+    bool is_converted(const Probe& probe) const {
+        return lookup_.stores[probe.store].dtype != Dtype::kFloat32;
+    }
+
     template <typename Id>
     EMBCOMPRESS_INLINE bool check_ids(const Id* ids, int n) {
-        const uint64_t limit = static_cast<uint64_t>(feature_.num_embeddings);
-        const int64_t padding = feature_.padding_idx;
-        int outside = 0;
+        const uint64_t limit = static_cast<uint64_t>(feature_->num_embeddings);
+        const int64_t padding = feature_->padding_idx;
+        int outside = 0, skipped = 0;
         for (int i = 0; i < n; ++i) {
             const int64_t id = ids[i];
             const bool inside = static_cast<uint64_t>(id) < limit;
             outside |= !inside;
+            skipped |= !inside || id == padding;
             ids_[i] = inside && id != padding ? id : -1;
         }
+        has_skipped_ = skipped != 0;
         return outside == 0;
     }
 
@@ -181,7 +215,7 @@ class RowBlock {
             } else {
                 for (int i = 0; i < n; ++i) rows[i] = hash_bucket(ids_[i], key, buckets);
             }
-        } else if (feature_.num_embeddings <= (1LL << 32) && address.a < (1LL << 32)) {
+        } else if (feature_->num_embeddings <= (1LL << 32) && address.a < (1LL << 32)) {
             digits_32(address, n, rows);
         } else {
             for (int i = 0; i < n; ++i) rows[i] = ids_[i] < 0 ? 0 : address_row(address, ids_[i]);
@@ -200,7 +234,7 @@ class RowBlock {
                     multiply_high_32(reciprocal, static_cast<uint32_t>(ids_[i])));
             }
         }
-        const int64_t largest = (feature_.num_embeddings - 1) / address.a;
+        const int64_t largest = (feature_->num_embeddings - 1) / address.a;
         if (address.b > largest) return;  // the last digit needs no remainder
         if (address.b == 1) {
             for (int i = 0; i < n; ++i) rows[i] = 0;
@@ -280,15 +314,17 @@ class RowBlock {
     }
 
     const Lookup& lookup_;
-    const Feature& feature_;
-    const Probe* probes_;
-    int count_;
+    const Feature* feature_ = nullptr;
+    const Probe* probes_ = nullptr;
+    int count_ = 0;
     bool scaled_ = false;
+    bool has_skipped_ = false;
     int64_t ids_[kBlock];
     std::vector<int64_t> rows_;
     std::vector<const float*> pointers_;
     std::vector<float> scales_;
-    std::vector<std::vector<float>> buffers_;
+    std::vector<float> buffer_;  // rows that are not float32, converted
+    std::vector<float*> buffers_;
     std::vector<float> zeros_;
 };
 

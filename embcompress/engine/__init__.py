@@ -72,12 +72,16 @@ class Program:
         self.plans, self.options = tuple(plans), options
         self.owners = tuple(range(len(plans)) if owners is None else owners)
         self.stores: list[tuple[int, str]] = []
+        self._sources: list[tuple[int, str]] = []
         self._dense = len(plans) == 1 and plans[0].is_dense
         self._encoded: EncodedPlans | None = None
         self._parts: list[Program] = []
         if ops.is_available() and all(map(can_encode, plans)):
             self._encode()
         self._has_heads = any(plan.head is not None for plan in plans)
+        self._has_maxima = plans[0].pool == "max"
+        self._has_vectors = plans[0].pool in ("none", "max")  # for every id, and no bags yet
+        self._sparse = options.sparse
         self._dtype = _output_dtype(plans)
 
     def _encode(self) -> None:
@@ -97,6 +101,8 @@ class Program:
                 positions.setdefault((owner, name), len(positions))
             numbers.append({name: positions[owner, name] for name in names})
         self.stores = list(positions)
+        # Where the tensors are among the arguments of a call.
+        self._sources = [(self.owners.index(owner), name) for owner, name in positions]
         self._encoded = encode_plans(plans, numbers)
 
     @property
@@ -172,20 +178,17 @@ class Program:
         bags: Bags,
         fused: FusedStores | None,
     ) -> Tensor:
-        by_owner = dict(zip(self.owners, stores, strict=True))
-        tensors = [by_owner[owner][name] for owner, name in self.stores]
-        pool = self.plans[0].pool
-        plain = pool in ("none", "max")  # a vector for every id
+        weights = bags.weights
         arguments = (
-            tensors,
+            [stores[feature][name] for feature, name in self._sources],
             bags.ids.contiguous(),
-            None if plain else bags.offsets.contiguous(),
-            None if bags.weights is None else bags.weights.contiguous(),
+            None if self._has_vectors else bags.offsets.contiguous(),
+            None if weights is None else weights.contiguous(),
             encoded.tensor,
             bags.ends_are_given,
             len(self.plans),
             encoded.num_columns,
-            self.options.sparse and not torch.compiler.is_compiling(),
+            self._sparse and not torch.compiler.is_compiling(),
         )
         try:
             if fused is not None and torch.is_grad_enabled():
@@ -199,7 +202,7 @@ class Program:
             raise
         if self._has_heads:
             pooled = self._apply_heads(encoded, stores, pooled)
-        if pool == "max":
+        if self._has_maxima:
             bags = bags.complete()
             if not bags.checked:
                 check_offsets(bags.offsets, bags.ids.numel())
@@ -269,8 +272,7 @@ def _output_dtype(plans: Sequence[LookupPlan]) -> torch.dtype:
 
 
 def _is_for_kernels(bags: Bags) -> bool:
-    wide = bags.weights is not None and bags.weights.dtype == torch.float64
-    return bags.ids.device.type == "cpu" and not wide
+    return bags.ids.is_cpu and (bags.weights is None or bags.weights.dtype != torch.float64)
 
 
 def lookup(
