@@ -10,6 +10,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <atomic>
 #include <optional>
 #include <string>
 #include <utility>
@@ -240,6 +241,9 @@ Tensor check_gradient(const Tensor& grad, const Lookup& lookup) {
     return torch::stable::contiguous(grad);
 }
 
+// Below this many ids a thread costs more than it gives.
+constexpr int64_t kIdsPerThread = 512;
+
 int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
 // ------------------------------------------------------------------------------------ operators
@@ -338,6 +342,24 @@ Tensor lookup_backward_weights(Tensor grad, std::vector<Tensor> stores, Tensor i
     return out;
 }
 
+struct Updated {
+    int64_t width;
+    float* data;
+    float* first;  // state, or nullptr
+    float* second;
+};
+
+void update_rows(const Optimizer& optimizer, const TouchedRows& touched, const Updated& store) {
+    const bool rowwise = optimizer.kind == OptimizerKind::kRowwiseAdagrad;
+    for (size_t i = 0; i < touched.rows().size(); ++i) {
+        const int64_t row = touched.rows()[i], at = row * (rowwise ? 1 : store.width);
+        update_row(optimizer, store.width, touched.values() + i * store.width,
+                   store.data + row * store.width,
+                   store.first == nullptr ? nullptr : store.first + at,
+                   store.second == nullptr ? nullptr : store.second + at);
+    }
+}
+
 // The backward pass and the update of the touched rows in one. `first` and `second` are the
 // optimizer's state for each wanted store (empty tensors where it has none).
 void lookup_backward_update(Tensor grad, std::vector<Tensor> stores, Tensor ids,
@@ -380,22 +402,28 @@ void lookup_backward_update(Tensor grad, std::vector<Tensor> stores, Tensor ids,
     // All gradients are complete before any row moves: a product reads the other stores' rows.
     check_ids(accumulate_gradients(what, static_cast<const float*>(gradient.const_data_ptr()),
                                    pointers, threads()));
+    struct Task {
+        size_t k;
+        const TouchedRows* touched;
+    };
+    std::vector<Task> tasks;
     for (size_t k = 0; k < wanted.size(); ++k) {
-        GradientSink& sink = sinks[wanted[k]];
-        float* data = static_cast<float*>(stores[wanted[k]].mutable_data_ptr());
-        float* one = has_first ? static_cast<float*>(first[k].mutable_data_ptr()) : nullptr;
-        float* two = has_second ? static_cast<float*>(second[k].mutable_data_ptr()) : nullptr;
-        parallel(static_cast<int>(sink.touched.size()), [&](int part) {
-            const TouchedRows& touched = sink.touched[part];
-            for (size_t i = 0; i < touched.rows().size(); ++i) {
-                const int64_t row = touched.rows()[i], width = sink.width;
-                const int64_t at = row * (rowwise ? 1 : width);
-                update_row(optimizer, width, touched.values() + i * width, data + row * width,
-                           one == nullptr ? nullptr : one + at,
-                           two == nullptr ? nullptr : two + at);
-            }
-        });
+        for (const TouchedRows& touched : sinks[wanted[k]].touched) tasks.push_back({k, &touched});
     }
+    std::atomic<size_t> next{0};
+    const auto pointer = [](const Tensor& tensor) {
+        return tensor.numel() == 0 ? nullptr : static_cast<float*>(tensor.mutable_data_ptr());
+    };
+    parallel(what.num_ids < kIdsPerThread ? 1 : threads(), [&](int) {
+        for (size_t number = next++; number < tasks.size(); number = next++) {
+            const size_t k = tasks[number].k;
+            const StoreView& view = what.stores[wanted[k]];
+            update_rows(optimizer, *tasks[number].touched,
+                        {view.width, static_cast<float*>(const_cast<void*>(view.data)),
+                         has_first ? pointer(first[k]) : nullptr,
+                         has_second ? pointer(second[k]) : nullptr});
+        }
+    });
 }
 
 }  // namespace

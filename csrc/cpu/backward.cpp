@@ -9,6 +9,9 @@
 namespace embcompress {
 namespace {
 
+// Below this many ids a thread costs more than it gives.
+constexpr int64_t kIdsPerThread = 512;
+
 // Numbers of the bags of consecutive positions.
 class BagCursor {
   public:
@@ -235,6 +238,16 @@ std::vector<Use> uses_of(const Lookup& lookup, int64_t store) {
     return uses;
 }
 
+// How many rows of a store a batch touches at most.
+int64_t touches(const Lookup& lookup, int64_t store, const std::vector<Use>& uses) {
+    int64_t count = 0;
+    for (const Use& use : uses) {
+        const int64_t bag = use.number * lookup.batch;
+        count += lookup.offset(bag + lookup.batch) - lookup.offset(bag);
+    }
+    return std::min(count, lookup.stores[store].rows);
+}
+
 // Gradient of the per-sample weights of one feature: its vector times the output's gradient.
 EMBCOMPRESS_CLONES bool weights_range(const Lookup& lookup, int64_t number, int64_t begin,
                                       int64_t end, const float* grad, float* out) {
@@ -271,7 +284,9 @@ EMBCOMPRESS_CLONES bool weights_range(const Lookup& lookup, int64_t number, int6
 }  // namespace
 
 bool accumulate_gradients(const Lookup& lookup, const float* grad,
-                          std::vector<GradientSink*>& sinks, int num_threads) {
+                          std::vector<GradientSink*>& sinks, int max_threads) {
+    const int num_threads = static_cast<int>(
+        std::max<int64_t>(1, std::min<int64_t>(max_threads, lookup.num_ids / kIdsPerThread)));
     struct Task {
         int64_t store;
         int partition;
@@ -291,7 +306,8 @@ bool accumulate_gradients(const Lookup& lookup, const float* grad,
             const Task& task = tasks[number];
             GradientSink& sink = *sinks[task.store];
             if (sink.dense == nullptr) {
-                sink.touched[task.partition].start(sink.width, lookup.num_ids / num_threads);
+                const int64_t expected = touches(lookup, task.store, uses[task.store]);
+                sink.touched[task.partition].start(sink.width, expected / num_threads + 1);
             }
             const Pass pass{lookup, grad, task.partition, num_threads};
             for (const Use& use : uses[task.store]) {

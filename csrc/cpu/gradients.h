@@ -22,10 +22,11 @@ class TouchedRows {
   public:
     void start(int64_t width, int64_t expected) {
         width_ = width;
-        rows_.clear();
-        values_.clear();
+        expected = std::min<int64_t>(expected, 1 << 16);
+        rows_.reserve(expected);
+        values_.reserve(expected * width);
         size_t slots = 64;
-        while (static_cast<int64_t>(slots) < 2 * std::min<int64_t>(expected, 1 << 16)) slots *= 2;
+        while (static_cast<int64_t>(slots) < 2 * expected) slots *= 2;
         slots_.assign(slots, -1);
     }
 

@@ -86,5 +86,5 @@ class DLRM(nn.Module):
             vectors = torch.cat([bottom[:, None], vectors], dim=1)
             parts.append(bottom)
         dots = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1)
-        parts.append(dots[:, self._pairs])
+        parts.append(dots.index_select(1, self._pairs))  # its backward beats that of indexing
         return self.top(torch.cat(parts, dim=1)).squeeze(1)
