@@ -6,6 +6,8 @@ import datetime
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from embcompress.bench.display import SweepDisplay
 from embcompress.bench.environment import environment, torch_threads
 from embcompress.bench.records import Record, RecordFile, only_writer
@@ -13,13 +15,14 @@ from embcompress.bench.settings import Run, SweepSettings, jsonable
 from embcompress.bench.training import (
     Trained,
     build_model,
+    count_ids,
     finite,
     test_scores,
     train,
     validation_record,
 )
 from embcompress.budget import BudgetError, parse_budget
-from embcompress.data.click_log import ClickLog
+from embcompress.data.click_log import ClickLog, Split
 from embcompress.data.load import load_click_log
 from embcompress.memory import MemoryReport, memory
 from embcompress.models import DLRM
@@ -39,6 +42,8 @@ class Sweep:
         self.settings, self.directory, self.cache = settings, directory, cache
         self.results = RecordFile(directory / RESULTS)
         self.impossible = RecordFile(directory / IMPOSSIBLE)
+        self._counts: dict[str, Tensor] = {}
+        self._counted: tuple[object, ...] = ()  # what the counts are of
 
     def _is_done(self, run: Run) -> bool:
         return run.key in self.results or run.key in self.impossible
@@ -58,23 +63,18 @@ class Sweep:
         display.begin(run)
         try:
             learning_rates = self._learning_rates(run)
-            model = build_model(log, run.training, run.method, run.budget, run.seed)
+            model = self._build(run, log)
         except BudgetError as error:
             self.impossible.append(_impossible_record(run, error))
             display.end(run, None)
             return
         size, lookup = _checked_memory(run, model), _lookup_settings(model)
-        split = log.split(
-            run.training.split,  # type: ignore[arg-type]
-            seed=run.seed,
-            validation=run.training.validation,
-            test=run.training.test,
-        )
+        split = _split(run, log)
         best: Trained | None = None  # the others' weights are let go
         trials: list[dict[str, float]] = []
         for learning_rate in learning_rates:
             if trials:
-                model = build_model(log, run.training, run.method, run.budget, run.seed)
+                model = self._build(run, log)
             observe = display.observer(learning_rate)
             trained = train(model, log, split, run.training, learning_rate, run.seed, observe)
             trials.append({"learning_rate": learning_rate, "auc": trained.best_auc})
@@ -91,12 +91,28 @@ class Sweep:
         self.results.append(record)
         display.end(run, record)
 
+    def _build(self, run: Run, log: ClickLog) -> DLRM:
+        """A new model; the tables know how often each id occurs in the training rows."""
+        if self._counted != (key := (run.data, run.seed, run.training)):
+            self._counts = count_ids(log, _split(run, log).train)
+            self._counted = key
+        return build_model(log, run.training, run.method, run.budget, run.seed, self._counts)
+
     def _learning_rates(self, run: Run) -> tuple[float, ...]:
         """All of them for the first seed of a cell; its choice for the others."""
         first = Run(run.data, run.method, run.budget, self.settings.seeds[0], run.training)
         if run.seed != first.seed and first.key in self.results:
             return (self.results.records[first.key]["learning_rate"],)
         return run.training.learning_rates
+
+
+def _split(run: Run, log: ClickLog) -> Split:
+    return log.split(
+        run.training.split,  # type: ignore[arg-type]
+        seed=run.seed,
+        validation=run.training.validation,
+        test=run.training.test,
+    )
 
 
 def _impossible_record(run: Run, error: BudgetError) -> Record:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +16,7 @@ from embcompress.bench.settings import TrainingSettings
 from embcompress.collection import EmbeddingBagCollection, TableConfig
 from embcompress.data.click_log import Batch, ClickLog, Split
 from embcompress.models import DLRM
+from embcompress.optimizers import fuse_optimizer, unfused_parameters
 
 _EVALUATION_ROWS = 8192
 #: Called after every few steps with (epoch, share of the epoch done, examples a second).
@@ -54,16 +55,44 @@ class Trained:
         return self.validation[self.best_epoch - 1].auc
 
 
+def count_ids(log: ClickLog, rows: NDArray[np.int64]) -> dict[str, Tensor]:
+    """How often each id of each feature occurs in the rows: (num_embeddings,) int64."""
+    counts = {f.name: torch.zeros(f.num_embeddings, dtype=torch.int64) for f in log.features}
+    for start in range(0, len(rows), _EVALUATION_ROWS):
+        batch = log.batch(rows[start : start + _EVALUATION_ROWS])
+        size = (len(batch.offsets) - 1) // len(log.features)
+        for number, feature in enumerate(log.features):
+            first, last = batch.offsets[number * size], batch.offsets[(number + 1) * size]
+            ids = batch.ids[int(first) : int(last)].long()
+            counts[feature.name].index_add_(0, ids, torch.ones_like(ids))
+    return counts
+
+
 def build_model(
-    log: ClickLog, settings: TrainingSettings, method: str, budget: str, seed: int
+    log: ClickLog,
+    settings: TrainingSettings,
+    method: str,
+    budget: str,
+    seed: int,
+    counts: Mapping[str, Tensor] | None = None,
 ) -> DLRM:
     """A DLRM over one table a feature.
+
+    Args:
+        counts: of the ids of each feature in the training rows; methods that treat frequent ids
+            better need them.
 
     Raises:
         BudgetError: the method cannot meet the budget for these tables.
     """
     tables = [
-        TableConfig(f"t_{f.name}", f.num_embeddings, settings.embedding_dim, (f.name,))
+        TableConfig(
+            f"t_{f.name}",
+            f.num_embeddings,
+            settings.embedding_dim,
+            (f.name,),
+            counts=None if counts is None else counts[f.name],
+        )
         for f in log.features
     ]
     torch.manual_seed(seed)
@@ -73,8 +102,12 @@ def build_model(
 
 
 def make_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-    """The optimizer of all runs: Adagrad, for tables and layers alike."""
-    return torch.optim.Adagrad(model.parameters(), lr=learning_rate)
+    """The optimizer of all runs: Adagrad, for tables and layers alike.
+
+    For the tables it is fused into the backward pass, where a step costs what its batch costs.
+    """
+    fuse_optimizer(model, "adagrad", lr=learning_rate)
+    return torch.optim.Adagrad(unfused_parameters(model), lr=learning_rate)
 
 
 def predict(model: nn.Module, log: ClickLog, rows: NDArray[np.int64]) -> NDArray[np.float32]:
