@@ -64,7 +64,8 @@ const StoreView& store_at(const Lookup& lookup, int64_t number) {
 int64_t address_size(const Address& address) {
     STD_TORCH_CHECK(address.b >= 1, "encoding: an empty address");
     STD_TORCH_CHECK(address.kind == AddressKind::kHash ||
-                        (address.kind == AddressKind::kDigit && address.a >= 1),
+                        (address.kind == AddressKind::kDigit && address.a >= 1) ||
+                        (address.kind == AddressKind::kMurmur && address.a >= 0),
                     "encoding: unknown address");
     return address.b;
 }

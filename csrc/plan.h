@@ -18,11 +18,11 @@
 
 namespace embcompress {
 
-constexpr int64_t kFormat = 1;
+constexpr int64_t kFormat = 2;
 
 enum class Pool : int64_t { kNone = 0, kSum = 1, kMean = 2 };
 enum class Combine : int64_t { kSum = 0, kMul = 1, kConcat = 2 };
-enum class AddressKind : int64_t { kDigit = 0, kHash = 1 };
+enum class AddressKind : int64_t { kDigit = 0, kHash = 1, kMurmur = 2 };
 enum class ScaleKind : int64_t { kNone = 0, kSign = 1, kWeight = 2 };
 
 struct Header {
@@ -43,19 +43,21 @@ struct Feature {
     int64_t num_probes;
 };
 
-// A digit, (id / a) % b, or a keyed hash into b buckets with key a.
+// A digit, (id / a) % b; a keyed hash into b buckets with key a; or a word of MurmurHash3_x64_128
+// modulo b, where a is the word's number and, in its low half, the seed.
 struct Address {
     AddressKind kind;
     int64_t a;
     int64_t b;
 };
 
-// Codes of `bits` bits that give the row; all bits set is "absent".
+// Codes of `bits` bits that give the row, code - first; all bits set is "absent".
 struct Code {
     int64_t store;  // -1: the address itself is the row
     int64_t bits;
     int64_t width;
     int64_t column;
+    int64_t first;
     int64_t size;
     int64_t has_otherwise;
     Address otherwise;
@@ -92,7 +94,7 @@ struct Probe {
 constexpr int64_t kHeaderFields = sizeof(Header) / sizeof(int64_t);
 constexpr int64_t kFeatureFields = sizeof(Feature) / sizeof(int64_t);
 constexpr int64_t kProbeFields = sizeof(Probe) / sizeof(int64_t);
-static_assert(kHeaderFields == 4 && kFeatureFields == 8 && kProbeFields == 28,
+static_assert(kHeaderFields == 4 && kFeatureFields == 8 && kProbeFields == 29,
               "change embcompress/engine/encoding.py too");
 
 // ------------------------------------------------------------------------------------ hashing
@@ -132,7 +134,33 @@ EMBCOMPRESS_INLINE float hash_sign(int64_t id, uint64_t key) {
     return (mix64(static_cast<uint64_t>(id) ^ key) >> 63) ? -1.0f : 1.0f;
 }
 
+EMBCOMPRESS_INLINE uint64_t finalize_murmur(uint64_t x) {
+    x = (x ^ (x >> 33)) * 0xFF51AFD7ED558CCDULL;
+    x = (x ^ (x >> 33)) * 0xC4CEB9FE1A85EC53ULL;
+    return x ^ (x >> 33);
+}
+
+// Word number `word` of MurmurHash3_x64_128 of the 8 bytes of the id.
+EMBCOMPRESS_INLINE uint64_t murmur_word(int64_t id, uint64_t seed, int64_t word) {
+    uint64_t mixed = static_cast<uint64_t>(id) * 0x87C37B91114253D5ULL;
+    mixed = (mixed << 31) | (mixed >> 33);
+    mixed *= 0x4CF5AD432745937FULL;
+    uint64_t first = (seed ^ mixed ^ 8) + (seed ^ 8);
+    uint64_t second = first + (seed ^ 8);
+    first = finalize_murmur(first);
+    second = finalize_murmur(second);
+    first += second;
+    second += first;
+    const uint64_t half = word < 2 ? first : second;
+    return word % 2 == 0 ? half & 0xFFFFFFFFULL : half >> 32;
+}
+
 EMBCOMPRESS_INLINE int64_t address_row(const Address& address, int64_t id) {
+    if (address.kind == AddressKind::kMurmur) {
+        const uint64_t seed = static_cast<uint64_t>(address.a) & 0xFFFFFFFFULL;
+        return static_cast<int64_t>(murmur_word(id, seed, address.a >> 32) %
+                                    static_cast<uint64_t>(address.b));
+    }
     if (address.kind == AddressKind::kHash) {
         return hash_bucket(id, static_cast<uint64_t>(address.a), static_cast<uint64_t>(address.b));
     }

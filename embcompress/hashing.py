@@ -36,6 +36,38 @@ def hash_sign(id: int, key: int) -> int:
     return -1 if mix64((id ^ key) & MASK64) >> 63 else 1
 
 
+#: Multipliers of the 8-byte tail and of the finalizer of MurmurHash3_x64_128 (A. Appleby, 2011,
+#: public domain).
+MURMUR_MULTIPLIERS = (0x87C37B91114253D5, 0x4CF5AD432745937F)
+MURMUR_FINALIZER = (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53)
+
+
+def _finalize_murmur(value: int) -> int:
+    for multiplier in MURMUR_FINALIZER:
+        value = ((value ^ (value >> 33)) * multiplier) & MASK64
+    return value ^ (value >> 33)
+
+
+def murmur_words(id: int, seed: int) -> tuple[int, int, int, int]:
+    """The four 32-bit words of MurmurHash3_x64_128 of the id's 8 little-endian bytes.
+
+    Args:
+        id: 64 bits.
+        seed: unsigned 32-bit.
+    """
+    mixed = (id * MURMUR_MULTIPLIERS[0]) & MASK64
+    mixed = ((mixed << 31) | (mixed >> 33)) & MASK64
+    mixed = (mixed * MURMUR_MULTIPLIERS[1]) & MASK64
+    length = 8
+    first = ((seed ^ mixed ^ length) + (seed ^ length)) & MASK64
+    second = (first + (seed ^ length)) & MASK64
+    first, second = _finalize_murmur(first), _finalize_murmur(second)
+    first = (first + second) & MASK64
+    second = (first + second) & MASK64
+    low = (1 << 32) - 1
+    return first & low, first >> 32, second & low, second >> 32
+
+
 def derive_key(seed: int, name: str, probe: int) -> int:
     """64-bit key of one probe of one named table.
 

@@ -70,6 +70,8 @@ class Store:
             number ``j`` of row ``i`` starts at bit ``(i * width + j) * bits``, low bits first.
         quantization: makes the unsigned numbers of a store *values*; without it they are codes,
             which only a :class:`Code` address may read.
+        shared: where not empty, tables whose plans have a store of this ``shared`` name hold one
+            and the same tensor, and its bytes count once for all of them.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Store:
     width: int
     dtype: str = "float32"
     quantization: Quantization | None = None
+    shared: str = ""
 
     def __post_init__(self) -> None:
         require(bool(re.fullmatch(r"[A-Za-z_]\w*", self.name)), f"store name {self.name!r}")
@@ -155,34 +158,69 @@ class Hash:
 
 
 @dataclass(frozen=True)
-class Code:
-    """The address is read from a table of codes: ``codes[row(id), column]``.
+class MurmurHash:
+    """One of the four 32-bit words of MurmurHash3_x64_128 of the id, modulo ``buckets``.
 
-    A code with all bits set is *absent*: the probe's vector is zero, or takes ``otherwise``.
+    The hash of thinc's and spaCy's ``HashEmbed``, for tables that were trained there.
+
+    Attributes:
+        seed: unsigned 32-bit.
+        word: 0 to 3; the low half of the first 64 bits, its high half, and so on.
+        buckets: at least 1, at most 2**32.
+    """
+
+    kind: ClassVar[str] = "murmur"
+    seed: int
+    word: int
+    buckets: int
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**32, "a Murmur seed must be an unsigned 32-bit integer")
+        require(0 <= self.word < 4, "a Murmur word must be in [0, 4)")
+        require(1 <= self.buckets <= 2**32, "a Murmur hash's buckets must be in [1, 2**32]")
+
+    @property
+    def size(self) -> int:
+        return self.buckets
+
+
+#: Addresses that need nothing but the id.
+DirectAddress: TypeAlias = Digit | Hash | MurmurHash
+
+
+@dataclass(frozen=True)
+class Code:
+    """The address is read from a table of codes: ``codes[row(id), column] - first``.
+
+    Where that is not in ``[0, size)`` the probe's vector is zero: several probes can share one
+    table of codes, each with its own range. A code with all bits set is *absent*: the vector is
+    zero, or takes ``otherwise``.
 
     Attributes:
         store: name of an unsigned store without quantization.
-        size: every code that is not absent is below this bound. (Where a damaged one is not, the
-            probe's vector is zero: no engine reads past a store.)
+        size: number of codes of this probe.
         row: address of the row in the table of codes.
         column: column of the table of codes.
         otherwise: address to use where the code is absent; its rows follow the same bound.
+        first: smallest code of this probe.
     """
 
     kind: ClassVar[str] = "code"
     store: str
     size: int
-    row: Digit | Hash
+    row: DirectAddress
     column: int = 0
-    otherwise: Digit | Hash | None = None
+    otherwise: DirectAddress | None = None
+    first: int = 0
 
     def __post_init__(self) -> None:
         require(self.size >= 1 and self.column >= 0, "a code's size must be ≥ 1, its column ≥ 0")
+        require(self.first >= 0, "a code's first must be ≥ 0")
         if self.otherwise is not None:
             require(self.otherwise.size <= self.size, "a code's otherwise reaches past its size")
 
 
-Address: TypeAlias = Digit | Hash | Code
+Address: TypeAlias = DirectAddress | Code
 
 
 # ------------------------------------------------------------------------------------ scales
@@ -205,7 +243,7 @@ class Weight:
 
     kind: ClassVar[str] = "weight"
     store: str
-    address: Digit | Hash
+    address: DirectAddress
     column: int = 0
 
     def __post_init__(self) -> None:
@@ -351,8 +389,9 @@ class LookupPlan:
                 f"{what} reads codes from {codes.name!r}, column {address.column}",
             )
             require(
-                address.size < 2**codes.bits,
-                f"{what}: {codes.bits} bits cannot hold {address.size} codes and 'absent'",
+                address.first + address.size < 2**codes.bits,
+                f"{what}: {codes.bits} bits cannot hold {address.first + address.size} codes "
+                "and 'absent'",
             )
             self._check_address(address.row, codes.rows, f"row of {what}")
 
@@ -436,7 +475,11 @@ def _address_text(address: Address) -> str:
         return f"x div {address.divisor} mod {address.radix}"
     if isinstance(address, Hash):
         return f"hash_{address.key & 0xFFFF:04x}(x) of {address.buckets}"
+    if isinstance(address, MurmurHash):
+        return f"murmur_{address.seed}(x)[{address.word}] mod {address.buckets}"
     text = f"{address.store}[{_address_text(address.row)}, {address.column}]"
+    if address.first:
+        text += f" - {address.first}"
     return text if address.otherwise is None else f"{text} or {_address_text(address.otherwise)}"
 
 

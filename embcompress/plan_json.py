@@ -12,6 +12,7 @@ from embcompress.plan import (
     Hash,
     Linear,
     LookupPlan,
+    MurmurHash,
     PlanError,
     Probe,
     Quantization,
@@ -23,7 +24,10 @@ from embcompress.plan import (
 
 FORMAT = 1
 
-_KINDS: dict[str, type] = {cls.kind: cls for cls in (Digit, Hash, Code, Sign, Weight, Linear)}
+_KINDS: dict[str, type] = {
+    cls.kind: cls for cls in (Digit, Hash, MurmurHash, Code, Sign, Weight, Linear)
+}
+_DIRECT = (Digit, Hash, MurmurHash)
 
 
 def _encode(value: Any) -> Any:
@@ -77,9 +81,9 @@ def _decode_kind(data: Any, *allowed: type, optional: bool = False) -> Any:
     return _decode(
         cls,
         data,
-        row=lambda value: _decode_kind(value, Digit, Hash),
-        address=lambda value: _decode_kind(value, Digit, Hash),
-        otherwise=lambda value: _decode_kind(value, Digit, Hash, optional=True),
+        row=lambda value: _decode_kind(value, *_DIRECT),
+        address=lambda value: _decode_kind(value, *_DIRECT),
+        otherwise=lambda value: _decode_kind(value, *_DIRECT, optional=True),
     )
 
 
@@ -99,7 +103,7 @@ def _decode_probe(data: Any) -> Probe:
     return _decode(
         Probe,
         data,
-        address=lambda value: _decode_kind(value, Digit, Hash, Code),
+        address=lambda value: _decode_kind(value, *_DIRECT, Code),
         scale=lambda value: _decode_kind(value, Sign, Weight, optional=True),
     )
 

@@ -22,9 +22,11 @@ from embcompress.plan import (
     Code,
     Combine,
     Digit,
+    DirectAddress,
     Hash,
     Linear,
     LookupPlan,
+    MurmurHash,
     Pool,
     Probe,
     Quantization,
@@ -200,11 +202,14 @@ class PlanMaker:
     def key(self) -> int:
         return self.choice.getrandbits(64)
 
-    def simple_address(self, reach: int) -> Digit | Hash:
+    def simple_address(self, reach: int) -> DirectAddress:
         """A digit or a hash below ``reach``."""
         size = self.choice.choice((reach, self.choice.randint(1, reach)))
-        if self.choice.random() < 0.5:
+        drawn = self.choice.random()
+        if drawn < 0.45:
             return Hash(self.key(), size)
+        if drawn < 0.55:
+            return MurmurHash(self.choice.getrandbits(32), self.choice.randrange(4), size)
         divisors = (1, 1, 2, 3, 17, size, 2**33, self.choice.randint(1, 2**63 - 1))
         return Digit(self.choice.choice(divisors), size)
 
@@ -212,10 +217,11 @@ class PlanMaker:
         if self.choice.random() < 0.65:
             return self.simple_address(reach)
         size = self.choice.choice((1, reach, self.choice.randint(1, reach)))
-        store = self.code_store(size)
+        first = self.choice.choice((0, 0, self.choice.randint(0, 20)))
+        store = self.code_store(first + size)
         otherwise = self.simple_address(size) if self.choice.random() < 0.5 else None
         column = self.choice.randrange(store.width)
-        return Code(store.name, size, self.simple_address(store.rows), column, otherwise)
+        return Code(store.name, size, self.simple_address(store.rows), column, otherwise, first)
 
     def scale(self) -> Scale | None:
         drawn = self.choice.random()

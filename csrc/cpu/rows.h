@@ -215,7 +215,8 @@ class RowBlock {
             } else {
                 for (int i = 0; i < n; ++i) rows[i] = hash_bucket(ids_[i], key, buckets);
             }
-        } else if (feature_->num_embeddings <= (1LL << 32) && address.a < (1LL << 32)) {
+        } else if (address.kind == AddressKind::kDigit && feature_->num_embeddings <= (1LL << 32) &&
+                   address.a < (1LL << 32)) {
             digits_32(address, n, rows);
         } else {
             for (int i = 0; i < n; ++i) rows[i] = ids_[i] < 0 ? 0 : address_row(address, ids_[i]);
@@ -256,8 +257,9 @@ class RowBlock {
             if (ids_[i] < 0) continue;
             const uint32_t value = unpack_bits(static_cast<const uint8_t*>(store.data), store.bytes,
                                                rows[i] * code.width + code.column, code.bits);
-            if (value != absent && value < code.size) {
-                rows[i] = value;
+            const int64_t row = static_cast<int64_t>(value) - code.first;
+            if (value != absent && row >= 0 && row < code.size) {
+                rows[i] = row;
             } else {
                 rows[i] = value == absent && code.has_otherwise
                               ? address_row(code.otherwise, ids_[i])

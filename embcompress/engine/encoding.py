@@ -12,15 +12,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from embcompress.plan import Address, Code, Digit, Hash, LookupPlan, Probe, Sign, Weight
+from embcompress.plan import (
+    Address,
+    Code,
+    Digit,
+    DirectAddress,
+    LookupPlan,
+    MurmurHash,
+    Probe,
+    Sign,
+    Weight,
+)
 
-FORMAT = 1
+FORMAT = 2
 #: Pools that the kernels run; maxima pool the kernels' vectors in torch.
 POOLS = {"none": 0, "sum": 1, "mean": 2}
 _COMBINES = {"sum": 0, "mul": 1, "concat": 2}
 _KERNEL_FLOATS = ("float32", "float16", "bfloat16")
 _NO_ADDRESS = [0, 1, 1]
-_NO_CODE = [-1, 0, 0, 0, 0, 0, *_NO_ADDRESS]
+_NO_CODE = [-1, 0, 0, 0, 0, 0, 0, *_NO_ADDRESS]
 _NO_SCALE = [0, 0, -1, 0, *_NO_ADDRESS]
 _NO_QUANTIZATION = [0, -1, -1, 0, 0]
 
@@ -103,9 +113,11 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-def _encode_address(address: Digit | Hash) -> list[int]:
+def _encode_address(address: DirectAddress) -> list[int]:
     if isinstance(address, Digit):
         return [0, address.divisor, address.radix]
+    if isinstance(address, MurmurHash):
+        return [2, address.word << 32 | address.seed, address.buckets]
     return [1, _signed(address.key), address.buckets]
 
 
@@ -119,6 +131,7 @@ def _encode_code(plan: LookupPlan, address: Address, numbers: dict[str, int]) ->
         codes.bits,
         codes.width,
         address.column,
+        address.first,
         address.size,
         int(otherwise is not None),
         *(_NO_ADDRESS if otherwise is None else _encode_address(otherwise)),

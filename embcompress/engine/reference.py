@@ -13,8 +13,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embcompress.engine.bags import Bags
-from embcompress.hashing import MASK64, MIX_MULTIPLIERS, MIX_SHIFTS
-from embcompress.plan import Address, Code, Digit, Hash, LookupPlan, Probe, Sign, Store, Weight
+from embcompress.hashing import (
+    MASK64,
+    MIX_MULTIPLIERS,
+    MIX_SHIFTS,
+    MURMUR_FINALIZER,
+    MURMUR_MULTIPLIERS,
+)
+from embcompress.plan import (
+    Address,
+    Code,
+    Digit,
+    Hash,
+    LookupPlan,
+    MurmurHash,
+    Probe,
+    Sign,
+    Store,
+    Weight,
+)
 
 Stores = Mapping[str, Tensor]
 
@@ -63,6 +80,25 @@ def hash_bucket(ids: Tensor, key: int, buckets: int) -> Tensor:
     return multiply_high(mix64(ids ^ _signed(key)), buckets)
 
 
+def _finalize_murmur(value: Tensor) -> Tensor:
+    for multiplier in MURMUR_FINALIZER:
+        value = (value ^ _shift_right(value, 33)) * _signed(multiplier)
+    return value ^ _shift_right(value, 33)
+
+
+def murmur_words(ids: Tensor, seed: int) -> list[Tensor]:
+    """Elementwise :func:`embcompress.hashing.murmur_words`; int64 ids of any value."""
+    mixed = ids * _signed(MURMUR_MULTIPLIERS[0])
+    mixed = (mixed << 31) | _shift_right(mixed, 33)
+    mixed = mixed * _signed(MURMUR_MULTIPLIERS[1])
+    first = (mixed ^ seed ^ 8) + (seed ^ 8)
+    second = first + (seed ^ 8)
+    first, second = _finalize_murmur(first), _finalize_murmur(second)
+    first = first + second
+    second = first + second
+    return [first & _LOW32, _shift_right(first, 32), second & _LOW32, _shift_right(second, 32)]
+
+
 # ------------------------------------------------------------------------------------ gathering
 
 
@@ -94,6 +130,8 @@ def address_rows(
         return torch.div(ids, address.divisor, rounding_mode="floor") % address.radix, None
     if isinstance(address, Hash):
         return hash_bucket(ids, address.key, address.buckets), None
+    if isinstance(address, MurmurHash):
+        return murmur_words(ids, address.seed)[address.word] % address.buckets, None
     return _code_rows(address, ids, plan, stores)
 
 
@@ -104,8 +142,9 @@ def _code_rows(
     code_row, _ = address_rows(address.row, ids, plan, stores)
     positions = code_row * codes.width + address.column
     codes_read = unpack_bits(stores[codes.name], positions, codes.bits)
-    present = codes_read < address.size  # neither absent nor damaged
-    rows = torch.where(present, codes_read, 0)
+    rows = codes_read - address.first
+    present = (rows >= 0) & (rows < address.size)  # neither absent nor another probe's
+    rows = torch.where(present, rows, 0)
     if address.otherwise is None:
         return rows, present
     otherwise, _ = address_rows(address.otherwise, ids, plan, stores)

@@ -8,8 +8,19 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from embcompress.hashing import hash_bucket, hash_sign
-from embcompress.plan import Address, Code, Digit, Hash, LookupPlan, Probe, Sign, Store, Weight
+from embcompress.hashing import hash_bucket, hash_sign, murmur_words
+from embcompress.plan import (
+    Address,
+    Code,
+    Digit,
+    Hash,
+    LookupPlan,
+    MurmurHash,
+    Probe,
+    Sign,
+    Store,
+    Weight,
+)
 
 Vector = list[float]
 
@@ -37,13 +48,16 @@ class ScalarLoop:
             return (id // address.divisor) % address.radix
         if isinstance(address, Hash):
             return hash_bucket(id, address.key, address.buckets)
+        if isinstance(address, MurmurHash):
+            return murmur_words(id, address.seed)[address.word] % address.buckets
         assert isinstance(address, Code)
         store = self.plan.store(address.store)
         code_row = self.row(address.row, id)
         assert code_row is not None
         code = self.code(store, code_row, address.column)
         if code != 2**store.bits - 1:
-            return code if code < address.size else None
+            row = code - address.first
+            return row if 0 <= row < address.size else None
         return None if address.otherwise is None else self.row(address.otherwise, id)
 
     def value(self, store: Store, row: int, column: int) -> float:

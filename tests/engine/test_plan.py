@@ -23,6 +23,7 @@ from embcompress.plan import (
     Hash,
     Linear,
     LookupPlan,
+    MurmurHash,
     PlanError,
     Probe,
     Quantization,
@@ -81,6 +82,10 @@ BROKEN: dict[str, tuple[Callable[[], object], str]] = {
     "too many buckets": (lambda: Hash(0, 2**63), "buckets must be"),
     "negative sign key": (lambda: Sign(-1), "unsigned 64-bit"),
     "large sign key": (lambda: Sign(2**64), "unsigned 64-bit"),
+    "code below 0": (lambda: Code("codes", 1, Digit(1, 10), first=-1), "first must be ≥ 0"),
+    "Murmur seed": (lambda: MurmurHash(2**32, 0, 5), "unsigned 32-bit integer"),
+    "Murmur word": (lambda: MurmurHash(0, 4, 5), "word must be in"),
+    "Murmur buckets": (lambda: MurmurHash(0, 0, 0), "buckets must be in"),
     "code of size 0": (lambda: Code("codes", 0, Digit(1, 10)), "size must be ≥ 1"),
     "negative code column": (lambda: Code("codes", 1, Digit(1, 10), -1), "column ≥ 0"),
     "otherwise past the size": (
