@@ -87,13 +87,14 @@ def read_ids(path: str | os.PathLike[str], num_embeddings: int) -> Tensor:
     with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
         for number, line in enumerate(file, 1):
             text = line.rstrip("\r\n")
-            if not _DIGITS.fullmatch(text) or int(text) >= num_embeddings:
+            value = int(text) if _DIGITS.fullmatch(text) else num_embeddings
+            if value >= num_embeddings:
                 raise ValueError(
                     f"{path}:{number}: {text[:40]!r} is not an id in [0, {num_embeddings})"
                 )
-            first = first_lines.setdefault(int(text), number)
+            first = first_lines.setdefault(value, number)
             if first != number:
-                raise ValueError(f"{path}:{number}: id {text} was already in line {first}")
+                raise ValueError(f"{path}:{number}: id {value} was already in line {first}")
     if not first_lines:
         raise ValueError(f"{path} has no ids; write one a line")
     return torch.tensor(list(first_lines), dtype=torch.int64)

@@ -73,8 +73,10 @@ class Pruned(Method):
     new_rows: Literal["fallback", "zero"] = "fallback"
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.fallback, int) and not isinstance(self.fallback, bool)
-        if not (self.fallback >= 1 if whole else 0 < self.fallback <= 1):
+        shared = self.fallback
+        if isinstance(shared, bool) or not (
+            shared >= 1 if isinstance(shared, int) else 0 < shared <= 1
+        ):
             raise ValueError(
                 f"fallback must be a number of rows (int, ≥ 1) or a share of the kept rows "
                 f"(float in (0, 1]), got {self.fallback!r}"
