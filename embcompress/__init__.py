@@ -2,12 +2,17 @@
 
 from embcompress.budget import BudgetError
 from embcompress.collection import EmbeddingBagCollection, TableConfig
+from embcompress.ids import count_ids, read_ids, write_ids
 from embcompress.memory import MemoryReport, memory
 from embcompress.methods import Method, method_classes, methods, register, resolve_method
 from embcompress.modules import Embedding, EmbeddingBag
 from embcompress.optimizers import fuse_optimizer
 from embcompress.plan import LookupPlan, PlanError
+from embcompress.pruning import prune_, restore_
 from embcompress.surgery import CompressionReport, compress
+from embcompress.token_vocabulary import TokenVocabulary
+from embcompress.training import TrainingProcedure
+from embcompress.vocabulary_pruning import prune_vocabulary, restore_vocabulary
 
 __version__ = "0.1.0"
 
@@ -22,12 +27,21 @@ __all__ = [
     "Method",
     "PlanError",
     "TableConfig",
+    "TokenVocabulary",
+    "TrainingProcedure",
     "compress",
+    "count_ids",
     "fuse_optimizer",
     "memory",
     "methods",
+    "prune_",
+    "prune_vocabulary",
+    "read_ids",
     "register",
     "resolve_method",
+    "restore_",
+    "restore_vocabulary",
+    "write_ids",
 ]
 
 # Every method's class, such as ``QuotientRemainder``, is public without an edit here.

@@ -106,7 +106,7 @@ class EmbeddingBagCollection(nn.Module):
             plans = allocate(specs, [resolved] * len(specs), limit, full_plan)
         self.embedding_bags = nn.ModuleDict()
         for table, spec, plan in zip(tables, specs, plans, strict=True):
-            used = "full" if plan.is_dense else resolved.name
+            used = "full" if plan.is_dense else resolved
             bag = EmbeddingBag.from_plan(plan.with_pool(table.mode), used, device=device)
             if not plan.is_dense:
                 resolved.fill(spec, plan, bag.stores())
@@ -124,9 +124,16 @@ class EmbeddingBagCollection(nn.Module):
     def embedding_dims(self) -> tuple[int, ...]:
         return tuple(bag.embedding_dim for bag in self._bags_of_features())
 
-    def _bags_of_features(self) -> list[EmbeddingBag]:
+    def tables_of_features(self) -> dict[str, EmbeddingBag]:
+        """The table that each feature reads, in the order of the features."""
         bags = self.embedding_bags._modules  # far cheaper than a ModuleDict's own lookups
-        return [cast(EmbeddingBag, bags[table]) for table in self._tables_of_features.values()]
+        return {
+            feature: cast(EmbeddingBag, bags[table])
+            for feature, table in self._tables_of_features.items()
+        }
+
+    def _bags_of_features(self) -> list[EmbeddingBag]:
+        return list(self.tables_of_features().values())
 
     def reset_parameters(self, std: float = 1.0) -> None:
         """Draw all stores anew, vectors of every table with this standard deviation."""
@@ -198,7 +205,7 @@ class EmbeddingBagCollection(nn.Module):
         missing = [name for name in self.feature_names if name not in features]
         if missing:
             raise ValueError(f"input lacks the features {missing}")
-        bags = [_feature_bags(name, features[name]) for name in self.feature_names]
+        bags = [feature_bags(name, features[name]) for name in self.feature_names]
         batches = {
             name: bag.offsets.numel() - 1
             for name, bag in zip(self.feature_names, bags, strict=True)
@@ -221,7 +228,7 @@ class EmbeddingBagCollection(nn.Module):
         return ids, offsets, torch.cat(weights)
 
 
-def _feature_bags(name: str, value: FeatureInput) -> Bags:
+def feature_bags(name: str, value: FeatureInput) -> Bags:
     """Canonical bags of one feature; errors name the feature."""
     parts = value if isinstance(value, tuple) else (value,)
     if not 1 <= len(parts) <= 3:

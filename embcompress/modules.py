@@ -13,7 +13,7 @@ from embcompress.budget import Budget, default_plan, fit_plan, parse_budget
 from embcompress.engine import Bags, GradientOptions, Program, lookup, make_bags
 from embcompress.engine.fused import FusedStores, UpdateRule
 from embcompress.initialization import initialize_stores
-from embcompress.methods import Method, TableSpec, resolve_method
+from embcompress.methods import Method, TableSpec, methods, resolve_method
 from embcompress.plan import LookupPlan, PlanError, Pool
 
 _PLAN_KEY = "plan"
@@ -66,18 +66,19 @@ class CompressedTable(nn.Module):
     Attributes:
         plan: the :class:`~embcompress.plan.LookupPlan`, with the stores' present dtypes.
         method: name of the method that made the plan.
+        settings: the method with its settings, or None where the name is no method's.
     """
 
     def __init__(
         self,
         plan: LookupPlan,
-        method: str,
+        method: str | Method,
         options: GradientOptions,
         *,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.method = method
+        self.set_method(method)
         self.options = options
         self.fused_rule: UpdateRule | None = None
         self.optimizer_step: Tensor  # how often each store was updated, where it is fused
@@ -151,6 +152,12 @@ class CompressedTable(nn.Module):
 
     # -- changing
 
+    def set_method(self, method: str | Method) -> None:
+        """Say which method made the plan; a name stands for the method's default settings."""
+        self.method = method if isinstance(method, str) else method.name
+        known = not isinstance(method, str) or method in methods()
+        self.settings = resolve_method(method) if known else None
+
     def reset_parameters(self, std: float = 1.0) -> None:
         """Draw all stores anew, so that the vectors have mean 0 and this standard deviation.
 
@@ -160,6 +167,27 @@ class CompressedTable(nn.Module):
         if self._plan.is_dense and self.padding_idx is not None:
             with torch.no_grad():
                 self.stores()[self._plan.stores[0].name][self.padding_idx].zero_()
+
+    def replace_stores(self, plan: LookupPlan, stores: Mapping[str, Tensor]) -> None:
+        """Take another plan and its stores, in place; see :func:`replace_rows`.
+
+        Float stores become new parameters, so optimizers must be told. State of a fused
+        optimizer starts anew, but for the numbers of steps.
+        """
+        trained = any(p.requires_grad for p in self.parameters(recurse=False))
+        steps = dict(zip(self.stores(), getattr(self, "optimizer_step", ()), strict=False))
+        for name in [*self.stores(), *(b for b in self._buffers if b.startswith("optimizer_"))]:
+            delattr(self, name)
+        self._set_plan(plan)
+        for name, tensor in stores.items():
+            if tensor.is_floating_point():
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=trained))
+            else:
+                self.register_buffer(name, tensor)
+        if self.fused_rule is not None:
+            self.fuse(self.fused_rule, {})
+            for position, name in enumerate(self.stores()):
+                self.optimizer_step[position] = steps.get(name, 0)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> CompressedTable:
         super()._apply(fn, recurse)
@@ -353,10 +381,10 @@ def _construct(
     _check_options(plan, method.name, options)
     if weight is not None:
         _check_weight(weight, plan, method.name)
-        CompressedTable.__init__(module, plan, method.name, options, device="meta")
+        CompressedTable.__init__(module, plan, method, options, device="meta")
         setattr(module, plan.stores[0].name, nn.Parameter(weight))
     else:
-        CompressedTable.__init__(module, plan, method.name, options, device=device)
+        CompressedTable.__init__(module, plan, method, options, device=device)
         module.reset_parameters()
         method.fill(table, plan, module.stores())
     if freeze:
@@ -425,7 +453,7 @@ class Embedding(CompressedTable):
     def from_plan(
         cls,
         plan: LookupPlan,
-        method: str = "plan",
+        method: str | Method = "plan",
         *,
         sparse: bool = False,
         device: torch.device | str | None = None,
@@ -525,7 +553,7 @@ class EmbeddingBag(CompressedTable):
     def from_plan(
         cls,
         plan: LookupPlan,
-        method: str = "plan",
+        method: str | Method = "plan",
         *,
         sparse: bool = False,
         include_last_offset: bool = False,
@@ -605,7 +633,7 @@ class EmbeddingBag(CompressedTable):
 def _from_plan(
     cls: type[TableType],
     plan: LookupPlan,
-    method: str,
+    method: str | Method,
     sparse: bool,
     device: torch.device | str | None,
 ) -> TableType:

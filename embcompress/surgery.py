@@ -278,9 +278,7 @@ def _build(candidate: _Candidate, table: TableSpec, plan: LookupPlan) -> dict[nn
     first: CompressedTable | None = None
     built: dict[nn.Module, nn.Module] = {}
     for module in candidate.modules:
-        new = _like(
-            module, plan, candidate.method.name, "meta" if first else candidate.weight.device
-        )
+        new = _like(module, plan, candidate.method, "meta" if first else candidate.weight.device)
         if first is None:
             new.reset_parameters(_start_deviation(candidate.weight))
             candidate.method.fill(table, plan, new.stores())
@@ -294,7 +292,7 @@ def _build(candidate: _Candidate, table: TableSpec, plan: LookupPlan) -> dict[nn
 
 
 def _like(
-    module: nn.Module, plan: LookupPlan, method: str, device: torch.device | str
+    module: nn.Module, plan: LookupPlan, method: Method, device: torch.device | str
 ) -> CompressedTable:
     """A compressed module with the torch arguments of ``module``."""
     assert isinstance(module, _TABLES)

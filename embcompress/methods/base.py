@@ -12,6 +12,7 @@ from torch import Tensor
 
 from embcompress.hashing import derive_key
 from embcompress.plan import LookupPlan
+from embcompress.procedure import TableProcedure
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,10 @@ class Method(ABC):
         raise ValueError(
             f"method {self.name!r} cannot start from a trained table; train it from the start"
         )
+
+    def procedure(self) -> TableProcedure | None:
+        """A new procedure for what happens to a table between optimizer steps; None for nothing."""
+        return None
 
     @classmethod
     def description(cls) -> str:
