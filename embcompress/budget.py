@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from embcompress.methods.base import Method, TableSpec
+from embcompress.methods.base import JointMethod, Method, TableSpec
 from embcompress.plan import LookupPlan
 
 Budget = int | float | str
@@ -120,6 +120,54 @@ def fit_plan(method: Method, table: TableSpec, budget_bytes: int) -> LookupPlan:
     return method.plan(table, sizes[fitting - 1])
 
 
+def total_bytes(plans: Iterable[LookupPlan]) -> int:
+    """Bytes of the plans' stores, each shared one once."""
+    shared: dict[str, int] = {}
+    own = 0
+    for plan in plans:
+        for store in plan.stores:
+            if store.shared:
+                shared[store.shared] = store.bytes
+            else:
+                own += store.bytes
+    return own + sum(shared.values())
+
+
+def fit_group(
+    method: JointMethod, tables: Sequence[TableSpec], budget_bytes: int
+) -> list[LookupPlan]:
+    """The largest plans of a joint method that take at most ``budget_bytes`` together.
+
+    Raises:
+        BudgetError: not even the smallest size fits.
+    """
+    sizes = method.group_sizes(tables)
+
+    def size_bytes(size: int) -> int:
+        return total_bytes(method.group_plans(tables, size))
+
+    fitting = bisect_right(sizes, budget_bytes, key=size_bytes)
+    if fitting == 0:
+        smallest = size_bytes(sizes[0])
+        dense = sum(table.dense_bytes for table in tables)
+        raise BudgetError(
+            f"{len(tables)} tables: {method.name!r} cannot take {budget_bytes} bytes; the smallest "
+            f"budget it can meet is {smallest} bytes ({100 * smallest / dense:.3g}% of the dense "
+            "tables)",
+            smallest,
+        )
+    return method.group_plans(tables, sizes[fitting - 1])
+
+
+def default_plans(method: Method, tables: Sequence[TableSpec]) -> list[LookupPlan]:
+    """The plans of several tables where no budget is given."""
+    if not isinstance(method, JointMethod):
+        return [default_plan(method, table) for table in tables]
+    smallest = total_bytes(method.group_plans(tables, method.group_sizes(tables)[0]))
+    budget = parse_budget(DEFAULT_BUDGET, sum(table.dense_bytes for table in tables))
+    return fit_group(method, tables, max(budget, smallest))
+
+
 def _table_name(table: TableSpec) -> str:
     name = f"table {table.name!r}" if table.name else "table"
     return f"{name} of {table.num_embeddings} × {table.embedding_dim}"
@@ -133,10 +181,12 @@ def allocate(
 ) -> list[LookupPlan]:
     """Plans for several tables under one budget.
 
-    Every table may take up to a common level of bytes, the highest that the budget allows. So a
-    table smaller than the level stays full: an id of a small table is seen often, and its bytes
-    buy more there than in the tail of a large one. What remains of the budget because sizes are
-    discrete is given to the tables one after another, smallest first.
+    Tables of a :class:`~embcompress.methods.base.JointMethod` are sized by it, within their share
+    of the budget: that of their dense bytes. Of the others, every table may take up to a common
+    level of bytes, the highest that the budget allows. So a table smaller than the level stays
+    full: an id of a small table is seen often, and its bytes buy more there than in the tail of a
+    large one. What remains of the budget because sizes are discrete is given to the tables one
+    after another, smallest first.
 
     Args:
         tables: the tables.
@@ -150,7 +200,35 @@ def allocate(
     Raises:
         BudgetError: naming the smallest budget for all tables together.
     """
+    groups: dict[JointMethod, list[int]] = {}
+    for index, method in enumerate(methods):
+        if isinstance(method, JointMethod):
+            groups.setdefault(method, []).append(index)
+    plans: dict[int, LookupPlan] = {}
+    dense = sum(table.dense_bytes for table in tables)
+    left = budget_bytes
+    for method, members in groups.items():
+        own = [tables[index] for index in members]
+        share = budget_bytes * sum(table.dense_bytes for table in own) // dense
+        fitted = fit_group(method, own, share)
+        plans.update(zip(members, fitted, strict=True))
+        left -= total_bytes(fitted)
+    others = [index for index in range(len(tables)) if index not in plans]
+    if others:
+        levelled = _level(
+            [tables[index] for index in others], [methods[index] for index in others], left, full
+        )
+        plans.update(zip(others, levelled, strict=True))
+    return [plans[index] for index in range(len(tables))]
 
+
+def _level(
+    tables: Sequence[TableSpec],
+    methods: Sequence[Method],
+    budget_bytes: int,
+    full: Callable[[TableSpec], LookupPlan],
+) -> list[LookupPlan]:
+    """Plans of at most a common level of bytes; see :func:`allocate`."""
     dense_plans = [full(table) for table in tables]
     smallest_bytes = [smallest_plan(m, t).bytes for m, t in zip(methods, tables, strict=True)]
 

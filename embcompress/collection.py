@@ -9,11 +9,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from embcompress.budget import Budget, allocate, default_plan, parse_budget
+from embcompress.budget import Budget, allocate, default_plans, parse_budget
 from embcompress.engine import Bags, GradientOptions, Program, make_bags
 from embcompress.methods import Method, TableSpec, resolve_method
 from embcompress.methods.full import Full
-from embcompress.modules import EmbeddingBag, dtype_name, fused_stores
+from embcompress.modules import EmbeddingBag, dtype_name, fused_stores, tie_shared_stores
 from embcompress.plan import LookupPlan, Pool
 
 #: What a feature of a batch may be: (B,) ids, (B, L) bags, a jagged nested tensor, or
@@ -31,6 +31,7 @@ class TableConfig:
         features: names of the features that read it (default: its own name).
         mode: ``"sum"``, ``"mean"`` or ``"max"``.
         counts: (num_embeddings,) how often each id occurs in the training data, or None.
+        queries: ids that an example looks up, on average.
     """
 
     name: str
@@ -39,6 +40,7 @@ class TableConfig:
     features: tuple[str, ...] = ()
     mode: Pool = "sum"
     counts: Tensor | None = field(default=None, compare=False, repr=False)
+    queries: float = 1.0
 
     @property
     def feature_names(self) -> tuple[str, ...]:
@@ -95,11 +97,11 @@ class EmbeddingBagCollection(nn.Module):
         resolved = resolve_method(method)
         name = dtype_name(torch.get_default_dtype() if dtype is None else dtype)
         specs = [
-            TableSpec(t.num_embeddings, t.embedding_dim, t.name, seed, name, t.counts)
+            TableSpec(t.num_embeddings, t.embedding_dim, t.name, seed, name, t.counts, t.queries)
             for t in tables
         ]
         if budget is None:
-            plans = [default_plan(resolved, spec) for spec in specs]
+            plans = default_plans(resolved, specs)
         else:
             dense = sum(spec.dense_bytes for spec in specs)
             limit = parse_budget(budget, dense)
@@ -111,6 +113,7 @@ class EmbeddingBagCollection(nn.Module):
             if not plan.is_dense:
                 resolved.fill(spec, plan, bag.stores())
             self.embedding_bags[table.name] = bag
+        tie_shared_stores(self._bags_of_tables())
         self._encoded: Program | None = None
         self._tables_of_features = {
             feature: table.name for table in tables for feature in table.feature_names
@@ -134,6 +137,9 @@ class EmbeddingBagCollection(nn.Module):
 
     def _bags_of_features(self) -> list[EmbeddingBag]:
         return list(self.tables_of_features().values())
+
+    def _bags_of_tables(self) -> list[EmbeddingBag]:
+        return [cast(EmbeddingBag, bag) for bag in self.embedding_bags.values()]
 
     def reset_parameters(self, std: float = 1.0) -> None:
         """Draw all stores anew, vectors of every table with this standard deviation."""

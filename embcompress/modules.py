@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
@@ -168,6 +168,25 @@ class CompressedTable(nn.Module):
             with torch.no_grad():
                 self.stores()[self._plan.stores[0].name][self.padding_idx].zero_()
 
+    def adopt_stores(self: TableType, stores: Mapping[str, Tensor]) -> TableType:
+        """Hold these tensors as the stores of those names, sharing their memory.
+
+        Args:
+            stores: float tensors, (rows, width), which become parameters.
+
+        Raises:
+            ValueError: a shape that is not the plan's.
+        """
+        for name, tensor in stores.items():
+            store = self._plan.store(name)
+            if tuple(tensor.shape) != (store.rows, store.width):
+                raise ValueError(
+                    f"store {name!r} has shape {tuple(tensor.shape)}, the plan says "
+                    f"({store.rows}, {store.width})"
+                )
+            setattr(self, name, nn.Parameter(tensor))
+        return self
+
     def replace_stores(self, plan: LookupPlan, stores: Mapping[str, Tensor]) -> None:
         """Take another plan and its stores, in place; see :func:`replace_rows`.
 
@@ -305,6 +324,27 @@ def _addressing(plan: LookupPlan) -> LookupPlan:
     """The plan without what may differ between the modules that share weights."""
     floats = {store.name: "float32" for store in plan.stores if store.is_float}
     return plan.with_pool("none").with_dtypes(floats)
+
+
+def tie_shared_stores(tables: Iterable[CompressedTable]) -> None:
+    """Let tables whose plans share stores hold the same tensors, those of the first of them.
+
+    Raises:
+        ValueError: shared stores of different shapes: the tables were not sized together.
+    """
+    known: dict[str, Tensor] = {}
+    for table in tables:
+        for store in table.plan.stores:
+            if not store.shared:
+                continue
+            own = getattr(table, store.name)
+            first = known.setdefault(store.shared, own)
+            if first.shape != own.shape:
+                raise ValueError(
+                    f"tables share {store.shared!r}, one with {tuple(first.shape)}, another with "
+                    f"{tuple(own.shape)} numbers"
+                )
+            setattr(table, store.name, first)
 
 
 # --------------------------------------------------------------------------------- constructors

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from embcompress.engine.reference import address_rows
 from embcompress.packing import absent_code, pack_codes, unpack_codes, write_codes
-from embcompress.plan import Code, Digit, Hash, LookupPlan, Probe, Store
+from embcompress.plan import Code, Digit, DirectAddress, LookupPlan, Probe, Store
 
 #: Codes have 32 bits at most, and one of them is "absent".
 MOST_ROWS = 2**32 - 1
@@ -34,7 +34,7 @@ class PrunedLayout:
     num_embeddings: int
     embedding_dim: int
     kept: int
-    fallback: Digit | Hash
+    fallback: DirectAddress
 
     @classmethod
     def of(cls, plan: LookupPlan) -> PrunedLayout:

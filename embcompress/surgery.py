@@ -15,7 +15,13 @@ from embcompress.budget import Budget, allocate, format_bytes, parse_budget
 from embcompress.collection import full_plan
 from embcompress.memory import storage_key
 from embcompress.methods import Method, TableSpec, resolve_method
-from embcompress.modules import CompressedTable, Embedding, EmbeddingBag, dtype_name
+from embcompress.modules import (
+    CompressedTable,
+    Embedding,
+    EmbeddingBag,
+    dtype_name,
+    tie_shared_stores,
+)
 from embcompress.plan import LookupPlan, Pool
 from embcompress.text_table import text_table
 
@@ -150,6 +156,7 @@ def compress(
         changes.append(_describe(candidate, plan))
         if plan is not None and not plan.is_dense:
             replacements.update(_build(candidate, specs[id(candidate)], plan))
+    tie_shared_stores(new for new in replacements.values() if isinstance(new, CompressedTable))
     _swap(model, replacements)
     return CompressionReport(tuple(changes), limit)
 

@@ -93,16 +93,18 @@ class Program:
             plans = [self.plans[0].with_pool("none", self.plans[0].padding_idx)]
         else:
             plans = list(self.plans)
-        positions: dict[tuple[int, str], int] = {}
-        numbers = []
+        positions: dict[tuple[int | str, str], int] = {}
+        numbers: list[dict[str, int]] = []
         for plan, owner in zip(plans, self.owners, strict=True):
-            names = [store.name for store in plan.stores]
-            for name in names:
-                positions.setdefault((owner, name), len(positions))
-            numbers.append({name: positions[owner, name] for name in names})
-        self.stores = list(positions)
+            numbers.append({})
+            for store in plan.stores:
+                key = ("shared", store.shared) if store.shared else (owner, store.name)
+                if key not in positions:
+                    positions[key] = len(positions)
+                    self.stores.append((owner, store.name))
+                numbers[-1][store.name] = positions[key]
         # Where the tensors are among the arguments of a call.
-        self._sources = [(self.owners.index(owner), name) for owner, name in positions]
+        self._sources = [(self.owners.index(owner), name) for owner, name in self.stores]
         self._encoded = encode_plans(plans, numbers)
 
     @property

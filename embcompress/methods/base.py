@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -27,6 +27,7 @@ class TableSpec:
         dtype: dtype of the float stores, such as ``"float32"``.
         counts: (num_embeddings,) how often each id occurs in the training data, or None where
             that is not known.
+        queries: ids that an example looks up, on average.
     """
 
     num_embeddings: int
@@ -35,6 +36,7 @@ class TableSpec:
     seed: int = 0
     dtype: str = "float32"
     counts: Tensor | None = field(default=None, compare=False, repr=False)
+    queries: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("num_embeddings", "embedding_dim"):
@@ -43,6 +45,8 @@ class TableSpec:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         if self.num_embeddings >= 2**63:
             raise ValueError(f"num_embeddings must be below 2**63, got {self.num_embeddings}")
+        if not self.queries > 0:
+            raise ValueError(f"queries must be positive, got {self.queries}")
         if self.counts is not None:
             self._check_counts(self.counts)
 
@@ -118,3 +122,21 @@ class Method(ABC):
     def description(cls) -> str:
         """One line: the first of the class's docstring."""
         return inspect.cleandoc(cls.__doc__ or cls.name).splitlines()[0]
+
+
+class JointMethod(Method):
+    """A method that sizes several tables together, by one dial."""
+
+    @abstractmethod
+    def group_sizes(self, tables: Sequence[TableSpec]) -> range:
+        """All sizes of the dial for these tables, smallest first, never empty."""
+
+    @abstractmethod
+    def group_plans(self, tables: Sequence[TableSpec], size: int) -> list[LookupPlan]:
+        """A plan for each table; stores with the same ``shared`` name are one."""
+
+    def sizes(self, table: TableSpec) -> range:
+        return self.group_sizes([table])
+
+    def plan(self, table: TableSpec, size: int) -> LookupPlan:
+        return self.group_plans([table], size)[0]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from embcompress.methods import register
 from embcompress.methods.base import Method, TableSpec
-from embcompress.plan import Combine, Digit, LookupPlan, Probe, Store
+from embcompress.plan import Combine, Digit, Hash, LookupPlan, Probe, Store
 
 
 def root_ceiling(n: int, k: int) -> int:
@@ -25,8 +27,15 @@ def root_ceiling(n: int, k: int) -> int:
 class QuotientRemainder(Method):
     """Quotient-remainder partitions, R[x mod m] ∘ Q[x div m]; every id keeps a vector of its own.
 
-    The id is written in a mixed radix of k digits (k = 2: remainder and quotient), each digit
-    has a small table, and the k rows are combined *per id*, before pooling.
+    Each of k partitions of the ids has a small table, and the k rows are combined *per id*,
+    before pooling. The partitions are
+
+    - ``"radix"``: the digits of the id in a mixed radix (k = 2: remainder and quotient);
+    - ``"coprime"``: the remainders by pairwise coprime moduli (Chinese remainder theorem), which
+      spread structured ids over all tables;
+    - ``"hash"``: keyed hashes; two ids may then agree in all of them.
+
+    The first two are complementary: no two ids have all rows in common.
 
     Memory: (m + ⌈n/m⌉)·d numbers for k = 2, at least 2√n·d; about k·n^(1/k)·d for k digits.
     With ``"concat"`` every table has a k-th of the columns.
@@ -39,30 +48,43 @@ class QuotientRemainder(Method):
 
     Attributes:
         combine: ``"mul"``, ``"sum"`` or ``"concat"``.
-        partitions: number of digits k, ≥ 2.
+        partitions: number of partitions k, ≥ 2.
+        kind: ``"radix"``, ``"coprime"`` or ``"hash"``.
     """
 
     name: ClassVar[str] = "qr"
     combine: Combine = "mul"
     partitions: int = 2
+    kind: str = "radix"
 
     def __post_init__(self) -> None:
         if self.combine not in ("mul", "sum", "concat"):
             raise ValueError(f"combine must be 'mul', 'sum' or 'concat', got {self.combine!r}")
         if not isinstance(self.partitions, int) or self.partitions < 2:
             raise ValueError(f"partitions must be an integer of at least 2, got {self.partitions}")
+        if self.kind not in ("radix", "coprime", "hash"):
+            raise ValueError(f"kind must be 'radix', 'coprime' or 'hash', got {self.kind!r}")
 
     def sizes(self, table: TableSpec) -> range:
         return range(root_ceiling(table.num_embeddings, self.partitions), table.num_embeddings + 1)
 
     def radices(self, num_embeddings: int, modulus: int) -> tuple[int, ...]:
-        """Mixed radix whose first digit is ``x mod modulus``, the others balanced."""
+        """Sizes of the partitions: ``modulus`` first, the others balanced, product ≥ n."""
         radices = [modulus]
         rest = -(-num_embeddings // modulus)
-        for digits_left in range(self.partitions - 1, 0, -1):
-            radices.append(root_ceiling(rest, digits_left))
-            rest = -(-rest // radices[-1])
+        for left in range(self.partitions - 1, 0, -1):
+            radix = root_ceiling(rest, left)
+            if self.kind == "coprime":
+                while any(math.gcd(radix, other) > 1 for other in radices):
+                    radix += 1
+            radices.append(radix)
+            rest = -(-rest // radix)
         return tuple(radices)
+
+    def _address(self, table: TableSpec, radices: Sequence[int], t: int) -> Digit | Hash:
+        if self.kind == "hash":
+            return Hash(table.key(t), radices[t])
+        return Digit(math.prod(radices[:t]) if self.kind == "radix" else 1, radices[t])
 
     def widths(self, embedding_dim: int) -> tuple[int, ...]:
         """Columns of each digit's table."""
@@ -78,13 +100,12 @@ class QuotientRemainder(Method):
 
     def plan(self, table: TableSpec, size: int) -> LookupPlan:
         radices = self.radices(table.num_embeddings, size)
-        stores, probes, divisor = [], [], 1
-        for t, (radix, width) in enumerate(
+        stores, probes = [], []
+        for t, (rows, width) in enumerate(
             zip(radices, self.widths(table.embedding_dim), strict=True)
         ):
-            stores.append(Store(f"weight_{t}", radix, width, table.dtype))
-            probes.append(Probe(f"weight_{t}", Digit(divisor, radix)))
-            divisor *= radix
+            stores.append(Store(f"weight_{t}", rows, width, table.dtype))
+            probes.append(Probe(f"weight_{t}", self._address(table, radices, t)))
         return LookupPlan(
             table.num_embeddings,
             table.embedding_dim,

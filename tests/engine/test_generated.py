@@ -116,12 +116,13 @@ def test_features_in_one_call(first: int) -> None:
     for number in range(first, first + BLOCK):
         cases = make_feature_cases(number)
         judges = [Judge(case) for case in cases]
-        if len(cases) == 1 and cases[0].plan.is_dense:  # that is torch's own operator
-            continue
+        # Torch's own operator runs dense tables that are looked up by themselves.
+        by_torch = len(cases) == 1 or any(case.plan.pool == "max" for case in cases)
         with without_reference(*cases):
             results = run_features(cases, [judge.gradient for judge in judges])
-        for judge, result in zip(judges, results, strict=True):
-            judge.check(result)
+        for case, judge, result in zip(cases, judges, results, strict=True):
+            if not (by_torch and case.plan.is_dense):
+                judge.check(result)
 
 
 def test_features_that_share_a_store_add_their_gradients() -> None:
