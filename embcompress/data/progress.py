@@ -15,12 +15,13 @@ class RowProgress:
 
     Args:
         title: what is being done.
-        total: amount of work, in the unit of :meth:`advance`'s ``work``.
+        total: amount of work, in the unit of :meth:`advance`'s ``work``, or None where it is not
+            known.
         visible: False shows nothing.
     """
 
-    def __init__(self, title: str, total: float, *, visible: bool = True) -> None:
-        self.title, self.total = title, max(total, 1e-9)
+    def __init__(self, title: str, total: float | None, *, visible: bool = True) -> None:
+        self.title, self.total = title, None if total is None else max(total, 1e-9)
         self.rows, self.done = 0, 0.0
         self._visible = visible
         self._started = self._last_line = time.monotonic()
@@ -35,7 +36,9 @@ class RowProgress:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
-                TextColumn("{task.percentage:3.0f}% {task.fields[speed]}"),
+                TextColumn("{task.percentage:3.0f}% {task.fields[speed]}")
+                if self.total is not None
+                else TextColumn("{task.fields[speed]}"),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
@@ -58,8 +61,8 @@ class RowProgress:
 
     def _line(self, now: float) -> None:
         self._last_line = now
-        share = min(1.0, self.done / self.total)
-        text = f"{self.title}: {share:.0%}, {self.rows:,} rows, {self._speed(now)}"
+        share = "" if self.total is None else f"{min(1.0, self.done / self.total):.0%}, "
+        text = f"{self.title}: {share}{self.rows:,} rows, {self._speed(now)}"
         print(text, file=sys.stderr, flush=True)
 
     def __exit__(
