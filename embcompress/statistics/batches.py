@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from embcompress.collection import feature_bags
-from embcompress.data.click_log import Batch, Feature
+from embcompress.data.click_log import ClickLog
 
 
 @dataclass(frozen=True)
@@ -112,13 +112,9 @@ def _tensor(name: str, value: object) -> Tensor:
     return value.detach().cpu()
 
 
-def click_log_bags(batch: Batch, features: Sequence[Feature]) -> dict[str, FeatureBags]:
-    """Bags of every feature of a click log's batch."""
-    size = (len(batch.offsets) - 1) // max(1, len(features))
-    ids, offsets = batch.ids.numpy(), batch.offsets.numpy()
-    bags = {}
-    for number, feature in enumerate(features):
-        ends = offsets[number * size : (number + 1) * size + 1]
-        lengths = np.diff(ends) if feature.is_bag else None
-        bags[feature.name] = FeatureBags(ids[ends[0] : ends[-1]], lengths)
-    return bags
+def click_log_bags(log: ClickLog, rows: slice | NDArray[np.int64]) -> dict[str, FeatureBags]:
+    """Bags of every feature of some rows of a click log."""
+    return {
+        feature.name: FeatureBags(ids.astype(np.int64, copy=False), lengths)
+        for feature, (ids, lengths) in zip(log.features, log.bags(rows), strict=True)
+    }

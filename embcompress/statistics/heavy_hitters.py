@@ -42,12 +42,14 @@ class HeavyHitters:
         self.error = 0
 
     def add(self, ids: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
-        """Count each of the distinct ids ``counts`` times more."""
-        places = find(self.ids, ids)
+        """Count each of the distinct, ascending ids ``counts`` times more."""
+        places = find(ids, self.ids)
         found = places >= 0
-        self.counts[places[found]] += counts[found]
-        self.ids = np.concatenate([self.ids, ids[~found]])
-        self.counts = np.concatenate([self.counts, counts[~found]])
+        self.counts[found] += counts[places[found]]
+        is_new = np.ones(len(ids), bool)
+        is_new[places[found]] = False
+        self.ids = np.concatenate([self.ids, ids[is_new]])
+        self.counts = np.concatenate([self.counts, counts[is_new]])
         self._trim()
 
     def merge(self, other: HeavyHitters) -> None:

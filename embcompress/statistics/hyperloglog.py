@@ -35,7 +35,9 @@ class HyperLogLog:
         upper = (rest >> np.uint64(32)).astype(np.float64)
         lower = (rest & np.uint64(0xFFFFFFFF)).astype(np.float64)
         length = np.where(upper > 0, np.frexp(upper)[1] + 32, np.frexp(lower)[1])
-        np.maximum.at(self.registers, top_bits(words, self.bits), (65 - length).astype(np.uint8))
+        places, ranks = top_bits(words, self.bits), (65 - length).astype(np.uint8)
+        raised = np.flatnonzero(self.registers[places] < ranks)  # soon very few
+        np.maximum.at(self.registers, places[raised], ranks[raised])
 
     def merge(self, other: HyperLogLog) -> None:
         """Take the union with another sketch of the same hash."""

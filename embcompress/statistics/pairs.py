@@ -22,13 +22,14 @@ class RowSample:
     number their rows differently.
 
     Attributes:
-        words: (at most size,) uint64, ascending: the mixed row numbers.
+        words: (at most size,) uint64: the mixed row numbers.
         ids: (at most size, features) int64: the first id of each bag.
         present: the same shape, bool: whether the bag has an id.
     """
 
     def __init__(self, size: int, features: int) -> None:
         self.size = size
+        self._largest = 0
         self.words: Words = np.empty(0, np.uint64)
         self.ids: NDArray[np.int64] = np.empty((0, features), np.int64)
         self.present: NDArray[np.bool_] = np.empty((0, features), bool)
@@ -36,7 +37,7 @@ class RowSample:
     def wanted(self, words: Words) -> NDArray[np.int64]:
         """Positions of the rows that may enter the sample."""
         if len(self.words) == self.size:
-            return np.flatnonzero(words < self.words[-1])
+            return np.flatnonzero(words < np.uint64(self._largest))
         if len(words) > self.size:
             return np.argsort(words, kind="stable")[: self.size]
         return np.arange(len(words))
@@ -45,11 +46,26 @@ class RowSample:
         """Add rows; see the attributes for the shapes."""
         if len(words) == 0:
             return
-        words = np.concatenate([self.words, words])
-        order = np.argsort(words, kind="stable")[: self.size]
-        self.words = words[order]
-        self.ids = np.concatenate([self.ids, ids])[order]
-        self.present = np.concatenate([self.present, present])[order]
+        room = self.size - len(self.words)
+        self.words = np.concatenate([self.words, words[:room]])
+        self.ids = np.concatenate([self.ids, ids[:room]])
+        self.present = np.concatenate([self.present, present[:room]])
+        words, ids, present = words[room:], ids[room:], present[room:]
+        if len(words):  # of all, the smallest stay; the others' places are taken
+            order = np.argsort(np.concatenate([self.words, words]), kind="stable")
+            enter = order[: self.size]
+            enter = enter[enter >= self.size] - self.size
+            leave = order[self.size :]
+            leave = leave[leave < self.size]
+            self.words[leave], self.ids[leave] = words[enter], ids[enter]
+            self.present[leave] = present[enter]
+        self._largest = int(self.words.max())
+
+    def sort(self) -> None:
+        """Put the rows into the order of their words, whatever order they came in."""
+        order = np.argsort(self.words, kind="stable")
+        self.words, self.ids, self.present = self.words[order], self.ids[order], self.present[order]
+        self._largest = int(self.words[-1]) if len(order) else 0
 
     def merge(self, other: RowSample) -> None:
         """Add another sample of the same hash and features."""

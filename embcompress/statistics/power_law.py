@@ -12,6 +12,8 @@ Floats = NDArray[np.float64]
 
 #: Fewer ids than this say nothing about a tail.
 SMALLEST_TAIL = 50
+#: Smaller counts are mostly chance: a Poisson count of mean 8 has a deviation of a third of it.
+SMALLEST_COUNT = 8
 _CANDIDATES = 30
 _CHECKED_COUNTS = 1000
 _RANGE = (1.05, 6.0)
@@ -50,33 +52,34 @@ def fit_power_law(counts: NDArray[np.int64], ids: NDArray[np.int64]) -> PowerLaw
 
     Where counts fall off as rank**-a, the share of ids that occur c times falls off as
     c**-(1 + 1/a). That discrete power law is fitted above each of some 30 smallest counts, and
-    the one closest to the ids is kept. The frequent ids decide it: it says nothing of the rare
-    ones, whose counts are mostly chance.
+    the one closest to the ids is kept. It speaks of the ids that occur at least 8 times: where
+    rarer ones are the rule, their counts follow chance more than the law.
 
     Args:
         counts: (n,) positive, distinct.
         ids: (n,) number of ids of each count.
 
     Returns:
-        The law, or None for fewer than 50 ids, or where all of them occur equally often.
+        The law, or None: fewer than 50 ids occur that often, or none of the tails falls off
+        with an exponent in (0.2, 20).
     """
     order = np.argsort(counts)
     values, numbers = counts[order].astype(np.float64), ids[order].astype(np.float64)
     tails = np.cumsum(numbers[::-1])[::-1]
-    possible = np.flatnonzero(tails[:-1] >= SMALLEST_TAIL)
+    possible = np.flatnonzero((tails >= SMALLEST_TAIL) & (values >= SMALLEST_COUNT))
     if len(possible) == 0:
         return None
     places = np.geomspace(1, len(possible), _CANDIDATES).astype(int) - 1
     best: PowerLaw | None = None
     for place in np.unique(possible[places]).tolist():
         law = _fit_above(values[place:], numbers[place:])
-        if best is None or law.distance < best.distance:
+        if law is not None and (best is None or law.distance < best.distance):
             best = law
     return best
 
 
-def _fit_above(values: Floats, numbers: Floats) -> PowerLaw:
-    """Fit to ids with counts ``values``, all of which belong to the tail."""
+def _fit_above(values: Floats, numbers: Floats) -> PowerLaw | None:
+    """Fit to ids with counts ``values``, all of which belong to the tail; None at the limits."""
     total, start = numbers.sum(), values[:1]
     mean_log = float((numbers * np.log(values)).sum() / total)
     low, high = _RANGE
@@ -85,6 +88,8 @@ def _fit_above(values: Floats, numbers: Floats) -> PowerLaw:
         place = int(np.argmax(-np.log(_zeta(grid, start)) - grid * mean_log))
         low, high = grid[max(place - 1, 0)], grid[min(place + 1, 100)]
     exponent = grid[place : place + 1]
+    if exponent[0] in _RANGE:
+        return None
     checked = np.unique(
         np.geomspace(1, len(values), min(len(values), _CHECKED_COUNTS)).astype(int) - 1
     )

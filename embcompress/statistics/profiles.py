@@ -23,7 +23,7 @@ from embcompress.statistics.settings import ProfileSettings
 from embcompress.text_table import text_table
 
 #: Rows, and ids, that are collected before they are counted: numpy is slow on small arrays.
-_ROWS, _IDS = 1 << 16, 1 << 22
+_ROWS, _IDS = 1 << 17, 1 << 22
 #: Ids whose counts are estimated at a time.
 _CHUNK = 1 << 20
 
@@ -138,6 +138,7 @@ class Profile:
         if self._pending:
             with interrupts_deferred():
                 self._count_pending()
+                self.row_sample.sort()
 
     def _count_pending(self) -> None:
         parts, self._pending = self._pending, []
@@ -186,6 +187,7 @@ class Profile:
                 feature.merge(theirs)
                 np.add.at(feature.histograms, places, theirs.histograms[: len(places)])
             self.row_sample.merge(other.row_sample)
+            self.row_sample.sort()
             self.rows += other.rows
             self.is_partial |= other.is_partial
             if other.source and other.source not in self.source.split(" + "):

@@ -78,10 +78,13 @@ def _profile_click_log(
         with RowProgress(f"profiling {log.name}", len(chosen), visible=progress) as bar:
             for start in range(0, len(chosen), _ROWS):
                 part = chosen[start : start + _ROWS]
-                where = slice(part.start, part.stop) if isinstance(part, range) else part
-                bags = click_log_bags(log.batch(where), log.features)
+                if isinstance(part, range):  # slices of memory-mapped columns are cheap
+                    where: slice | NDArray[np.int64] = slice(part.start, part.stop)
+                    numbers = np.arange(part.start, part.stop)
+                else:
+                    where = numbers = part
                 times = None if log.times is None else log.times[where]
-                result._add_bags(bags, len(part), np.array(part, np.int64), times)
+                result._add_bags(click_log_bags(log, where), len(part), numbers, times)
                 bar.advance(len(part), len(part))
             result.flush()
     except KeyboardInterrupt as error:
