@@ -40,9 +40,7 @@ class FeatureBags:
         ]
         return cls(ids, np.concatenate(lengths))
 
-    def first_ids(
-        self, rows: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    def first_ids(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """The first id of some bags (0 for empty ones), and whether there is one."""
         if self.lengths is None:
             return self.ids[rows], np.ones(len(rows), bool)
@@ -84,7 +82,9 @@ def read_bags(batch: object, names: Sequence[str]) -> tuple[dict[str, FeatureBag
             f"a batch has the features {sorted(map(str, features))}, the first had {sorted(names)}"
         )
     bags = {name: _feature_bags(name, features[name]) for name in names}
-    sizes = {name: len(bag.ids if bag.lengths is None else bag.lengths) for name, bag in bags.items()}
+    sizes = {
+        name: len(bag.ids if bag.lengths is None else bag.lengths) for name, bag in bags.items()
+    }
     if len(set(sizes.values())) > 1:
         raise ValueError(f"features have different numbers of rows: {sizes}")
     return bags, next(iter(sizes.values()))

@@ -145,8 +145,7 @@ class SketchCounter:
         counts = np.concatenate([head, tail])
         weights = np.concatenate([np.ones(len(ids)), np.full(len(tail), stands_for)])
         order = np.argsort(-counts, kind="stable")
-        ones = np.ones(len(counts), np.int64)
-        return CountDistribution(counts[order], weights[order], ones, self.count_min.total)
+        return CountDistribution(counts[order], weights[order], self.count_min.total)
 
 
 Counter = ExactCounter | SketchCounter

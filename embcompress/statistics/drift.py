@@ -49,19 +49,15 @@ class TimeSlices:
         return np.searchsorted(self.keys, moments >> self.level)
 
 
-def regroup(histograms: NDArray[np.int64], places: NDArray[np.int64], size: int) -> None:
-    """Move row i of ``histograms`` to row ``places[i]``, in place; rows that meet are added.
-
-    Args:
-        histograms: (most, ...); rows from ``len(places)`` on are zero.
-        places: ascending.
-        size: number of rows used afterwards.
-    """
-    if len(places) == size and np.array_equal(places, np.arange(size)):
-        return
-    moved = np.zeros_like(histograms)
-    np.add.at(moved, places, histograms[: len(places)])
-    histograms[:] = moved
+def regroup(
+    histograms: NDArray[np.int64], places: NDArray[np.int64], size: int
+) -> NDArray[np.int64]:
+    """Histograms of ``size`` slices: row i goes to row ``places[i]``, rows that meet are added."""
+    if len(histograms) == size and np.array_equal(places, np.arange(size)):
+        return histograms
+    moved = np.zeros((size, *histograms.shape[1:]), np.int64)
+    np.add.at(moved, places, histograms)
+    return moved
 
 
 def jensen_shannon(first: NDArray[np.int64], second: NDArray[np.int64]) -> float:
@@ -76,13 +72,13 @@ def jensen_shannon(first: NDArray[np.int64], second: NDArray[np.int64]) -> float
     return entropy(p + q) - (entropy(p) + entropy(q)) / 2
 
 
-def entropy(weights: NDArray[np.generic]) -> float:
+def entropy(weights: NDArray[np.int64] | NDArray[np.float64]) -> float:
     """Entropy in bits of the distribution that is proportional to the weights; 0 for none."""
-    weights = weights[weights > 0].astype(np.float64)
-    total = float(weights.sum())
+    positive = weights[weights > 0].astype(np.float64)
+    total = float(positive.sum())
     if total == 0:
         return 0.0
-    return float(np.log2(total) - (weights * np.log2(weights)).sum() / total)
+    return float(np.log2(total) - (positive * np.log2(positive)).sum() / total)
 
 
 def divergence(first: NDArray[np.int64], second: NDArray[np.int64]) -> float:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from embcompress.hashing import derive_key
 from embcompress.statistics.counter import Counter, ExactCounter, SketchCounter
 from embcompress.statistics.distribution import CountDistribution
-from embcompress.statistics.drift import TimeSlices, divergence
+from embcompress.statistics.drift import divergence
 from embcompress.statistics.hashes import hash_buckets
 from embcompress.statistics.settings import ProfileSettings
 
@@ -31,20 +31,16 @@ class FeatureProfile:
         largest_bag: number of ids in the largest bag.
     """
 
-    def __init__(
-        self, name: str, num_embeddings: int | None, settings: ProfileSettings, slices: TimeSlices
-    ) -> None:
+    def __init__(self, name: str, num_embeddings: int | None, settings: ProfileSettings) -> None:
         self.name, self.num_embeddings = name, num_embeddings
-        self.settings, self._slices = settings, slices
+        self.settings = settings
         self._key = partial(derive_key, settings.seed, name)
         self.queries, self.largest_bag = 0, 0
         self.bag_sizes: NDArray[np.int64] = np.zeros(SIZE_BINS, np.int64)
         exact = num_embeddings is None or num_embeddings <= settings.exact_ids
         self.counter: Counter = ExactCounter(num_embeddings) if exact else self._sketch()
-        #: (slices, halves of their rows, buckets); those that ``slices`` has not reached are zero.
-        self.histograms: NDArray[np.int64] = np.zeros(
-            (settings.slices, 2, settings.drift_buckets), np.int64
-        )
+        #: (slices there are, halves of their rows, buckets)
+        self.histograms: NDArray[np.int64] = np.zeros((0, 2, self.drift_buckets), np.int64)
 
     def _sketch(self) -> SketchCounter:
         return SketchCounter(self.settings, self._key)
@@ -82,14 +78,18 @@ class FeatureProfile:
         if len(ids) == 0:
             return
         self._count(ids)
-        buckets = self.settings.drift_buckets
         if lengths is not None:
             halves = np.repeat(halves, lengths)
-        if self.num_embeddings is not None and self.num_embeddings <= buckets:
-            values = ids
-        else:
-            values = hash_buckets(ids, self._key(_DRIFT_PROBE), buckets)
+        buckets = self.drift_buckets
+        hashed = buckets != self.num_embeddings
+        values = hash_buckets(ids, self._key(_DRIFT_PROBE), buckets) if hashed else ids
         np.add.at(self.histograms.reshape(-1), halves * buckets + values, 1)
+
+    @property
+    def drift_buckets(self) -> int:
+        """Buckets of a slice's histogram: one an id where there are few ids."""
+        most = self.settings.drift_buckets
+        return most if self.num_embeddings is None else min(most, self.num_embeddings)
 
     def _add_sizes(self, lengths: NDArray[np.int64] | None, rows: int) -> None:
         if lengths is None:
@@ -104,12 +104,13 @@ class FeatureProfile:
         if isinstance(self.counter, ExactCounter) and self.num_embeddings is None:
             highest = int(ids.max())
             if int(ids.min()) < 0 or highest >= self.settings.exact_ids:
-                self._use_sketch()
+                self.use_sketch()
             else:
                 self.counter.reserve(highest + 1)
         self.counter.add(ids)
 
-    def _use_sketch(self) -> None:
+    def use_sketch(self) -> None:
+        """Go over from exact counts to sketches."""
         if isinstance(self.counter, ExactCounter):
             sketch = self._sketch()
             sketch.add_exact(self.counter)
@@ -123,7 +124,7 @@ class FeatureProfile:
         if isinstance(self.counter, ExactCounter) and isinstance(other.counter, ExactCounter):
             self.counter.merge(other.counter)
             return
-        self._use_sketch()
+        self.use_sketch()
         assert isinstance(self.counter, SketchCounter)
         if isinstance(other.counter, ExactCounter):
             self.counter.add_exact(other.counter)
@@ -152,8 +153,7 @@ class FeatureProfile:
         ``drift_buckets`` buckets (not where there are fewer ids), which can only lower it: a
         change among rare ids that share buckets is not seen.
         """
-        histograms = self.histograms[: len(self._slices.keys)]
-        pairs = zip(histograms[:-1], histograms[1:], strict=True)
+        pairs = zip(self.histograms[:-1], self.histograms[1:], strict=True)
         return np.array([divergence(first, second) for first, second in pairs])
 
     def drift(self) -> float:
@@ -162,7 +162,7 @@ class FeatureProfile:
         Measured as in :meth:`slice_drift`, cut where two slices meet: about 0 where popularity
         stays, 1 where no id is in both. NaN with a single slice, or without queries.
         """
-        histograms = self.histograms[: len(self._slices.keys)]
+        histograms = self.histograms
         ends = np.cumsum(histograms.sum(axis=(1, 2)))[:-1]
         if len(ends) == 0 or self.queries == 0:
             return float("nan")

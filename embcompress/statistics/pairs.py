@@ -64,8 +64,12 @@ class RowSample:
     def sort(self) -> None:
         """Put the rows into the order of their words, whatever order they came in."""
         order = np.argsort(self.words, kind="stable")
-        self.words, self.ids, self.present = self.words[order], self.ids[order], self.present[order]
-        self._largest = int(self.words[-1]) if len(order) else 0
+        self.restore(self.words[order], self.ids[order], self.present[order])
+
+    def restore(self, words: Words, ids: NDArray[np.int64], present: NDArray[np.bool_]) -> None:
+        """Take over a sorted sample."""
+        self.words, self.ids, self.present = words, ids, present
+        self._largest = int(words[-1]) if len(words) else 0
 
     def merge(self, other: RowSample) -> None:
         """Add another sample of the same hash and features."""
@@ -117,9 +121,7 @@ def related_pairs(names: list[str], sample: RowSample, key: int) -> list[Pair]:
     return sorted(pairs, key=lambda pair: -pair.bits)
 
 
-def _reduce(
-    ids: NDArray[np.int64], present: NDArray[np.bool_], key: int
-) -> NDArray[np.int64]:
+def _reduce(ids: NDArray[np.int64], present: NDArray[np.bool_], key: int) -> NDArray[np.int64]:
     """Values in [0, 65) for the ids of one feature."""
     values, places, counts = np.unique(ids, return_inverse=True, return_counts=True)
     hot = np.argsort(-counts, kind="stable")[:_HOT]

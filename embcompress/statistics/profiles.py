@@ -73,8 +73,7 @@ class Profile:
         self.settings = settings or ProfileSettings()
         self.slices = TimeSlices(self.settings.slices, has_times)
         self.features = {
-            name: FeatureProfile(name, size, self.settings, self.slices)
-            for name, size in num_embeddings.items()
+            name: FeatureProfile(name, size, self.settings) for name, size in num_embeddings.items()
         }
         self.rows, self.source, self.is_partial = 0, "", False
         self.row_sample = RowSample(self.settings.sampled_rows, len(self.features))
@@ -165,7 +164,7 @@ class Profile:
     def _make_slices(self, keys: NDArray[np.int64], level: int) -> None:
         places = self.slices.include(keys, level)
         for feature in self.features.values():
-            regroup(feature.histograms, places, len(self.slices.keys))
+            feature.histograms = regroup(feature.histograms, places, len(self.slices.keys))
 
     def merge(self, other: Profile) -> Profile:
         """Add the profile of another part of the data to this one, and return this one.
@@ -185,7 +184,7 @@ class Profile:
             for name, feature in self.features.items():
                 theirs = other.features[name]
                 feature.merge(theirs)
-                np.add.at(feature.histograms, places, theirs.histograms[: len(places)])
+                np.add.at(feature.histograms, places, theirs.histograms)
             self.row_sample.merge(other.row_sample)
             self.row_sample.sort()
             self.rows += other.rows
@@ -248,7 +247,9 @@ class Profile:
                 raise ValueError(f"feature {name!r} has no known num_embeddings; pass it")
             size = num_embeddings
         elif num_embeddings not in (None, size):
-            raise ValueError(f"feature {name!r} has {size} ids, not num_embeddings={num_embeddings}")
+            raise ValueError(
+                f"feature {name!r} has {size} ids, not num_embeddings={num_embeddings}"
+            )
         if isinstance(feature.counter, ExactCounter):
             used = len(feature.counter.table)
             if used > size and feature.counter.table[size:].any():
@@ -307,4 +308,4 @@ class Profile:
 
 
 def _number(value: float, digits: int) -> float | str:
-    return "" if value != value else round(value, digits)
+    return "" if value != value else round(value, digits) + 0.0  # no -0.0

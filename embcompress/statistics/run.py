@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,7 +106,7 @@ def _row_numbers(rows: RowNumbers | None, size: int) -> range | NDArray[np.int64
         if numbers.ndim != 1 or (len(numbers) and numbers.dtype.kind not in "iu"):
             raise ValueError(f"rows must be row numbers, got {rows!r}")
         numbers = numbers.astype(np.int64, copy=False)
-    if len(numbers) and not (0 <= numbers[0] and numbers[-1] < size):
+    if len(numbers) and not (numbers[0] >= 0 and numbers[-1] < size):
         raise ValueError(f"rows must be in [0, {size}), got {numbers[0]} to {numbers[-1]}")
     return numbers
 
@@ -117,13 +118,13 @@ def _profile_batches(
     into: Profile | None,
     progress: bool,
 ) -> Profile:
-    batches = [data] if isinstance(data, Mapping) else data
+    batches: Any = [data] if isinstance(data, Mapping) else data
     if not isinstance(batches, Iterable):
         raise TypeError(
             f"data must be a click log, its spec, or batches, got {type(data).__name__}"
         )
     result = into
-    total = len(batches) if hasattr(batches, "__len__") else None
+    total = len(data) if isinstance(data, Sized) else None
     try:
         with RowProgress("profiling", total, visible=progress) as bar:
             for batch in batches:
