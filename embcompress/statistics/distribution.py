@@ -52,7 +52,8 @@ class CountDistribution:
         wanted = max(1.0, np.ceil(share * self.seen - 1e-9))
         before = np.concatenate([[0.0], np.cumsum(self.ids)[:-1]])
         taken = np.clip(wanted - before, 0, self.ids)
-        return min(1.0, float((taken * self.counts).sum()) / self.queries)
+        # Not over the queries: where both sums are estimates, they err together.
+        return float((taken * self.counts).sum() / (self.ids * self.counts).sum())
 
     def power_law(self) -> PowerLaw | None:
         """The fit of :func:`embcompress.statistics.power_law.fit_power_law`."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-#: Level of the slices of rows at the start: 2**8 rows.
-_ROW_LEVEL = 8
+#: Level of the slices of rows at the start: 2**10 rows. Shorter ones would show only chance.
+_ROW_LEVEL = 10
 
 
 class TimeSlices:
@@ -15,7 +15,7 @@ class TimeSlices:
     A moment is an integer: a time, or the row's number where there are no times. Slice s of level
     l holds the moments with ``moment >> l == s``. The level is the smallest that leaves at most
     ``most`` slices with a row in them; it depends on the set of moments alone, not on their order
-    or on how they were cut into parts.
+    or on how they were cut into parts. ``most`` is 2 or more: 0 and -1 meet at no level.
 
     Attributes:
         keys: numbers of the slices that have rows, ascending.
@@ -82,15 +82,33 @@ def entropy(weights: NDArray[np.int64] | NDArray[np.float64]) -> float:
 
 
 def divergence(first: NDArray[np.int64], second: NDArray[np.int64]) -> float:
-    """Jensen-Shannon divergence of two slices beyond what chance puts between equal ones, in bits.
+    """Jensen-Shannon divergence of two slices beyond what chance puts between equal ones.
 
-    Two finite samples of one distribution differ too. So each slice comes in two random halves of
-    its rows: the divergence between halves of the same slice is what chance does, and is taken
-    from the divergence between halves of different slices. Slightly negative values are noise.
+    Two finite samples of one distribution differ too, by much where ids are many. So each slice
+    comes in two random halves of its rows. The divergence ``within``, between halves of the same
+    slice, is what chance does; with ``across``, between halves of different slices, the result is
+
+        (across - within) / (1 - within)
+
+    which is 0 on average for slices of one distribution, 1 for slices without a common id, and
+    the divergence in bits for long slices. The larger slice is thinned to the size of the smaller
+    one first: chance does less to larger samples. Slightly negative values are noise.
 
     Args:
         first, second: (2, buckets) histograms of a slice's halves.
+
+    Returns:
+        At most 1; NaN where a half is empty, or where chance alone leaves nothing in common.
     """
-    across = [jensen_shannon(first[0], second[1]), jensen_shannon(first[1], second[0])]
-    within = [jensen_shannon(*first), jensen_shannon(*second)]
-    return (sum(across) - sum(within)) / 2
+    first, second = _thin(first, int(second.sum())), _thin(second, int(first.sum()))
+    across = jensen_shannon(first[0], second[1]) + jensen_shannon(first[1], second[0])
+    within = jensen_shannon(*first) + jensen_shannon(*second)
+    return (across - within) / (2 - within) if within < 2 - 1e-9 else float("nan")
+
+
+def _thin(histogram: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """A random part of a histogram, of about ``size``; all of it where that is not much less."""
+    total = int(histogram.sum())
+    if size >= 0.95 * total:
+        return histogram
+    return np.random.default_rng(0).binomial(histogram, size / total)

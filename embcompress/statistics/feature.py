@@ -147,9 +147,9 @@ class FeatureProfile:
         return self.counter.distribution()
 
     def slice_drift(self) -> NDArray[np.float64]:
-        """(number of slices - 1,) divergence between consecutive time slices, in bits.
+        """(number of slices - 1,) divergence between consecutive time slices.
 
-        See :func:`embcompress.statistics.drift.divergence`. Ids are first hashed to
+        As of :func:`embcompress.statistics.drift.divergence`. Ids are first hashed to
         ``drift_buckets`` buckets (not where there are fewer ids), which can only lower it: a
         change among rare ids that share buckets is not seen.
         """
@@ -157,10 +157,10 @@ class FeatureProfile:
         return np.array([divergence(first, second) for first, second in pairs])
 
     def drift(self) -> float:
-        """Divergence between the earlier and the later half of the queries, in bits.
+        """Divergence between the earlier and the later half of the queries.
 
         Measured as in :meth:`slice_drift`, cut where two slices meet: about 0 where popularity
-        stays, 1 where no id is in both. NaN with a single slice, or without queries.
+        stays, 1 where no bucket is in both. NaN with a single slice, or without queries.
         """
         histograms = self.histograms
         ends = np.cumsum(histograms.sum(axis=(1, 2)))[:-1]

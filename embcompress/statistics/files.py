@@ -181,7 +181,8 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
             return _read(file)
     except (SafetensorError, ValueError, TypeError, KeyError, RecursionError, MemoryError) as error:
         raise ProfileFileError(
-            f"{os.fspath(path)} is no profile, or is damaged: {error}; profile the data again"
+            f"{os.fspath(path)} is no profile, or is damaged: {error}; delete it and profile the "
+            "data again"
         ) from error
 
 
