@@ -1,9 +1,10 @@
-"""Progress of a long preparation: a bar in a terminal, a line every few seconds elsewhere."""
+"""Progress of a long pass over data: a bar in a terminal with rich, else a line now and then."""
 
 from __future__ import annotations
 
 import sys
 import time
+from importlib.util import find_spec
 from types import TracebackType
 from typing import Any
 
@@ -29,7 +30,7 @@ class RowProgress:
         self._task: Any = None
 
     def __enter__(self) -> RowProgress:
-        if self._visible and sys.stderr.isatty():
+        if self._visible and sys.stderr.isatty() and find_spec("rich") is not None:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
