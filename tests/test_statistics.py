@@ -297,6 +297,16 @@ def test_a_data_loader_counts_like_its_rows(batch_size: int) -> None:
     assert profile["item"].largest_bag == 2 and profile.rows == 1000
 
 
+def test_buffers_may_be_filled_again() -> None:
+    profile = Profile({"array": 5, "tensor": 5, "bags": 5})
+    array, tensor = np.zeros(4, np.int64), torch.zeros(4, dtype=torch.int64)
+    for id in (1, 3):
+        array[:], tensor[:] = id, id
+        profile.update({"array": array, "tensor": tensor, "bags": tensor[:, None]})
+    for name in profile.features:
+        assert profile.counts(name).tolist() == [0, 4, 0, 4, 0]
+
+
 def test_a_profile_prints_as_a_table(log: ClickLog) -> None:
     lines = str(ec.profile(log, progress=False)).splitlines()
     assert lines[0].split("  ")[0] == "feature" and len(lines) == 2 + len(log.features)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from embcompress.collection import feature_bags
 from embcompress.data.click_log import ClickLog
+from embcompress.engine.bags import ID_DTYPES
 
 
 @dataclass(frozen=True)
@@ -91,25 +92,27 @@ def read_bags(batch: object, names: Sequence[str]) -> tuple[dict[str, FeatureBag
 
 
 def _feature_bags(name: str, value: object) -> FeatureBags:
+    """Bags of one feature, as a copy: the caller may fill the same buffers again."""
     parts = value if isinstance(value, tuple) else (value,)
     tensors = tuple(_tensor(name, part) for part in parts)
+    ids = tensors[0]
+    if len(tensors) == 1 and not ids.is_nested and ids.dim() == 1 and ids.dtype in ID_DTYPES:
+        return FeatureBags(np.array(ids.numpy(), np.int64), None)
     bags = feature_bags(name, tensors)
-    ids = bags.ids.long().numpy()
-    if len(tensors) == 1 and tensors[0].dim() == 1 and not tensors[0].is_nested:
-        return FeatureBags(ids, None)
-    return FeatureBags(ids, np.diff(bags.offsets.long().numpy()))
+    lengths = np.diff(bags.offsets.numpy()).astype(np.int64)
+    return FeatureBags(np.array(bags.ids.numpy(), np.int64), lengths)
 
 
 def _tensor(name: str, value: object) -> Tensor:
-    if isinstance(value, np.ndarray):
-        if value.dtype not in (np.int32, np.int64):
-            raise TypeError(f"feature {name!r}: ids must be int32 or int64, got {value.dtype}")
-        return torch.from_numpy(np.array(value))
-    if not isinstance(value, Tensor):
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if not isinstance(value, np.ndarray):
         raise TypeError(
             f"feature {name!r}: ids must be a tensor or an array, got {type(value).__name__}"
         )
-    return value.detach().cpu()
+    if value.dtype not in (np.int32, np.int64):
+        raise TypeError(f"feature {name!r}: ids must be int32 or int64, got {value.dtype}")
+    return torch.from_numpy(value if value.flags.writeable else value.copy())
 
 
 def click_log_bags(log: ClickLog, rows: slice | NDArray[np.int64]) -> dict[str, FeatureBags]:

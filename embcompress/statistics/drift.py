@@ -56,8 +56,16 @@ def regroup(
     if len(histograms) == size and np.array_equal(places, np.arange(size)):
         return histograms
     moved = np.zeros((size, *histograms.shape[1:]), np.int64)
-    np.add.at(moved, places, histograms)
+    add_slices(moved, histograms, places)
     return moved
+
+
+def add_slices(
+    histograms: NDArray[np.int64], more: NDArray[np.int64], places: NDArray[np.int64]
+) -> None:
+    """Add row i of ``more`` to row ``places[i]``, in place; many times faster than ``add.at``."""
+    for place, row in zip(places.tolist(), more, strict=True):
+        histograms[place] += row
 
 
 def jensen_shannon(first: NDArray[np.int64], second: NDArray[np.int64]) -> float:

@@ -20,11 +20,11 @@ _MULTIPLIERS = tuple(np.uint64(multiplier) for multiplier in MIX_MULTIPLIERS)
 def mixed_words(ids: NDArray[np.int64], key: int) -> Words:
     """``mix64(id ^ key)`` of each id, as a new array."""
     words = ids.view(np.uint64) ^ np.uint64(key & MASK64)
-    words ^= words >> _SHIFTS[0]
-    words *= _MULTIPLIERS[0]
-    words ^= words >> _SHIFTS[1]
-    words *= _MULTIPLIERS[1]
-    words ^= words >> _SHIFTS[2]
+    shifted = words >> _SHIFTS[0]  # the one temporary: fresh pages cost more than the arithmetic
+    words ^= shifted
+    for multiplier, shift in zip(_MULTIPLIERS, _SHIFTS[1:], strict=True):
+        words *= multiplier
+        words ^= np.right_shift(words, shift, out=shifted)
     return words
 
 

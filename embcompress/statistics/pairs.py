@@ -47,10 +47,11 @@ class RowSample:
         if len(words) == 0:
             return
         room = self.size - len(self.words)
-        self.words = np.concatenate([self.words, words[:room]])
-        self.ids = np.concatenate([self.ids, ids[:room]])
-        self.present = np.concatenate([self.present, present[:room]])
-        words, ids, present = words[room:], ids[room:], present[room:]
+        if room:
+            self.words = np.concatenate([self.words, words[:room]])
+            self.ids = np.concatenate([self.ids, ids[:room]])
+            self.present = np.concatenate([self.present, present[:room]])
+            words, ids, present = words[room:], ids[room:], present[room:]
         if len(words):  # of all, the smallest stay; the others' places are taken
             order = np.argsort(np.concatenate([self.words, words]), kind="stable")
             enter = order[: self.size]

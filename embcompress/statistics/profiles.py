@@ -14,7 +14,7 @@ from torch import Tensor
 from embcompress.hashing import derive_key
 from embcompress.statistics.batches import FeatureBags, read_bags
 from embcompress.statistics.counter import ExactCounter
-from embcompress.statistics.drift import TimeSlices, regroup
+from embcompress.statistics.drift import TimeSlices, add_slices, regroup
 from embcompress.statistics.feature import FeatureProfile
 from embcompress.statistics.hashes import Words, mixed_words
 from embcompress.statistics.interrupts import interrupts_deferred
@@ -184,7 +184,7 @@ class Profile:
             for name, feature in self.features.items():
                 theirs = other.features[name]
                 feature.merge(theirs)
-                np.add.at(feature.histograms, places, theirs.histograms)
+                add_slices(feature.histograms, theirs.histograms, places)
             self.row_sample.merge(other.row_sample)
             self.row_sample.sort()
             self.rows += other.rows
