@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from embcompress import Profile, ProfileSettings
+from embcompress.statistics import profiles
 from embcompress.statistics.files import ProfileFileError, _digest
 from tests.test_statistics import assert_equal_states, make_batches, run
 
@@ -60,6 +61,19 @@ def test_a_loaded_profile_is_the_same_and_goes_on(tmp_path: Path, timed: bool) -
         part = None if times is None else times[rows]
         loaded.update(batch, row_numbers=rows, times=part)
     assert_equal_states(loaded, run(batches, 0, times), heavy=False)
+
+
+def test_a_profile_without_collected_rows_is_saved_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every update is counted at once here, so that saving finds nothing left to count."""
+    monkeypatch.setattr(profiles, "_ROWS", 300)
+    batches = make_batches(8, rows=300, batches=4)
+    profile = run(batches)
+    profile.save(tmp_path / "x")
+    assert_equal_states(Profile.load(tmp_path / "x"), profile, heavy=True)
+    monkeypatch.undo()
+    assert_equal_states(Profile.load(tmp_path / "x"), run(batches), heavy=False)
 
 
 def test_an_empty_profile_is_saved_too(tmp_path: Path) -> None:

@@ -64,6 +64,8 @@ class RowSample:
 
     def sort(self) -> None:
         """Put the rows into the order of their words, whatever order they came in."""
+        if bool((self.words[1:] >= self.words[:-1]).all()):
+            return
         order = np.argsort(self.words, kind="stable")
         self.restore(self.words[order], self.ids[order], self.present[order])
 

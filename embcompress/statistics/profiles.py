@@ -134,10 +134,10 @@ class Profile:
 
     def flush(self) -> None:
         """Count the rows that are still being collected; every reader does this first."""
-        if self._pending:
-            with interrupts_deferred():
+        with interrupts_deferred():
+            if self._pending:
                 self._count_pending()
-                self.row_sample.sort()
+            self.row_sample.sort()
 
     def _count_pending(self) -> None:
         parts, self._pending = self._pending, []
