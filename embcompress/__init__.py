@@ -9,6 +9,7 @@ from embcompress.modules import Embedding, EmbeddingBag
 from embcompress.optimizers import fuse_optimizer
 from embcompress.plan import LookupPlan, PlanError
 from embcompress.pruning import prune_, restore_
+from embcompress.statistics import Profile, ProfileInterrupted, ProfileSettings, profile
 from embcompress.surgery import CompressionReport, compress
 from embcompress.token_vocabulary import TokenVocabulary
 from embcompress.training import TrainingProcedure
@@ -26,6 +27,9 @@ __all__ = [
     "MemoryReport",
     "Method",
     "PlanError",
+    "Profile",
+    "ProfileInterrupted",
+    "ProfileSettings",
     "TableConfig",
     "TokenVocabulary",
     "TrainingProcedure",
@@ -34,6 +38,7 @@ __all__ = [
     "fuse_optimizer",
     "memory",
     "methods",
+    "profile",
     "prune_",
     "prune_vocabulary",
     "read_ids",

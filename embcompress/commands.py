@@ -148,6 +148,30 @@ def prepare(
 
 @app.command()
 @_friendly
+def profile(
+    data: Annotated[str, typer.Option(help="click log, as for sweep")],
+    out: Annotated[Path, typer.Option(help="file of the profile; FILE.png beside it")],
+    split: Annotated[str, typer.Option(help="all rows, or the training rows of: time, random")] = (
+        "all"
+    ),
+    seed: Annotated[int, typer.Option(help="of the random split")] = 0,
+    cache: Annotated[Path | None, typer.Option(help="prepared click logs")] = None,
+) -> None:
+    """Counts, tail and drift of the ids of every feature; resumes where it was stopped."""
+    from embcompress.statistics.plot import save_plot
+    from embcompress.statistics.resume import profile_to_file
+
+    result = profile_to_file(data, out, split=split, seed=seed, cache=cache)  # type: ignore[arg-type]
+    print(result)
+    for pair in result.pairs()[:5]:
+        print(f"{pair.first} and {pair.second} share {pair.bits:.2f} bits ({pair.share:.0%})")
+    picture = out.with_name(out.name + ".png")
+    save_plot(result, picture)
+    print(f"the profile is in {out}, its plot in {picture}")
+
+
+@app.command()
+@_friendly
 def methods(
     markdown: Annotated[bool, typer.Option("--markdown", help="as a Markdown table")] = False,
 ) -> None:

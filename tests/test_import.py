@@ -18,7 +18,7 @@ import embcompress
 assert threading.active_count() == threads
 assert not torch.cuda.is_initialized()
 extras = {"pandas", "pyarrow", "rich", "typer", "sklearn", "matplotlib", "plotly", "fbgemm_gpu",
-          "torchrec", "yaml", "xxhash"}
+          "torchrec", "safetensors", "yaml", "xxhash"}
 assert not extras & set(sys.modules), extras & set(sys.modules)
 assert {"compress", "memory", "methods", "EmbeddingBag"} <= set(embcompress.__all__)
 """

@@ -152,17 +152,9 @@ class ClickLog:
         Args:
             rows: a slice or an int64 array of row numbers, in any order.
         """
-        single = np.ascontiguousarray(self._ids[rows].T).astype(np.int64, copy=False)
-        batch, column = single.shape[1], 0
-        parts, lengths = [], []
-        for number, feature in enumerate(self.features):
-            if feature.is_bag:
-                ids, counts = _bag_rows(*self._bags[number], rows)
-            else:
-                ids, counts = single[column], np.ones(batch, dtype=np.int64)
-                column += 1
-            parts.append(ids)
-            lengths.append(counts)
+        bags, batch = self.bags(rows), len(self.labels[rows])
+        parts = [ids for ids, _ in bags]
+        lengths = [np.ones(batch, np.int64) if counts is None else counts for _, counts in bags]
         offsets = np.zeros(len(self.features) * batch + 1, dtype=np.int64)
         if parts:
             np.cumsum(np.concatenate(lengths), out=offsets[1:])
@@ -173,6 +165,20 @@ class ClickLog:
             torch.from_numpy(ids.astype(np.int64, copy=False)),
             torch.from_numpy(offsets),
         )
+
+    def bags(
+        self, rows: slice | NDArray[np.int64]
+    ) -> list[tuple[NDArray[Any], NDArray[np.int64] | None]]:
+        """Ids of every feature, in the column's integer dtype, and the number of ids of each row.
+
+        The numbers are None where every row has one id. Cheaper than :meth:`batch` where only
+        ids are wanted.
+        """
+        single = iter(np.ascontiguousarray(self._ids[rows].T))
+        return [
+            _bag_rows(*self._bags[number], rows) if feature.is_bag else (next(single), None)
+            for number, feature in enumerate(self.features)
+        ]
 
     def split(
         self,

@@ -1,9 +1,10 @@
-"""Progress of a long preparation: a bar in a terminal, a line every few seconds elsewhere."""
+"""Progress of a long pass over data: a bar in a terminal with rich, else a line now and then."""
 
 from __future__ import annotations
 
 import sys
 import time
+from importlib.util import find_spec
 from types import TracebackType
 from typing import Any
 
@@ -15,12 +16,13 @@ class RowProgress:
 
     Args:
         title: what is being done.
-        total: amount of work, in the unit of :meth:`advance`'s ``work``.
+        total: amount of work, in the unit of :meth:`advance`'s ``work``, or None where it is not
+            known.
         visible: False shows nothing.
     """
 
-    def __init__(self, title: str, total: float, *, visible: bool = True) -> None:
-        self.title, self.total = title, max(total, 1e-9)
+    def __init__(self, title: str, total: float | None, *, visible: bool = True) -> None:
+        self.title, self.total = title, None if total is None else max(total, 1e-9)
         self.rows, self.done = 0, 0.0
         self._visible = visible
         self._started = self._last_line = time.monotonic()
@@ -28,14 +30,16 @@ class RowProgress:
         self._task: Any = None
 
     def __enter__(self) -> RowProgress:
-        if self._visible and sys.stderr.isatty():
+        if self._visible and sys.stderr.isatty() and find_spec("rich") is not None:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
-                TextColumn("{task.percentage:3.0f}% {task.fields[speed]}"),
+                TextColumn("{task.percentage:3.0f}% {task.fields[speed]}")
+                if self.total is not None
+                else TextColumn("{task.fields[speed]}"),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
@@ -58,8 +62,8 @@ class RowProgress:
 
     def _line(self, now: float) -> None:
         self._last_line = now
-        share = min(1.0, self.done / self.total)
-        text = f"{self.title}: {share:.0%}, {self.rows:,} rows, {self._speed(now)}"
+        share = "" if self.total is None else f"{min(1.0, self.done / self.total):.0%}, "
+        text = f"{self.title}: {share}{self.rows:,} rows, {self._speed(now)}"
         print(text, file=sys.stderr, flush=True)
 
     def __exit__(
