@@ -72,7 +72,7 @@ NUM_FLOATS = 4
 
 @dataclass
 class Call:
-    """Arguments of the operators: two features of :data:`PLAN`, three bags each, that share stores."""
+    """Arguments of the operators: three bags for each of two features that share all stores."""
 
     stores: list[Tensor]
     ids: Any
@@ -330,7 +330,7 @@ def test_wrong_numbers_of_stores_are_refused() -> None:
     call = make_call()
     for count in range(len(call.stores)):
         fewer = replace(call, stores=call.stores[:count])
-        with pytest.raises(RuntimeError, match="encoding: store|encoding: reads"):
+        with pytest.raises(RuntimeError, match=r"encoding: (store|reads)"):
             fewer.forward()
 
 
