@@ -10,7 +10,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <atomic>
 #include <limits>
 #include <optional>
 #include <string>
@@ -293,8 +292,6 @@ Tensor check_gradient(const Tensor& grad, const Lookup& lookup) {
     return torch::stable::contiguous(grad);
 }
 
-// Below this many ids a thread costs more than it gives.
-constexpr int64_t kIdsPerThread = 512;
 // A wanted store: float, and wanted once.
 const StoreView& wanted_store(const Lookup& lookup, const std::vector<GradientSink*>& sinks,
                               int64_t store) {
@@ -400,43 +397,71 @@ Tensor lookup_backward_weights(Tensor grad, std::vector<Tensor> stores, Tensor i
 }
 
 struct Updated {
+    Optimizer optimizer;
     int64_t width;
     float* data;
     float* first;  // state, or nullptr
     float* second;
 };
 
-void update_rows(const Optimizer& optimizer, const TouchedRows& touched, const Updated& store) {
-    const bool rowwise = optimizer.kind == OptimizerKind::kRowwiseAdagrad;
+void update_rows(const TouchedRows& touched, const Updated& store) {
+    const bool rowwise = store.optimizer.kind == OptimizerKind::kRowwiseAdagrad;
     for (size_t i = 0; i < touched.rows().size(); ++i) {
         const int64_t row = touched.rows()[i], at = row * (rowwise ? 1 : store.width);
-        update_row(optimizer, store.width, touched.values() + i * store.width,
+        update_row(store.optimizer, store.width, touched.values() + i * store.width,
                    store.data + row * store.width,
                    store.first == nullptr ? nullptr : store.first + at,
                    store.second == nullptr ? nullptr : store.second + at);
     }
 }
 
+// The same as lookup; its gradient formula updates the wanted stores. `anchor` requires a gradient,
+// so that there is a backward pass.
+Tensor lookup_fused(Tensor /*anchor*/, std::vector<Tensor> stores, Tensor ids,
+                    std::optional<Tensor> offsets, std::optional<Tensor> weights, Tensor encoding,
+                    bool ends_are_given, int64_t num_features, int64_t num_columns,
+                    std::vector<int64_t> /*wanted*/, std::vector<Tensor> /*first*/,
+                    std::vector<Tensor> /*second*/, std::vector<Tensor> /*steps*/,
+                    Tensor /*settings*/, int64_t /*kind*/) {
+    return lookup(std::move(stores), std::move(ids), std::move(offsets), std::move(weights),
+                  std::move(encoding), ends_are_given, num_features, num_columns, false);
+}
+
+Optimizer read_optimizer(const Tensor& settings, int64_t kind) {
+    STD_TORCH_CHECK(kind >= 0 && kind <= 3, "unknown optimizer ", kind);
+    STD_TORCH_CHECK(settings.is_cpu() && settings.is_contiguous() &&
+                        settings.scalar_type() == ScalarType::Double && settings.numel() == 5,
+                    "settings must be 5 float64 numbers on the CPU");
+    const double* numbers = static_cast<const double*>(settings.const_data_ptr());
+    Optimizer optimizer{};
+    optimizer.kind = static_cast<OptimizerKind>(kind);
+    optimizer.learning_rate = static_cast<float>(numbers[0]);
+    optimizer.epsilon = static_cast<float>(numbers[1]);
+    optimizer.weight_decay = static_cast<float>(numbers[2]);
+    optimizer.beta1 = static_cast<float>(numbers[3]);
+    optimizer.beta2 = static_cast<float>(numbers[4]);
+    return optimizer;
+}
+
+void check_state(const std::vector<Tensor>& state, size_t number, ScalarType type,
+                 int64_t numbers) {
+    STD_TORCH_CHECK(number < state.size() && state[number].is_cpu() &&
+                        state[number].is_contiguous() && state[number].scalar_type() == type &&
+                        state[number].numel() == numbers,
+                    "optimizer state of the wrong shape or dtype, or of too few stores");
+}
+
 // The backward pass and the update of the touched rows in one. `first` and `second` are the
-// optimizer's state for each wanted store (empty tensors where it has none).
+// optimizer's state for each wanted store (nothing where it has none), `steps` counts the updates
+// of each, `settings` are learning rate, epsilon, weight decay and Adam's betas.
 void lookup_backward_update(Tensor grad, std::vector<Tensor> stores, Tensor ids,
                             std::optional<Tensor> offsets, std::optional<Tensor> weights,
                             Tensor encoding, bool ends_are_given, std::vector<int64_t> wanted,
-                            std::vector<Tensor> first, std::vector<Tensor> second, int64_t kind,
-                            double learning_rate, double epsilon, double weight_decay, double beta1,
-                            double beta2, int64_t step) {
+                            std::vector<Tensor> first, std::vector<Tensor> second,
+                            std::vector<Tensor> steps, Tensor settings, int64_t kind) {
     const Lookup what = make_lookup(stores, ids, offsets, weights, encoding, ends_are_given);
     const Tensor gradient = check_gradient(grad, what);
-    STD_TORCH_CHECK(kind >= 0 && kind <= 3, "unknown optimizer ", kind);
-    STD_TORCH_CHECK(first.size() == wanted.size() && second.size() == wanted.size(),
-                    "one state for each store");
-    const Optimizer optimizer{static_cast<OptimizerKind>(kind),
-                              static_cast<float>(learning_rate),
-                              static_cast<float>(epsilon),
-                              static_cast<float>(weight_decay),
-                              static_cast<float>(beta1),
-                              static_cast<float>(beta2),
-                              step};
+    const Optimizer optimizer = read_optimizer(settings, kind);
     const bool rowwise = optimizer.kind == OptimizerKind::kRowwiseAdagrad;
     const bool has_first = optimizer.kind != OptimizerKind::kSgd;
     const bool has_second = optimizer.kind == OptimizerKind::kAdam;
@@ -446,39 +471,32 @@ void lookup_backward_update(Tensor grad, std::vector<Tensor> stores, Tensor ids,
         const StoreView& view = wanted_store(what, pointers, wanted[k]);
         STD_TORCH_CHECK(view.dtype == Dtype::kFloat32, "fused updates need float32 stores");
         const int64_t numbers = view.rows * (rowwise ? 1 : view.width);
-        for (const Tensor* state :
-             {has_first ? &first[k] : nullptr, has_second ? &second[k] : nullptr}) {
-            STD_TORCH_CHECK(state == nullptr || (state->is_cpu() && state->is_contiguous() &&
-                                                 state->scalar_type() == ScalarType::Float &&
-                                                 state->numel() == numbers),
-                            "optimizer state of the wrong shape");
-        }
+        if (has_first) check_state(first, k, ScalarType::Float, numbers);
+        if (has_second) check_state(second, k, ScalarType::Float, numbers);
+        check_state(steps, k, ScalarType::Long, 1);
+        STD_TORCH_CHECK(*static_cast<const int64_t*>(steps[k].const_data_ptr()) >= 0,
+                        "a negative number of steps");
         sinks[wanted[k]].width = view.width;
         pointers[wanted[k]] = &sinks[wanted[k]];
     }
     // All gradients are complete before any row moves: a product reads the other stores' rows.
     check_ids(accumulate_gradients(what, static_cast<const float*>(gradient.const_data_ptr()),
                                    pointers, threads()));
-    struct Task {
-        size_t k;
-        const TouchedRows* touched;
-    };
-    std::vector<Task> tasks;
+    std::vector<Updated> updates;
     for (size_t k = 0; k < wanted.size(); ++k) {
-        for (const TouchedRows& touched : sinks[wanted[k]].touched) tasks.push_back({k, &touched});
+        Updated update{optimizer, what.stores[wanted[k]].width, nullptr, nullptr, nullptr};
+        update.optimizer.step = ++*static_cast<int64_t*>(steps[k].mutable_data_ptr());
+        update.data = static_cast<float*>(stores[wanted[k]].mutable_data_ptr());
+        if (has_first) update.first = static_cast<float*>(first[k].mutable_data_ptr());
+        if (has_second) update.second = static_cast<float*>(second[k].mutable_data_ptr());
+        updates.push_back(update);
     }
-    std::atomic<size_t> next{0};
-    const auto pointer = [](const Tensor& tensor) {
-        return tensor.numel() == 0 ? nullptr : static_cast<float*>(tensor.mutable_data_ptr());
-    };
-    parallel(what.num_ids < kIdsPerThread ? 1 : threads(), [&](int) {
-        for (size_t number = next++; number < tasks.size(); number = next++) {
-            const size_t k = tasks[number].k;
-            const StoreView& view = what.stores[wanted[k]];
-            update_rows(optimizer, *tasks[number].touched,
-                        {view.width, static_cast<float*>(const_cast<void*>(view.data)),
-                         has_first ? pointer(first[k]) : nullptr,
-                         has_second ? pointer(second[k]) : nullptr});
+    // A row is in the same partition of every store, so tables that share a tensor never update a
+    // row at the same time.
+    const size_t partitions = wanted.empty() ? 0 : sinks[wanted[0]].touched.size();
+    parallel(static_cast<int>(partitions), [&](int partition) {
+        for (size_t k = 0; k < wanted.size(); ++k) {
+            update_rows(sinks[wanted[k]].touched[partition], updates[k]);
         }
     });
 }
@@ -508,9 +526,12 @@ STABLE_TORCH_LIBRARY(embcompress, m) {
     m.def(
         "lookup_backward_update(Tensor grad, Tensor(a!)[] stores, Tensor ids, Tensor? offsets, "
         "Tensor? weights, Tensor encoding, bool ends_are_given, int[] wanted, Tensor(b!)[] first, "
-        "Tensor(c!)[] second, "
-        "int kind, float learning_rate, float epsilon, float weight_decay, float beta1, "
-        "float beta2, int step) -> ()");
+        "Tensor(c!)[] second, Tensor(d!)[] steps, Tensor settings, int kind) -> ()");
+    m.def(
+        "lookup_fused(Tensor anchor, Tensor[] stores, Tensor ids, Tensor? offsets, "
+        "Tensor? weights, Tensor encoding, bool ends_are_given, int num_features, "
+        "int num_columns, int[] wanted, Tensor[] first, Tensor[] second, Tensor[] steps, "
+        "Tensor settings, int kind) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(embcompress, CPU, m) {
@@ -520,6 +541,7 @@ STABLE_TORCH_LIBRARY_IMPL(embcompress, CPU, m) {
     m.impl("lookup_backward_sparse", TORCH_BOX(&embcompress::lookup_backward_sparse));
     m.impl("lookup_backward_weights", TORCH_BOX(&embcompress::lookup_backward_weights));
     m.impl("lookup_backward_update", TORCH_BOX(&embcompress::lookup_backward_update));
+    m.impl("lookup_fused", TORCH_BOX(&embcompress::lookup_fused));
 }
 
 // An empty Python module: importing it loads the library, which registers the operators.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from embcompress.budget import Budget, allocate, default_plan, parse_budget
 from embcompress.engine import Bags, GradientOptions, Program, make_bags
+from embcompress.engine.fused import FusedStores
 from embcompress.methods import Method, TableSpec, resolve_method
 from embcompress.methods.full import Full
 from embcompress.modules import EmbeddingBag, dtype_name, fused_stores
@@ -182,8 +183,13 @@ class EmbeddingBagCollection(nn.Module):
                 )
         program = self._program(modules)
         tables = list(dict.fromkeys(modules))
-        fused = None
-        if all(table._fuses_in_kernel for table in tables):
+        if any(table.fused_rule is not tables[0].fused_rule for table in tables):
+            raise ValueError("some tables have another fused optimizer; fuse the whole collection")
+        fused: FusedStores | list[FusedStores | None] | None = None
+        if tables[0].updated_in_kernel and program.parts:
+            pairs = zip(program.parts, modules, strict=True)
+            fused = [fused_stores(part, (module,)) for part, module in pairs]
+        elif tables[0].updated_in_kernel:
             fused = fused_stores(program, tables)
         return program([module.stores() for module in modules], bags, fused)
 

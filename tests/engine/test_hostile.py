@@ -114,10 +114,10 @@ class Call:
         arguments = {
             "first": states,
             "second": [state.clone() for state in states],
+            "steps": [torch.zeros(1, dtype=torch.int64) for _ in states],
+            "settings": torch.tensor([0.1, 1e-8, 0.0, 0.9, 0.999], dtype=torch.float64),
             "kind": OPTIMIZERS["adam"],
-            "learning_rate": 0.1, "epsilon": 1e-8, "weight_decay": 0.0,
-            "beta1": 0.9, "beta2": 0.999, "step": 1,
-        } | other  # fmt: skip
+        } | other
         torch.ops.embcompress.lookup_backward_update(grad, *self.bags, wanted, *arguments.values())
 
     def refused(self, match: str) -> None:
@@ -484,3 +484,32 @@ def test_gradients_of_stores_that_are_not_there_are_refused(wanted: list[int], m
         call.backward_sparse(wanted=wanted)
     with pytest.raises(RuntimeError, match=match):
         call.update(wanted=wanted, first=states, second=states)
+
+
+def test_bad_optimizer_state_is_refused() -> None:
+    call = make_call()
+    good = [torch.zeros_like(store) for store in call.stores[:NUM_FLOATS]]
+    long = [torch.zeros(1, dtype=torch.int64) for _ in good]
+    settings = torch.zeros(5, dtype=torch.float64)
+    for bad in (
+        good[:3],
+        [],
+        [*good[:3], good[3][:-1]],
+        [*good[:3], good[3].double()],
+        [*good[:3], torch.zeros(2, 9).t()],
+        [good[1], good[0], *good[2:]],
+    ):
+        for name in ("first", "second"):
+            with pytest.raises(RuntimeError, match="optimizer state"):
+                call.update(**{name: bad})
+    for bad in (long[:3], [step.int() for step in long], [step[:0] for step in long]):
+        with pytest.raises(RuntimeError, match="optimizer state"):
+            call.update(steps=bad)
+    with pytest.raises(RuntimeError, match="negative number of steps"):
+        call.update(steps=[step - 5 for step in long])
+    for wrong in (settings[:4], settings.float(), settings.repeat(2)[::2]):
+        with pytest.raises(RuntimeError, match="settings must be 5 float64 numbers"):
+            call.update(settings=wrong)
+    for kind in (-1, 4, 2**40):
+        with pytest.raises(RuntimeError, match="unknown optimizer"):
+            call.update(kind=kind)
