@@ -112,10 +112,11 @@ class EmbeddingBagCollection(nn.Module):
             if not plan.is_dense:
                 resolved.fill(spec, plan, bag.stores())
             self.embedding_bags[table.name] = bag
-        self._encoded: Program | None = None
         self._tables_of_features = {
             feature: table.name for table in tables for feature in table.feature_names
         }
+        # Here, not at the first call: a compiler would take the first call for a special case.
+        self._encoded = self._encode(self._bags_of_features())
 
     @property
     def feature_names(self) -> tuple[str, ...]:
@@ -195,14 +196,16 @@ class EmbeddingBagCollection(nn.Module):
 
     def _program(self, modules: Sequence[EmbeddingBag]) -> Program:
         """The features' plans, encoded again only when one of them has changed."""
-        plans = tuple(module.plan for module in modules)
-        if self._encoded is None or any(
-            one is not other for one, other in zip(self._encoded.plans, plans, strict=True)
-        ):
-            numbers = {module: number for number, module in enumerate(dict.fromkeys(modules))}
-            options = GradientOptions(sparse=all(module.sparse for module in modules))
-            self._encoded = Program(plans, options, [numbers[module] for module in modules])
+        plans = self._encoded.plans
+        if any(plan is not module.plan for plan, module in zip(plans, modules, strict=True)):
+            self._encoded = self._encode(modules)
         return self._encoded
+
+    def _encode(self, modules: Sequence[EmbeddingBag]) -> Program:
+        numbers = {module: number for number, module in enumerate(dict.fromkeys(modules))}
+        options = GradientOptions(sparse=all(module.sparse for module in modules))
+        plans = [module.plan for module in modules]
+        return Program(plans, options, [numbers[module] for module in modules])
 
     def _concatenate(
         self, features: Mapping[str, FeatureInput]

@@ -208,7 +208,7 @@ class CompressedTable(nn.Module):
         )
         if not compiled:
             self.options = replace(self.options, sparse=True)
-            self._set_plan(self._plan)
+            self._set_plan(replace(self._plan))  # a new object: collections notice the change
         in_kernel = []
         for name, store in self.stores().items():
             known = store in states

@@ -170,6 +170,24 @@ def test_a_collection_with_a_shared_table() -> None:
         torch.testing.assert_close(fused.get_parameter(name), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("engine", ["kernel", "torch"])
+def test_a_collection_leaves_untouched_rows_alone(
+    engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if engine == "torch":
+        monkeypatch.setattr("embcompress.engine.ops.is_available", lambda: False)
+    torch.manual_seed(0)
+    tables = [ec.TableConfig("a", 100, 8), ec.TableConfig("b", 300, 8)]
+    collection = ec.EmbeddingBagCollection(tables, method="hash")
+    ec.fuse_optimizer(collection, "adam", lr=0.1)
+    rows = {}
+    for id in (0, 1):
+        collection({"a": torch.tensor([id]), "b": torch.tensor([id])}).sum().backward()
+        rows[id] = {name: p.detach().clone() for name, p in collection.named_parameters()}
+    for name, after in rows[1].items():
+        assert int((after != rows[0][name]).any(1).sum()) == 1
+
+
 @pytest.mark.parametrize("name", ["sgd", "adagrad"])
 def test_a_collection_with_maxima(name: str) -> None:
     """It is looked up feature by feature, and every feature's table is updated."""
