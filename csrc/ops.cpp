@@ -10,7 +10,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <atomic>
+#include <limits>
 #include <optional>
 #include <string>
 #include <utility>
@@ -35,22 +35,28 @@ namespace {
 
 // ------------------------------------------------------------------------------------- checks
 
+// Arithmetic on anything up to this cannot overflow.
+constexpr int64_t kMostBits = std::numeric_limits<int64_t>::max() - 7;
+
+Dtype float_dtype(const Tensor& tensor, const char* name) {
+    const ScalarType type = tensor.scalar_type();
+    STD_TORCH_CHECK(
+        type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, name,
+        " must be float32, float16 or bfloat16");
+    if (type == ScalarType::Float) return Dtype::kFloat32;
+    return type == ScalarType::Half ? Dtype::kFloat16 : Dtype::kBFloat16;
+}
+
 StoreView view_store(const Tensor& store) {
     STD_TORCH_CHECK(store.is_cpu() && store.is_contiguous(),
                     "stores must be contiguous CPU tensors");
-    const ScalarType type = store.scalar_type();
     const int64_t bytes = store.numel() * static_cast<int64_t>(store.element_size());
-    if (type == ScalarType::Byte) {
+    if (store.scalar_type() == ScalarType::Byte) {
         STD_TORCH_CHECK(store.dim() == 1, "packed stores must be 1-D");
         return {store.const_data_ptr(), Dtype::kPacked, 0, 0, bytes};
     }
     STD_TORCH_CHECK(store.dim() == 2, "float stores must be 2-D");
-    STD_TORCH_CHECK(
-        type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
-        "stores must be float32, float16, bfloat16 or packed");
-    const Dtype dtype = type == ScalarType::Float  ? Dtype::kFloat32
-                        : type == ScalarType::Half ? Dtype::kFloat16
-                                                   : Dtype::kBFloat16;
+    const Dtype dtype = float_dtype(store, "stores that are not packed");
     return {store.const_data_ptr(), dtype, store.size(0), store.size(1), bytes};
 }
 
@@ -76,73 +82,125 @@ void check_float_store(const StoreView& store, int64_t rows, int64_t columns) {
                     store.width);
 }
 
-void check_packed_store(const StoreView& store, int64_t numbers, int64_t bits) {
+// `rows` and `width` are positive.
+void check_packed_store(const StoreView& store, int64_t rows, int64_t width, int64_t bits) {
     STD_TORCH_CHECK(store.dtype == Dtype::kPacked && bits >= 1 && bits <= 32 &&
-                        (numbers * bits + 7) / 8 <= store.bytes,
-                    "encoding: reads ", numbers, " numbers of ", bits, " bits of a store of ",
-                    store.bytes, " bytes");
+                        rows <= kMostBits / bits / width &&
+                        (rows * width * bits + 7) / 8 <= store.bytes,
+                    "encoding: reads ", rows, " x ", width, " numbers of ", bits,
+                    " bits of a store of ", store.bytes, " bytes");
 }
 
-void check_probe(const Lookup& lookup, const Probe& probe, int64_t feature_width) {
+void check_quantization(const Lookup& lookup, const Probe& probe, int64_t rows) {
+    const Quantization& q = probe.quantization;
+    STD_TORCH_CHECK(q.bits <= 8, "encoding: values of more than 8 bits");
+    check_packed_store(store_at(lookup, probe.store), rows, probe.width, q.bits);
+    const int64_t part_rows = q.per_row ? rows : 1;
+    const int64_t part_columns = q.per_column ? probe.width : 1;
+    const StoreView& scale = store_at(lookup, q.scale_store);
+    check_float_store(scale, part_rows, part_columns);
+    if (q.bias_store < 0) return;
+    const StoreView& bias = store_at(lookup, q.bias_store);
+    check_float_store(bias, part_rows, part_columns);
+    STD_TORCH_CHECK(scale.width == bias.width, "encoding: steps of ", scale.width,
+                    " columns, biases of ", bias.width);
+}
+
+void check_probe(const Lookup& lookup, const Probe& probe, const Feature& feature) {
+    STD_TORCH_CHECK(probe.width >= 1 && probe.width <= feature.width && probe.column >= 0 &&
+                        probe.column <= feature.width - probe.width && probe.offset >= 0,
+                    "encoding: columns or offset of a probe");
+    STD_TORCH_CHECK(feature.combine == Combine::kConcat || probe.width == feature.width,
+                    "encoding: width of a probe");
     int64_t rows = address_size(probe.address);
     const Code& code = probe.code;
     if (code.store >= 0) {
         STD_TORCH_CHECK(
             code.width >= 1 && code.column >= 0 && code.column < code.width && code.size >= 1,
             "encoding: codes of no column or no size");
-        check_packed_store(store_at(lookup, code.store), rows * code.width, code.bits);
+        check_packed_store(store_at(lookup, code.store), rows, code.width, code.bits);
         if (code.has_otherwise) {
             STD_TORCH_CHECK(address_size(code.otherwise) <= code.size, "encoding: otherwise");
         }
         rows = code.size;
     }
-    STD_TORCH_CHECK(probe.offset >= 0 && probe.width >= 1 && probe.column >= 0 &&
-                        probe.column + probe.width <= feature_width,
-                    "encoding: columns of a probe");
+    STD_TORCH_CHECK(rows <= kMostBits - probe.offset, "encoding: offset of a probe");
     rows += probe.offset;
-    const StoreView& store = store_at(lookup, probe.store);
-    const Quantization& q = probe.quantization;
-    if (q.bits == 0) {
+    if (probe.quantization.bits == 0) {
+        const StoreView& store = store_at(lookup, probe.store);
         check_float_store(store, rows, probe.width);
-        STD_TORCH_CHECK(store.width == probe.width, "encoding: width of a store");
+        STD_TORCH_CHECK(store.width == probe.width, "encoding: reads rows of ", probe.width,
+                        " numbers of a store of ", store.rows, " x ", store.width);
     } else {
-        STD_TORCH_CHECK(q.bits <= 8, "encoding: values of more than 8 bits");
-        check_packed_store(store, rows * probe.width, q.bits);
-        const int64_t part_rows = q.per_row ? rows : 1;
-        const int64_t part_columns = q.per_column ? probe.width : 1;
-        check_float_store(store_at(lookup, q.scale_store), part_rows, part_columns);
-        if (q.bias_store >= 0) {
-            check_float_store(store_at(lookup, q.bias_store), part_rows, part_columns);
-        }
+        check_quantization(lookup, probe, rows);
     }
-    if (probe.scale.kind == ScaleKind::kWeight) {
-        STD_TORCH_CHECK(probe.scale.column >= 0, "encoding: column of a scale");
-        check_float_store(store_at(lookup, probe.scale.store), address_size(probe.scale.address),
-                          probe.scale.column + 1);
+    const Scale& scale = probe.scale;
+    STD_TORCH_CHECK(scale.kind == ScaleKind::kNone || scale.kind == ScaleKind::kSign ||
+                        scale.kind == ScaleKind::kWeight,
+                    "encoding: unknown scale");
+    if (scale.kind == ScaleKind::kWeight) {
+        const StoreView& store = store_at(lookup, scale.store);
+        check_float_store(store, address_size(scale.address), 1);
+        STD_TORCH_CHECK(scale.column >= 0 && scale.column < store.width,
+                        "encoding: takes scales from column ", scale.column, " of ", store.width);
     }
 }
 
-void check_encoding(const Lookup& lookup, int64_t fields) {
-    const Header& header = lookup.header;
-    STD_TORCH_CHECK(header.format == kFormat && header.num_features >= 1 && header.num_probes >= 1,
-                    "encoding of another format");
-    STD_TORCH_CHECK(fields == kHeaderFields + header.num_features * kFeatureFields +
-                                  header.num_probes * kProbeFields,
+// A feature's record; its columns and probes follow those of the feature before.
+void check_feature(const Lookup& lookup, const Feature& feature, int64_t column, int64_t probe) {
+    STD_TORCH_CHECK(feature.num_embeddings >= 1 && feature.padding_idx >= -1 &&
+                        feature.padding_idx < feature.num_embeddings,
+                    "encoding: ", feature.num_embeddings, " ids, padding ", feature.padding_idx);
+    STD_TORCH_CHECK(
+        feature.pool == Pool::kNone || feature.pool == Pool::kSum || feature.pool == Pool::kMean,
+        "encoding: unknown pool");
+    STD_TORCH_CHECK(feature.combine == Combine::kSum || feature.combine == Combine::kMul ||
+                        feature.combine == Combine::kConcat,
+                    "encoding: unknown combine");
+    STD_TORCH_CHECK(feature.out_column == column && feature.width >= 1 &&
+                        feature.width <= lookup.header.num_columns - column,
+                    "encoding: columns of a feature");
+    STD_TORCH_CHECK(feature.first_probe == probe && feature.num_probes >= 1 &&
+                        feature.num_probes <= lookup.header.num_probes - probe,
+                    "encoding: probes of a feature");
+    int64_t end = 0;
+    for (int64_t t = 0; t < feature.num_probes; ++t) {
+        const Probe& each = lookup.probes[probe + t];
+        check_probe(lookup, each, feature);
+        STD_TORCH_CHECK(each.column == end, "encoding: column of a probe");
+        end += feature.combine == Combine::kConcat ? each.width : 0;
+    }
+    STD_TORCH_CHECK(feature.combine != Combine::kConcat || end == feature.width,
+                    "encoding: columns that no probe fills");
+}
+
+// Sets the records of the lookup, and checks every number in them.
+void read_encoding(Lookup& lookup, const Tensor& encoding) {
+    STD_TORCH_CHECK(encoding.is_cpu() && encoding.is_contiguous() &&
+                        encoding.scalar_type() == ScalarType::Long &&
+                        encoding.numel() > kHeaderFields,
+                    "the encoding must be a contiguous int64 CPU tensor");
+    const int64_t* fields = static_cast<const int64_t*>(encoding.const_data_ptr());
+    const int64_t length = encoding.numel();
+    const Header& header = lookup.header = *reinterpret_cast<const Header*>(fields);
+    STD_TORCH_CHECK(header.format == kFormat, "encoding of another format");
+    STD_TORCH_CHECK(header.num_features >= 1 && header.num_features <= length &&
+                        header.num_probes >= 1 && header.num_probes <= length &&
+                        length == kHeaderFields + header.num_features * kFeatureFields +
+                                      header.num_probes * kProbeFields,
                     "encoding of the wrong length");
+    fields += kHeaderFields;
+    lookup.features = reinterpret_cast<const Feature*>(fields);
+    lookup.probes = reinterpret_cast<const Probe*>(fields + header.num_features * kFeatureFields);
+    int64_t column = 0, probe = 0;
     for (int64_t f = 0; f < header.num_features; ++f) {
         const Feature& feature = lookup.features[f];
-        STD_TORCH_CHECK(feature.num_probes >= 1 && feature.first_probe >= 0 &&
-                            feature.first_probe + feature.num_probes <= header.num_probes &&
-                            feature.width >= 1 && feature.out_column >= 0 &&
-                            feature.out_column + feature.width <= header.num_columns,
-                        "encoding of feature ", f);
-        for (int64_t t = 0; t < feature.num_probes; ++t) {
-            const Probe& probe = lookup.probes[feature.first_probe + t];
-            check_probe(lookup, probe, feature.width);
-            STD_TORCH_CHECK(feature.combine == Combine::kConcat || probe.width == feature.width,
-                            "encoding: width of a probe");
-        }
+        check_feature(lookup, feature, column, probe);
+        column += feature.width;
+        probe += feature.num_probes;
     }
+    STD_TORCH_CHECK(column == header.num_columns && probe == header.num_probes,
+                    "encoding: columns or probes of no feature");
 }
 
 // Shortest and longest of the bags that have both ends among the offsets; -1 for an offset that is
@@ -162,12 +220,12 @@ std::pair<int64_t, int64_t> bag_lengths(const void* offsets, int64_t count, int6
     return {shortest, longest};
 }
 
-void check_offsets(Lookup& lookup) {
+void check_offsets(Lookup& lookup, bool ends_are_given) {
     const int64_t bags = lookup.header.num_features * lookup.batch;
-    STD_TORCH_CHECK(lookup.num_offsets == bags || lookup.num_offsets == bags + 1, "offsets has ",
+    STD_TORCH_CHECK(bags >= 0 && lookup.num_offsets == bags + ends_are_given, "offsets has ",
                     lookup.num_offsets, " entries, which is not ", lookup.header.num_features,
-                    " features * B + 1");
-    STD_TORCH_CHECK(bags == 0 || lookup.offset(0) == 0, "offsets[0] must be 0");
+                    " features * B", ends_are_given ? " + 1" : "");
+    STD_TORCH_CHECK(lookup.offset(0) == 0, "offsets[0] must be 0");
     STD_TORCH_CHECK(lookup.offset(bags) == lookup.num_ids,
                     "the last offset must be the number of ids, ", lookup.num_ids);
     auto [shortest, longest] =
@@ -197,17 +255,8 @@ Lookup make_lookup(const std::vector<Tensor>& stores, const Tensor& ids,
                    const std::optional<Tensor>& offsets, const std::optional<Tensor>& weights,
                    const Tensor& encoding, bool ends_are_given) {
     Lookup lookup{};
-    STD_TORCH_CHECK(encoding.is_cpu() && encoding.is_contiguous() &&
-                        encoding.scalar_type() == ScalarType::Long &&
-                        encoding.numel() > kHeaderFields,
-                    "the encoding must be a contiguous int64 CPU tensor");
-    const int64_t* fields = static_cast<const int64_t*>(encoding.const_data_ptr());
-    lookup.header = *reinterpret_cast<const Header*>(fields);
-    lookup.features = reinterpret_cast<const Feature*>(fields + kHeaderFields);
-    lookup.probes = reinterpret_cast<const Probe*>(fields + kHeaderFields +
-                                                   lookup.header.num_features * kFeatureFields);
     for (const Tensor& store : stores) lookup.stores.push_back(view_store(store));
-    check_encoding(lookup, encoding.numel());
+    read_encoding(lookup, encoding);
     lookup.ids = ids.const_data_ptr();
     lookup.ids_are_32_bit = is_32_bit(ids);
     lookup.num_ids = ids.numel();
@@ -217,18 +266,19 @@ Lookup make_lookup(const std::vector<Tensor>& stores, const Tensor& ids,
         lookup.offsets = offsets->const_data_ptr();
         lookup.num_offsets = offsets->numel();
         lookup.batch = (offsets->numel() - ends_are_given) / lookup.header.num_features;
-        check_offsets(lookup);
+        check_offsets(lookup, ends_are_given);
     } else {
         STD_TORCH_CHECK(lookup.header.num_features == 1, "many features need offsets");
         lookup.batch = lookup.num_ids;
         lookup.longest_bag = 1;
     }
     if (weights.has_value()) {
-        const StoreView view = view_store(torch::stable::view(*weights, {-1, 1}));
-        STD_TORCH_CHECK(view.rows == lookup.num_ids && view.dtype != Dtype::kPacked,
-                        "per_sample_weights must be float, one for each id");
-        lookup.weights = view.data;
-        lookup.weights_dtype = view.dtype;
+        STD_TORCH_CHECK(weights->is_cpu() && weights->is_contiguous() && weights->dim() == 1 &&
+                            weights->numel() == lookup.num_ids,
+                        "per_sample_weights must be a contiguous 1-D CPU tensor, one for each of ",
+                        lookup.num_ids, " ids");
+        lookup.weights_dtype = float_dtype(*weights, "per_sample_weights");
+        lookup.weights = weights->const_data_ptr();
     }
     return lookup;
 }
@@ -242,8 +292,14 @@ Tensor check_gradient(const Tensor& grad, const Lookup& lookup) {
     return torch::stable::contiguous(grad);
 }
 
-// Below this many ids a thread costs more than it gives.
-constexpr int64_t kIdsPerThread = 512;
+// A wanted store: float, and wanted once.
+const StoreView& wanted_store(const Lookup& lookup, const std::vector<GradientSink*>& sinks,
+                              int64_t store) {
+    const StoreView& view = store_at(lookup, store);
+    STD_TORCH_CHECK(view.dtype != Dtype::kPacked, "packed stores have no gradient");
+    STD_TORCH_CHECK(sinks[store] == nullptr, "the gradient of store ", store, " is wanted twice");
+    return view;
+}
 
 int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
@@ -271,8 +327,7 @@ std::vector<Tensor> lookup_backward(Tensor grad, std::vector<Tensor> stores, Ten
     std::vector<GradientSink> sinks(stores.size());
     std::vector<GradientSink*> pointers(stores.size(), nullptr);
     for (const int64_t store : wanted) {
-        const StoreView& view = store_at(what, store);
-        STD_TORCH_CHECK(view.dtype != Dtype::kPacked, "packed stores have no gradient");
+        const StoreView& view = wanted_store(what, pointers, store);
         Tensor dense = torch::stable::empty({view.rows, view.width}, ScalarType::Float);
         torch::stable::zero_(dense);
         sinks[store].dense = static_cast<float*>(dense.mutable_data_ptr());
@@ -295,9 +350,7 @@ std::vector<Tensor> lookup_backward_sparse(Tensor grad, std::vector<Tensor> stor
     std::vector<GradientSink> sinks(stores.size());
     std::vector<GradientSink*> pointers(stores.size(), nullptr);
     for (const int64_t store : wanted) {
-        STD_TORCH_CHECK(store_at(what, store).dtype != Dtype::kPacked,
-                        "packed stores have no gradient");
-        sinks[store].width = what.stores[store].width;
+        sinks[store].width = wanted_store(what, pointers, store).width;
         pointers[store] = &sinks[store];
     }
     check_ids(accumulate_gradients(what, static_cast<const float*>(gradient.const_data_ptr()),
@@ -344,85 +397,106 @@ Tensor lookup_backward_weights(Tensor grad, std::vector<Tensor> stores, Tensor i
 }
 
 struct Updated {
+    Optimizer optimizer;
     int64_t width;
     float* data;
     float* first;  // state, or nullptr
     float* second;
 };
 
-void update_rows(const Optimizer& optimizer, const TouchedRows& touched, const Updated& store) {
-    const bool rowwise = optimizer.kind == OptimizerKind::kRowwiseAdagrad;
+void update_rows(const TouchedRows& touched, const Updated& store) {
+    const bool rowwise = store.optimizer.kind == OptimizerKind::kRowwiseAdagrad;
     for (size_t i = 0; i < touched.rows().size(); ++i) {
         const int64_t row = touched.rows()[i], at = row * (rowwise ? 1 : store.width);
-        update_row(optimizer, store.width, touched.values() + i * store.width,
+        update_row(store.optimizer, store.width, touched.values() + i * store.width,
                    store.data + row * store.width,
                    store.first == nullptr ? nullptr : store.first + at,
                    store.second == nullptr ? nullptr : store.second + at);
     }
 }
 
+// The same as lookup; its gradient formula updates the wanted stores. `anchor` requires a gradient,
+// so that there is a backward pass.
+Tensor lookup_fused(Tensor /*anchor*/, std::vector<Tensor> stores, Tensor ids,
+                    std::optional<Tensor> offsets, std::optional<Tensor> weights, Tensor encoding,
+                    bool ends_are_given, int64_t num_features, int64_t num_columns,
+                    std::vector<int64_t> /*wanted*/, std::vector<Tensor> /*first*/,
+                    std::vector<Tensor> /*second*/, std::vector<Tensor> /*steps*/,
+                    Tensor /*settings*/, int64_t /*kind*/) {
+    return lookup(std::move(stores), std::move(ids), std::move(offsets), std::move(weights),
+                  std::move(encoding), ends_are_given, num_features, num_columns, false);
+}
+
+Optimizer read_optimizer(const Tensor& settings, int64_t kind) {
+    STD_TORCH_CHECK(kind >= 0 && kind <= 3, "unknown optimizer ", kind);
+    STD_TORCH_CHECK(settings.is_cpu() && settings.is_contiguous() &&
+                        settings.scalar_type() == ScalarType::Double && settings.numel() == 5,
+                    "settings must be 5 float64 numbers on the CPU");
+    const double* numbers = static_cast<const double*>(settings.const_data_ptr());
+    Optimizer optimizer{};
+    optimizer.kind = static_cast<OptimizerKind>(kind);
+    optimizer.learning_rate = static_cast<float>(numbers[0]);
+    optimizer.epsilon = static_cast<float>(numbers[1]);
+    optimizer.weight_decay = static_cast<float>(numbers[2]);
+    optimizer.beta1 = static_cast<float>(numbers[3]);
+    optimizer.beta2 = static_cast<float>(numbers[4]);
+    return optimizer;
+}
+
+void check_state(const std::vector<Tensor>& state, size_t number, ScalarType type,
+                 int64_t numbers) {
+    STD_TORCH_CHECK(number < state.size() && state[number].is_cpu() &&
+                        state[number].is_contiguous() && state[number].scalar_type() == type &&
+                        state[number].numel() == numbers,
+                    "optimizer state of the wrong shape or dtype, or of too few stores");
+}
+
 // The backward pass and the update of the touched rows in one. `first` and `second` are the
-// optimizer's state for each wanted store (empty tensors where it has none).
+// optimizer's state for each wanted store (nothing where it has none), `steps` counts the updates
+// of each, `settings` are learning rate, epsilon, weight decay and Adam's betas.
 void lookup_backward_update(Tensor grad, std::vector<Tensor> stores, Tensor ids,
                             std::optional<Tensor> offsets, std::optional<Tensor> weights,
                             Tensor encoding, bool ends_are_given, std::vector<int64_t> wanted,
-                            std::vector<Tensor> first, std::vector<Tensor> second, int64_t kind,
-                            double learning_rate, double epsilon, double weight_decay, double beta1,
-                            double beta2, int64_t step) {
+                            std::vector<Tensor> first, std::vector<Tensor> second,
+                            std::vector<Tensor> steps, Tensor settings, int64_t kind) {
     const Lookup what = make_lookup(stores, ids, offsets, weights, encoding, ends_are_given);
     const Tensor gradient = check_gradient(grad, what);
-    STD_TORCH_CHECK(kind >= 0 && kind <= 3, "unknown optimizer ", kind);
-    STD_TORCH_CHECK(first.size() == wanted.size() && second.size() == wanted.size(),
-                    "one state for each store");
-    const Optimizer optimizer{static_cast<OptimizerKind>(kind),
-                              static_cast<float>(learning_rate),
-                              static_cast<float>(epsilon),
-                              static_cast<float>(weight_decay),
-                              static_cast<float>(beta1),
-                              static_cast<float>(beta2),
-                              step};
+    const Optimizer optimizer = read_optimizer(settings, kind);
     const bool rowwise = optimizer.kind == OptimizerKind::kRowwiseAdagrad;
     const bool has_first = optimizer.kind != OptimizerKind::kSgd;
     const bool has_second = optimizer.kind == OptimizerKind::kAdam;
     std::vector<GradientSink> sinks(stores.size());
     std::vector<GradientSink*> pointers(stores.size(), nullptr);
     for (size_t k = 0; k < wanted.size(); ++k) {
-        const StoreView& view = store_at(what, wanted[k]);
+        const StoreView& view = wanted_store(what, pointers, wanted[k]);
         STD_TORCH_CHECK(view.dtype == Dtype::kFloat32, "fused updates need float32 stores");
         const int64_t numbers = view.rows * (rowwise ? 1 : view.width);
-        for (const Tensor* state :
-             {has_first ? &first[k] : nullptr, has_second ? &second[k] : nullptr}) {
-            STD_TORCH_CHECK(state == nullptr || (state->is_cpu() && state->is_contiguous() &&
-                                                 state->scalar_type() == ScalarType::Float &&
-                                                 state->numel() == numbers),
-                            "optimizer state of the wrong shape");
-        }
+        if (has_first) check_state(first, k, ScalarType::Float, numbers);
+        if (has_second) check_state(second, k, ScalarType::Float, numbers);
+        check_state(steps, k, ScalarType::Long, 1);
+        STD_TORCH_CHECK(*static_cast<const int64_t*>(steps[k].const_data_ptr()) >= 0,
+                        "a negative number of steps");
         sinks[wanted[k]].width = view.width;
         pointers[wanted[k]] = &sinks[wanted[k]];
     }
     // All gradients are complete before any row moves: a product reads the other stores' rows.
     check_ids(accumulate_gradients(what, static_cast<const float*>(gradient.const_data_ptr()),
                                    pointers, threads()));
-    struct Task {
-        size_t k;
-        const TouchedRows* touched;
-    };
-    std::vector<Task> tasks;
+    std::vector<Updated> updates;
     for (size_t k = 0; k < wanted.size(); ++k) {
-        for (const TouchedRows& touched : sinks[wanted[k]].touched) tasks.push_back({k, &touched});
+        Updated update{optimizer, what.stores[wanted[k]].width, nullptr, nullptr, nullptr};
+        update.optimizer.step = ++*static_cast<int64_t*>(steps[k].mutable_data_ptr());
+        update.data = static_cast<float*>(stores[wanted[k]].mutable_data_ptr());
+        if (has_first) update.first = static_cast<float*>(first[k].mutable_data_ptr());
+        if (has_second) update.second = static_cast<float*>(second[k].mutable_data_ptr());
+        updates.push_back(update);
     }
-    std::atomic<size_t> next{0};
-    const auto pointer = [](const Tensor& tensor) {
-        return tensor.numel() == 0 ? nullptr : static_cast<float*>(tensor.mutable_data_ptr());
-    };
-    parallel(what.num_ids < kIdsPerThread ? 1 : threads(), [&](int) {
-        for (size_t number = next++; number < tasks.size(); number = next++) {
-            const size_t k = tasks[number].k;
-            const StoreView& view = what.stores[wanted[k]];
-            update_rows(optimizer, *tasks[number].touched,
-                        {view.width, static_cast<float*>(const_cast<void*>(view.data)),
-                         has_first ? pointer(first[k]) : nullptr,
-                         has_second ? pointer(second[k]) : nullptr});
+    // A row is in the same partition of every store, so tables that share a tensor never update a
+    // row at the same time.
+    const size_t partitions = wanted.empty() ? 0 : sinks[wanted[0]].touched.size();
+    parallel(static_cast<int>(partitions), [&](int partition) {
+        for (size_t k = 0; k < wanted.size(); ++k) {
+            update_rows(sinks[wanted[k]].touched[partition], updates[k]);
         }
     });
 }
@@ -452,9 +526,12 @@ STABLE_TORCH_LIBRARY(embcompress, m) {
     m.def(
         "lookup_backward_update(Tensor grad, Tensor(a!)[] stores, Tensor ids, Tensor? offsets, "
         "Tensor? weights, Tensor encoding, bool ends_are_given, int[] wanted, Tensor(b!)[] first, "
-        "Tensor(c!)[] second, "
-        "int kind, float learning_rate, float epsilon, float weight_decay, float beta1, "
-        "float beta2, int step) -> ()");
+        "Tensor(c!)[] second, Tensor(d!)[] steps, Tensor settings, int kind) -> ()");
+    m.def(
+        "lookup_fused(Tensor anchor, Tensor[] stores, Tensor ids, Tensor? offsets, "
+        "Tensor? weights, Tensor encoding, bool ends_are_given, int num_features, "
+        "int num_columns, int[] wanted, Tensor[] first, Tensor[] second, Tensor[] steps, "
+        "Tensor settings, int kind) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(embcompress, CPU, m) {
@@ -464,6 +541,7 @@ STABLE_TORCH_LIBRARY_IMPL(embcompress, CPU, m) {
     m.impl("lookup_backward_sparse", TORCH_BOX(&embcompress::lookup_backward_sparse));
     m.impl("lookup_backward_weights", TORCH_BOX(&embcompress::lookup_backward_weights));
     m.impl("lookup_backward_update", TORCH_BOX(&embcompress::lookup_backward_update));
+    m.impl("lookup_fused", TORCH_BOX(&embcompress::lookup_fused));
 }
 
 // An empty Python module: importing it loads the library, which registers the operators.

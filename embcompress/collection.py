@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from embcompress.budget import Budget, allocate, default_plans, parse_budget
 from embcompress.engine import Bags, GradientOptions, Program, make_bags
+from embcompress.engine.fused import FusedStores
 from embcompress.methods import Method, TableSpec, resolve_method
 from embcompress.methods.full import Full
 from embcompress.modules import EmbeddingBag, dtype_name, fused_stores, tie_shared_stores
@@ -114,10 +115,11 @@ class EmbeddingBagCollection(nn.Module):
                 resolved.fill(spec, plan, bag.stores())
             self.embedding_bags[table.name] = bag
         tie_shared_stores(self._bags_of_tables())
-        self._encoded: Program | None = None
         self._tables_of_features = {
             feature: table.name for table in tables for feature in table.feature_names
         }
+        # Here, not at the first call: a compiler would take the first call for a special case.
+        self._encoded = self._encode(self._bags_of_features())
 
     @property
     def feature_names(self) -> tuple[str, ...]:
@@ -188,21 +190,28 @@ class EmbeddingBagCollection(nn.Module):
                 )
         program = self._program(modules)
         tables = list(dict.fromkeys(modules))
-        fused = None
-        if all(table._fuses_in_kernel for table in tables):
+        if any(table.fused_rule is not tables[0].fused_rule for table in tables):
+            raise ValueError("some tables have another fused optimizer; fuse the whole collection")
+        fused: FusedStores | list[FusedStores | None] | None = None
+        if tables[0].updated_in_kernel and program.parts:
+            pairs = zip(program.parts, modules, strict=True)
+            fused = [fused_stores(part, (module,)) for part, module in pairs]
+        elif tables[0].updated_in_kernel:
             fused = fused_stores(program, tables)
         return program([module.stores() for module in modules], bags, fused)
 
     def _program(self, modules: Sequence[EmbeddingBag]) -> Program:
         """The features' plans, encoded again only when one of them has changed."""
-        plans = tuple(module.plan for module in modules)
-        if self._encoded is None or any(
-            one is not other for one, other in zip(self._encoded.plans, plans, strict=True)
-        ):
-            numbers = {module: number for number, module in enumerate(dict.fromkeys(modules))}
-            options = GradientOptions(sparse=all(module.sparse for module in modules))
-            self._encoded = Program(plans, options, [numbers[module] for module in modules])
+        plans = self._encoded.plans
+        if any(plan is not module.plan for plan, module in zip(plans, modules, strict=True)):
+            self._encoded = self._encode(modules)
         return self._encoded
+
+    def _encode(self, modules: Sequence[EmbeddingBag]) -> Program:
+        numbers = {module: number for number, module in enumerate(dict.fromkeys(modules))}
+        options = GradientOptions(sparse=all(module.sparse for module in modules))
+        plans = [module.plan for module in modules]
+        return Program(plans, options, [numbers[module] for module in modules])
 
     def _concatenate(
         self, features: Mapping[str, FeatureInput]

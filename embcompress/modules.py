@@ -21,31 +21,25 @@ _DENSE_CHUNK = 1 << 16
 
 
 def fused_stores(program: Program, tables: Sequence[CompressedTable]) -> FusedStores | None:
-    """What the backward pass of a program updates; None if that is nothing.
+    """What the backward pass of a compiled program updates; None if that is nothing.
 
     Args:
         program: of the tables' plans.
         tables: by owner number.
     """
     rule = tables[0].fused_rule
-    if rule is None or not torch.is_grad_enabled() or not program.is_compiled:
+    if rule is None or not torch.is_grad_enabled():
         return None
-    wanted, states = [], []
+    wanted, states, steps = [], [], []
     for position, (owner, name) in enumerate(program.stores):
-        store = getattr(tables[owner], name)
-        if store.is_floating_point() and not store.requires_grad:
+        table = tables[owner]
+        if name in table.updated_in_kernel:
             wanted.append(position)
-            states.append(tables[owner].optimizer_states(name))
-    empty = torch.empty(0)
-    padded = [[*state, empty, empty][:2] for state in states]
-    return FusedStores(
-        rule,
-        wanted,
-        [first for first, _ in padded],
-        [second for _, second in padded],
-        torch.zeros((), requires_grad=True),
-        [table.optimizer_step for table in tables],
-    )
+            states.append(table.optimizer_states(name))
+            steps.append(table.optimizer_step(name))
+    first = [state[0] for state in states if len(state) > 0]
+    second = [state[1] for state in states if len(state) > 1]
+    return FusedStores(rule, wanted, first, second, steps)
 
 
 TableType = TypeVar("TableType", bound="CompressedTable")
@@ -67,6 +61,8 @@ class CompressedTable(nn.Module):
         plan: the :class:`~embcompress.plan.LookupPlan`, with the stores' present dtypes.
         method: name of the method that made the plan.
         settings: the method with its settings, or None where the name is no method's.
+        fused_rule: the fused optimizer, or None.
+        updated_in_kernel: names of the stores that the engine updates in its backward pass.
     """
 
     def __init__(
@@ -81,8 +77,7 @@ class CompressedTable(nn.Module):
         self.set_method(method)
         self.options = options
         self.fused_rule: UpdateRule | None = None
-        self.optimizer_step: Tensor  # how often each store was updated, where it is fused
-        self._fuses_in_kernel = False
+        self.updated_in_kernel: tuple[str, ...] = ()
         self._set_plan(plan)
         for store in plan.stores:
             if store.is_float:
@@ -147,7 +142,7 @@ class CompressedTable(nn.Module):
         return torch.cat(chunks)
 
     def _run(self, bags: Bags) -> Tensor:
-        fused = fused_stores(self._program, (self,)) if self._fuses_in_kernel else None
+        fused = fused_stores(self._program, (self,)) if self.updated_in_kernel else None
         return self._program((self.stores(),), bags, fused)
 
     # -- changing
@@ -232,33 +227,32 @@ class CompressedTable(nn.Module):
         )
         if not compiled:
             self.options = replace(self.options, sparse=True)
-            self._set_plan(self._plan)
-        if "optimizer_step" not in self._buffers:
-            count = len(self._plan.stores)
-            self.register_buffer("optimizer_step", torch.zeros(count, dtype=torch.int64))
-        for position, (name, store) in enumerate(self.stores().items()):
-            if not store.is_floating_point():
-                continue
+            self._set_plan(replace(self._plan))  # a new object: collections notice the change
+        in_kernel = []
+        for name, store in self.stores().items():
             known = store in states
-            own = states.setdefault(store, rule.new_states(store) if not known else [])
-            for number, state in enumerate(own):
+            if not (known or store.requires_grad):  # packed, or frozen
+                continue
+            own = states[store] if known else states.setdefault(store, rule.new_states(store))
+            step, *values = own
+            self.register_buffer(f"optimizer_{name}_step", step)
+            for number, state in enumerate(values):
                 self.register_buffer(f"optimizer_{name}_{number}", state)
             if compiled and name not in heads:
                 store.requires_grad_(False)
+                in_kernel.append(name)
             elif not known:
-                store.register_post_accumulate_grad_hook(self._updater(position, name))
-        self._fuses_in_kernel = compiled
+                store.register_post_accumulate_grad_hook(self._updater(name))
+        self.updated_in_kernel = tuple(in_kernel)
 
-    def _updater(self, position: int, name: str) -> Callable[[Tensor], None]:
+    def _updater(self, name: str) -> Callable[[Tensor], None]:
         """A hook that updates one store by its gradient, in torch."""
 
         def update(store: Tensor) -> None:
-            rule, gradient = self.fused_rule, store.grad
+            rule, gradient, step = self.fused_rule, store.grad, self.optimizer_step(name)
             assert rule is not None and gradient is not None
-            if not self._fuses_in_kernel:
-                self.optimizer_step[position] += 1
-            step = max(1, int(self.optimizer_step[position]))
-            rule.update(store, gradient, self.optimizer_states(name), step)
+            step += 1
+            rule.update(store, gradient, self.optimizer_states(name), int(step))
             store.grad = None
 
         return update
@@ -268,6 +262,11 @@ class CompressedTable(nn.Module):
         rule = self.fused_rule
         assert rule is not None
         return [getattr(self, f"optimizer_{name}_{k}") for k in range(rule.num_states)]
+
+    def optimizer_step(self, name: str) -> Tensor:
+        """(1,) int64: how often one store was updated."""
+        step: Tensor = getattr(self, f"optimizer_{name}_step")
+        return step
 
     # -- state
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import embcompress as ec
+from embcompress.engine import ops
 from embcompress.optimizers import unfused_parameters
 
 METHODS = sorted(ec.methods())
@@ -103,6 +104,43 @@ def test_state_is_saved_and_goes_on(method: str) -> None:
         assert torch.equal(resumed.get_parameter(name), expected)
 
 
+@pytest.mark.parametrize("engine", ["kernel", "torch"])
+def test_adam_of_a_head_is_torchs(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head's moments are corrected for as many steps as it has taken."""
+    if engine == "torch":
+        monkeypatch.setattr("embcompress.engine.ops.is_available", lambda: False)
+    fused, plain = table("low_dim"), table("low_dim")
+    head = plain.plan.head.weight
+    ec.fuse_optimizer(fused, "adam", lr=0.05)
+    optimizer = torch.optim.Adam([plain.get_parameter(head)], lr=0.05)
+    rest = [p for name, p in plain.named_parameters() if name != head]
+    for ids, offsets, gradient in batches():
+        with torch.no_grad():  # the other stores are another test's
+            for name, p in plain.named_parameters():
+                if name != head:
+                    p.copy_(fused.get_parameter(name))
+        plain.zero_grad()
+        plain(ids, offsets).backward(gradient)
+        fused(ids, offsets).backward(gradient)
+        optimizer.step()
+    assert rest
+    expected = plain.get_parameter(head)
+    torch.testing.assert_close(fused.get_parameter(head), expected, rtol=1e-4, atol=1e-5)
+    assert int(fused.optimizer_step(head)) == len(batches())
+
+
+def test_a_frozen_store_is_not_updated() -> None:
+    module = table("qr")
+    names = [name for name, _ in module.named_parameters()]
+    frozen, before = module.get_parameter(names[0]), module.state_dict()[names[0]].clone()
+    frozen.requires_grad_(False)
+    ec.fuse_optimizer(module, "sgd", lr=0.1)
+    other = module.get_parameter(names[1]).clone()
+    for ids, offsets, gradient in batches():
+        module(ids, offsets).backward(gradient)
+    assert torch.equal(frozen, before) and not torch.equal(module.get_parameter(names[1]), other)
+
+
 def test_state_is_reported_as_training_memory() -> None:
     module = table("hash")
     before = ec.memory(module)
@@ -130,6 +168,63 @@ def test_a_collection_with_a_shared_table() -> None:
         optimizer.step()
     for name, expected in plain.named_parameters():
         torch.testing.assert_close(fused.get_parameter(name), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("engine", ["kernel", "torch"])
+def test_a_collection_leaves_untouched_rows_alone(
+    engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if engine == "torch":
+        monkeypatch.setattr("embcompress.engine.ops.is_available", lambda: False)
+    torch.manual_seed(0)
+    tables = [ec.TableConfig("a", 100, 8), ec.TableConfig("b", 300, 8)]
+    collection = ec.EmbeddingBagCollection(tables, method="hash")
+    ec.fuse_optimizer(collection, "adam", lr=0.1)
+    rows = {}
+    for id in (0, 1):
+        collection({"a": torch.tensor([id]), "b": torch.tensor([id])}).sum().backward()
+        rows[id] = {name: p.detach().clone() for name, p in collection.named_parameters()}
+    for name, after in rows[1].items():
+        assert int((after != rows[0][name]).any(1).sum()) == 1
+
+
+@pytest.mark.parametrize("name", ["sgd", "adagrad"])
+def test_a_collection_with_maxima(name: str) -> None:
+    """It is looked up feature by feature, and every feature's table is updated."""
+    tables = [ec.TableConfig("a", 100, 8, mode="max"), ec.TableConfig("b", 300, 8)]
+
+    def make() -> ec.EmbeddingBagCollection:
+        torch.manual_seed(0)
+        return ec.EmbeddingBagCollection(tables, method="qr")
+
+    fused, plain = make(), make()
+    ec.fuse_optimizer(fused, name, lr=0.05)
+    optimizer = TORCH[name](plain.parameters())
+    features = {"a": torch.tensor([[1, 2], [2, 9]]), "b": torch.tensor([5, 250])}
+    for _ in range(3):
+        fused(features).pow(2).sum().backward()
+        optimizer.zero_grad()
+        plain(features).pow(2).sum().backward()
+        optimizer.step()
+    for store, expected in plain.named_parameters():
+        torch.testing.assert_close(fused.get_parameter(store), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_collection_is_fused_as_a_whole() -> None:
+    tables = [ec.TableConfig("a", 100, 8), ec.TableConfig("b", 300, 8)]
+    collection = ec.EmbeddingBagCollection(tables, method="qr")
+    ec.fuse_optimizer(collection.embedding_bags["a"], "sgd", lr=0.1)
+    with pytest.raises(ValueError, match="fuse the whole collection"):
+        collection({"a": torch.tensor([1]), "b": torch.tensor([2])})
+
+
+@pytest.mark.skipif(not ops.is_available(), reason="the C++ extension is not built")
+def test_weights_that_the_kernels_do_not_take_are_refused() -> None:
+    module = table("hash")
+    ec.fuse_optimizer(module, "sgd", lr=0.1)
+    ids, offsets, _ = batches()[0]
+    with pytest.raises(TypeError, match=r"call \.float\(\) on the weights"):
+        module(ids, offsets, torch.ones(len(ids), dtype=torch.float64))
 
 
 def test_the_rate_can_be_scheduled_and_evaluation_changes_nothing() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from embcompress.engine import ops
 from embcompress.engine.bags import Bags, check_ids, check_offsets, make_bags
 from embcompress.engine.encoding import EncodedPlans, can_encode, encode_plans
-from embcompress.engine.fused import FusedLookup, FusedStores
+from embcompress.engine.fused import FusedStores, lookup_fused
 from embcompress.engine.reference import lookup_reference, pool_bags
 from embcompress.plan import LookupPlan
 
@@ -61,6 +61,7 @@ class Program:
 
     Attributes:
         stores: (owner, store name) of every tensor that the operators take, in order.
+        parts: a program for each feature, where one call cannot run them all; else empty.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Program:
         self._sources: list[tuple[int, str]] = []
         self._dense = len(plans) == 1 and plans[0].is_dense
         self._encoded: EncodedPlans | None = None
-        self._parts: list[Program] = []
+        self.parts: list[Program] = []
         if ops.is_available() and all(map(can_encode, plans)):
             self._encode()
         self._has_heads = any(plan.head is not None for plan in plans)
@@ -88,7 +89,7 @@ class Program:
         if any(plan.pool == "max" for plan in self.plans):
             # A maximum is over vectors after the head, so each feature is pooled by itself.
             if len(self.plans) > 1:
-                self._parts = [Program((plan,), self.options) for plan in self.plans]
+                self.parts = [Program((plan,), self.options) for plan in self.plans]
                 return
             plans = [self.plans[0].with_pool("none", self.plans[0].padding_idx)]
         else:
@@ -113,7 +114,10 @@ class Program:
         return self._encoded is not None
 
     def __call__(
-        self, stores: Sequence[Stores], bags: Bags, fused: FusedStores | None = None
+        self,
+        stores: Sequence[Stores],
+        bags: Bags,
+        fused: FusedStores | Sequence[FusedStores | None] | None = None,
     ) -> Tensor:
         """Vectors (one feature, ``pool="none"``), or the pooled bags of all features.
 
@@ -121,22 +125,31 @@ class Program:
             stores: for each feature its tensors by store name: float ones (rows, width), packed
                 ones (bytes,) uint8.
             bags: feature-major ids and offsets.
-            fused: stores that the backward pass updates; for compiled programs.
+            fused: stores that the backward pass updates; for compiled programs. A sequence of
+                them, one a feature, for a program of parts.
 
         Returns:
             (N, embedding_dim), or (B, sum of embedding_dim).
 
         Raises:
+            TypeError: inputs that the compiled engine does not run, with ``fused``.
             IndexError: an id outside ``[0, num_embeddings)``.
             ValueError: offsets that describe no bags.
         """
         if self._dense and fused is None:
             return self._run_dense(stores[0], bags.complete())
-        if self._parts:
-            parts = zip(self._parts, stores, self._feature_bags(bags), strict=True)
-            return torch.cat([part((each,), own) for part, each, own in parts], dim=1)
+        if self.parts:
+            updates = fused if isinstance(fused, Sequence) else [None] * len(self.parts)
+            parts = zip(self.parts, stores, self._feature_bags(bags), updates, strict=True)
+            return torch.cat([part((each,), own, update) for part, each, own, update in parts], 1)
+        assert not isinstance(fused, Sequence)
         if self._encoded is not None and _is_for_kernels(bags):
             return self._run_compiled(self._encoded, stores, bags, fused)
+        if fused is not None:
+            raise TypeError(
+                "a fused optimizer takes ids on the CPU and per_sample_weights of float32 at "
+                "most; call .float() on the weights"
+            )
         return self._run_reference(stores, bags.complete())
 
     # -- torch's own operator
@@ -194,7 +207,7 @@ class Program:
         )
         try:
             if fused is not None and torch.is_grad_enabled():
-                pooled = FusedLookup.apply(fused.anchor, arguments[3], fused, arguments)
+                pooled = lookup_fused(fused, arguments)
             else:
                 pooled = ops.lookup(*arguments)
         except RuntimeError:

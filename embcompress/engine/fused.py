@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from embcompress.engine import ops
 
 #: Number of each optimizer in ``csrc/cpu/optimizers.h``.
 OPTIMIZERS = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 2, "adam": 3}
@@ -23,6 +26,9 @@ class UpdateRule:
         eps: added to the denominator.
         weight_decay: added to the gradient of touched rows, times the row.
         betas: of Adam's moments.
+        settings: (5,) float64, these numbers in this order: what the operators read, so that a
+            new rate is no new graph for a compiler.
+        anchor: a scalar that requires a gradient, so that there is a backward pass.
     """
 
     name: str
@@ -31,19 +37,36 @@ class UpdateRule:
     weight_decay: float
     betas: tuple[float, float]
 
+    def __post_init__(self) -> None:
+        self.settings = torch.empty(5, dtype=torch.float64, device="cpu")
+        self.anchor = torch.zeros((), device="cpu", requires_grad=True)
+        self._write_settings()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("lr", "eps", "weight_decay", "betas") and hasattr(self, "settings"):
+            self._write_settings()
+
+    def _write_settings(self) -> None:
+        numbers = [self.lr, self.eps, self.weight_decay, *self.betas]
+        self.settings.copy_(torch.tensor(numbers, dtype=torch.float64, device="cpu"))
+
     @property
     def num_states(self) -> int:
         """How many state tensors a store has."""
         return {"sgd": 0, "adam": 2}.get(self.name, 1)
 
     def new_states(self, store: Tensor) -> list[Tensor]:
-        """Zero state for a (rows, width) store, float32; (rows, 1) for the row-wise form."""
+        """Zero state for a (rows, width) store: the (1,) int64 number of steps, on the CPU, and
+        float32 state of the store's shape, or (rows, 1) for the row-wise form.
+        """
         width = 1 if self.name == "rowwise_adagrad" else store.shape[1]
         shape = (store.shape[0], width)
-        return [
+        states = [
             torch.zeros(shape, dtype=torch.float32, device=store.device)
             for _ in range(self.num_states)
         ]
+        return [torch.zeros(1, dtype=torch.int64, device="cpu"), *states]
 
     @torch.no_grad()
     def update(self, store: Tensor, gradient: Tensor, states: Sequence[Tensor], step: int) -> None:
@@ -89,21 +112,38 @@ class FusedStores:
     Attributes:
         rule: how.
         wanted: positions of the stores in the operator's list.
-        first, second: state of each; empty tensors where the rule has none.
-        anchor: a scalar that requires a gradient, so that there is a backward pass.
-        steps: int64 counters of each table, one a store; all are raised by one.
+        first, second: state of each; empty lists where the rule has none.
+        steps: (1,) int64 of each, how often it was updated; raised by the update.
     """
 
     rule: UpdateRule
     wanted: list[int]
     first: list[Tensor]
     second: list[Tensor]
-    anchor: Tensor
     steps: list[Tensor]
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The last arguments of the operators."""
+        rule = self.rule
+        kind = OPTIMIZERS[rule.name]
+        return self.wanted, self.first, self.second, self.steps, rule.settings, kind
+
+
+def lookup_fused(fused: FusedStores, inputs: tuple[Any, ...]) -> Tensor:
+    """``embcompress::lookup_fused``, by the cheapest way that the situation allows.
+
+    Args:
+        fused: what the backward pass updates.
+        inputs: arguments of ``embcompress::lookup``.
+    """
+    if torch.compiler.is_compiling():
+        *inputs_, _ = inputs
+        return torch.ops.embcompress.lookup_fused(fused.rule.anchor, *inputs_, *fused.arguments())
+    return FusedLookup.apply(fused.rule.anchor, inputs[3], fused, inputs)
 
 
 class FusedLookup(torch.autograd.Function):
-    """``embcompress::lookup`` whose backward is ``embcompress::lookup_backward_update``."""
+    """``embcompress::lookup_forward`` whose backward updates the stores."""
 
     @staticmethod
     def forward(
@@ -111,37 +151,53 @@ class FusedLookup(torch.autograd.Function):
         anchor: Tensor,
         weights: Tensor | None,
         fused: FusedStores,
-        arguments: tuple[Any, ...],
+        inputs: tuple[Any, ...],
     ) -> Tensor:
-        stores, ids, offsets, _, encoding, ends_are_given, *shape = arguments
-        ctx.fused, ctx.stores, ctx.ends_are_given = fused, stores, ends_are_given
+        stores, ids, offsets, _, encoding, ends_are_given, *shape = inputs
+        # The stores are not saved: that they change before a second backward pass is no mistake.
         ctx.save_for_backward(ids, offsets, weights, encoding)
+        ctx.stores, ctx.ends_are_given, ctx.update = stores, ends_are_given, fused.arguments()
         return torch.ops.embcompress.lookup_forward(
             stores, ids, offsets, weights, encoding, ends_are_given, *shape
         )
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        ids, offsets, weights, encoding = ctx.saved_tensors
-        fused, rule = ctx.fused, ctx.fused.rule
-        gradient = gradients[0].contiguous()
-        arguments = (gradient, ctx.stores, ids, offsets, weights, encoding, ctx.ends_are_given)
-        weights_gradient = None
-        if ctx.needs_input_grad[1]:  # before the rows move
-            weights_gradient = torch.ops.embcompress.lookup_backward_weights(*arguments)
-            weights_gradient = weights_gradient.to(weights.dtype)
-        for step in fused.steps:
-            step += 1
-        torch.ops.embcompress.lookup_backward_update(
-            *arguments,
-            fused.wanted,
-            fused.first,
-            fused.second,
-            OPTIMIZERS[rule.name],
-            rule.lr,
-            rule.eps,
-            rule.weight_decay,
-            *rule.betas,
-            int(fused.steps[0][0]),
-        )
-        return None, weights_gradient, None, None
+        return None, _update(ctx, gradients[0], ctx.needs_input_grad[1]), None, None
+
+
+def _update(ctx: Any, gradient: Tensor, weights_are_wanted: bool) -> Tensor | None:
+    """Update the stores; the gradient of the per-sample weights."""
+    ids, offsets, weights, encoding = ctx.saved_tensors
+    arguments = (
+        gradient.contiguous(), ctx.stores, ids, offsets, weights, encoding, ctx.ends_are_given,
+    )  # fmt: skip
+    weights_gradient = None
+    if weights_are_wanted:  # before the rows move
+        weights_gradient = torch.ops.embcompress.lookup_backward_weights(*arguments)
+        weights_gradient = weights_gradient.to(weights.dtype)
+    torch.ops.embcompress.lookup_backward_update(*arguments, *ctx.update)
+    return weights_gradient
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, stores, ids, offsets, weights, encoding, ends_are_given, _, _, *update = inputs
+    ctx.save_for_backward(ids, offsets, weights, encoding)
+    ctx.stores, ctx.ends_are_given, ctx.update = stores, ends_are_given, update
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    weights_gradient = _update(ctx, gradient, ctx.needs_input_grad[4])
+    _, first, second, steps, _, _ = ctx.update
+    nothing = [[None] * len(tensors) for tensors in (ctx.stores, first, second, steps)]
+    return (
+        None, nothing[0], None, None, weights_gradient, None, None, None, None, None,
+        *nothing[1:], None, None,
+    )  # fmt: skip
+
+
+if ops.is_available():
+    torch.library.register_autograd(
+        "embcompress::lookup_fused", _backward, setup_context=_setup_context
+    )

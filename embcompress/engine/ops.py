@@ -114,6 +114,23 @@ def _fake_lookup_backward_update(*arguments: Any) -> None:
     """Nothing comes back: stores and state change in place."""
 
 
+def _fake_lookup_fused(
+    anchor: Tensor,
+    stores: Sequence[Tensor],
+    ids: Tensor,
+    offsets: Tensor | None,
+    weights: Tensor | None,
+    encoding: Tensor,
+    ends_are_given: bool,
+    num_features: int,
+    num_columns: int,
+    *update: Any,
+) -> Tensor:
+    return _fake_lookup(
+        stores, ids, offsets, weights, encoding, ends_are_given, num_features, num_columns, False
+    )
+
+
 # ------------------------------------------------------------------------------------- autograd
 
 
@@ -217,6 +234,7 @@ if _LOADED:
         ("lookup_backward_sparse", _fake_lookup_backward_sparse),
         ("lookup_backward_weights", _fake_lookup_backward_weights),
         ("lookup_backward_update", _fake_lookup_backward_update),
+        ("lookup_fused", _fake_lookup_fused),
     ):
         torch.library.register_fake(f"embcompress::{_name}", _fake)
     torch.library.register_autograd("embcompress::lookup", _backward, setup_context=_setup_context)
