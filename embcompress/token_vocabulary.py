@@ -55,7 +55,7 @@ class TokenVocabulary:
         Raises:
             IndexError: a token outside the old vocabulary.
         """
-        ids = token_ids.long()
+        ids = token_ids.long().contiguous()
         ignored = torch.zeros_like(ids, dtype=torch.bool)
         if ignore_index is not None:
             ignored = ids == ignore_index

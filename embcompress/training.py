@@ -150,7 +150,7 @@ class TrainingProcedure:
                 self._add_hook(module, observe_collection)
 
     def _add_hook(self, module: nn.Module, observer: Callable[..., Iterable[Observation]]) -> None:
-        hook = _Hook(self, module, observer)
+        hook = _Hook(self, observer)
         self._hooks.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def _take(self, observations: Iterable[Observation]) -> None:
@@ -225,18 +225,15 @@ class TrainingProcedure:
 class _Hook:
     """A forward hook that hands what a module was called with to a procedure.
 
-    It belongs to one module: in a copy of the module, and when it is read back from a pickle, it
-    does nothing.
+    In a copy of the module, and when it is read back from a pickle, it does nothing.
     """
 
     def __init__(
         self,
         procedure: TrainingProcedure | None = None,
-        module: nn.Module | None = None,
         observer: Callable[..., Iterable[Observation]] | None = None,
     ) -> None:
         self._procedure = None if procedure is None else weakref.ref(procedure)
-        self._module = None if module is None else weakref.ref(module)
         self._observer = observer
 
     @torch.compiler.disable
@@ -244,9 +241,9 @@ class _Hook:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> None:
         procedure = None if self._procedure is None else self._procedure()
-        if procedure is None or self._module is None or self._module() is not module:
+        if procedure is None or self._observer is None:
             return
-        if self._observer is not None and module.training and torch.is_grad_enabled():
+        if module.training and torch.is_grad_enabled():
             watched = procedure._of_module
             procedure._take(self._observer(watched, module, output, *args, **kwargs))
 

@@ -11,11 +11,32 @@ import torch
 from torch import Tensor, nn
 
 from embcompress.ids import count_ids, read_ids
+from embcompress.methods.pruned import Pruned
 from embcompress.modules import CompressedTable, Embedding, dtype_name
 from embcompress.optimizer_state import Optimizers, as_optimizers, replace_parameter, take_rows
 from embcompress.plan import Digit
 from embcompress.pruned_layout import CODES, WEIGHT, PrunedLayout
 from embcompress.token_vocabulary import FALLBACK, TokenVocabulary, load_backup, save_backup
+
+
+class TokenEmbedding(Embedding):
+    """An :class:`~embcompress.Embedding` whose padding token is treated as torch does it.
+
+    The padding token's row is read as it is (a tied output layer may have trained it) and takes
+    no gradient from the lookup. Compressed tables would read zeros.
+    """
+
+    padding_token: int | None = None
+
+    @property
+    def padding_idx(self) -> int | None:
+        return self.padding_token
+
+    def forward(self, input: Tensor) -> Tensor:
+        vectors = super().forward(input)
+        if self.padding_token is None:
+            return vectors
+        return torch.where((input == self.padding_token)[..., None], vectors.detach(), vectors)
 
 
 def prune_vocabulary(
@@ -65,6 +86,7 @@ def prune_vocabulary(
     Source: Williams & Aletras, "Frustratingly simple memory efficiency for pre-trained language
     models via dynamic embedding pruning", arXiv 2309.08708, 2023.
     """
+    optimizers = as_optimizers(optimizer)
     tied = _find_tied(model, module, remap)
     weight = tied.weight
     token_ids = _rows_of_tokens(tokens, tied, keep, fallback_token)
@@ -88,7 +110,7 @@ def prune_vocabulary(
         },
     )
     sources = token_ids.to(weight.device)
-    _Resizer(model, tied, as_optimizers(optimizer)).resize(sources, fallback, vocabulary)
+    _Resizer(model, tied, optimizers).resize(sources, fallback, vocabulary)
     return vocabulary
 
 
@@ -174,7 +196,8 @@ def _find_tied(model: nn.Module, path: str | None, remap: bool) -> _Tied:
         raise ValueError("the embedding's weight is parametrized; remove the parametrization")
     if tied.others:
         raise ValueError(
-            f"the embedding's weight is shared with {tied.others}, which are no layers"
+            f"the embedding's weight is shared with {', '.join(tied.others)}, which are neither "
+            "embeddings nor linear layers"
         )
     for name, module in tied.embeddings.items():
         assert isinstance(module, nn.Embedding)
@@ -331,17 +354,21 @@ def _set_rows(embedding: nn.Embedding, weight: nn.Parameter, padding_idx: int | 
 
 def _remapping(
     embedding: nn.Embedding, weight: nn.Parameter, vocabulary: TokenVocabulary
-) -> Embedding:
+) -> TokenEmbedding:
     """An embedding that takes the old token ids and reads the cut weight."""
     kept = vocabulary.token_ids[1:].to(weight.device)
     layout = PrunedLayout(
         vocabulary.num_embeddings, weight.shape[1], kept.numel(), Digit(1, 1)
     )  # the fallback token's code is "absent", so it reads row 0, its own
-    padding = embedding.padding_idx
-    if padding is not None and bool(embedding.weight.detach()[padding].any()):
-        padding = None  # torch reads the row, which compressed tables do not
-    plan = layout.plan(dtype_name(weight.dtype)).with_pool("none", padding)
-    table = Embedding.from_plan(plan, "pruned", sparse=embedding.sparse, device="meta")
+    plan = layout.plan(dtype_name(weight.dtype))
+    table = TokenEmbedding.from_plan(
+        plan,
+        Pruned(importance=None),  # logits are numbered by the rows: they stay whose they are
+        sparse=embedding.sparse,
+        device="meta",
+    )
+    assert isinstance(table, TokenEmbedding)
+    table.padding_token = embedding.padding_idx
     table.replace_stores(plan, {WEIGHT: weight.detach(), CODES: layout.codes(kept)})
     table.weight = weight
     return table

@@ -160,7 +160,7 @@ def test_overflowed_gradients_count_as_nothing() -> None:
 def test_copies_and_pickles_of_a_model_are_not_observed() -> None:
     table = embedding(interval=1000)
     procedure = ec.TrainingProcedure(table)
-    for twin in (copy.deepcopy(table), pickle.loads(pickle.dumps(table))):
+    for twin in (copy.copy(table), copy.deepcopy(table), pickle.loads(pickle.dumps(table))):
         twin(torch.tensor([5]))
         assert not importance_of(procedure).any()
         twin.load_state_dict(table.state_dict())

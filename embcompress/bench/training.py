@@ -17,6 +17,7 @@ from embcompress.collection import EmbeddingBagCollection, TableConfig
 from embcompress.data.click_log import Batch, ClickLog, Split
 from embcompress.models import DLRM
 from embcompress.optimizers import fuse_optimizer, unfused_parameters
+from embcompress.training import TrainingProcedure
 
 _EVALUATION_ROWS = 8192
 #: Called after every few steps with (epoch, share of the epoch done, examples a second).
@@ -161,17 +162,19 @@ def train(
     """Train until the validation AUC stops rising; test rows are not touched."""
     trained = Trained(model, learning_rate)
     optimizer = make_optimizer(model, learning_rate)
+    procedure = TrainingProcedure(model, optimizer)
     rng = np.random.default_rng(seed)
     for epoch in range(1, settings.epochs + 1):
         rows = split.train if settings.split == "time" else rng.permutation(split.train)
         started = time.perf_counter()
-        _train_epoch(model, log, rows, settings.batch_size, optimizer, epoch, observe)
+        _train_epoch(model, log, rows, settings.batch_size, optimizer, procedure, epoch, observe)
         trained.train_seconds += time.perf_counter() - started
         trained.examples += len(rows)
         trained.validation.append(evaluate(model, log, split.validation))
         _keep_state(trained, epoch)
         if epoch - trained.best_epoch >= settings.patience:
             break
+    procedure.close()
     return trained
 
 
@@ -181,6 +184,7 @@ def _train_epoch(
     rows: NDArray[np.int64],
     batch_size: int,
     optimizer: torch.optim.Optimizer,
+    procedure: TrainingProcedure,
     epoch: int,
     observe: StepObserver | None,
 ) -> None:
@@ -188,6 +192,7 @@ def _train_epoch(
     started = last = time.perf_counter()
     for start in range(0, len(rows), batch_size):
         _step(model, optimizer, log.batch(rows[start : start + batch_size]))
+        procedure.step()
         now = time.perf_counter()
         if observe is not None and now - last > 0.2:
             done = min(start + batch_size, len(rows))
