@@ -17,16 +17,17 @@ from embcompress.modules import CompressedTable, EmbeddingBag
 class Observation:
     """One lookup of a table.
 
+    It does not hold the output: a hook of the output holds it, and the two would keep each other
+    alive.
+
     Attributes:
         table: the table.
         bags: what was looked up; without pooling its ids alone count.
-        output: the lookup's result, or that of a collection.
-        first_column: where the table's columns begin in the output.
+        first_column: where the table's columns begin in the output (of a collection).
     """
 
     table: CompressedTable
     bags: Bags
-    output: Tensor
     first_column: int = 0
 
     @property
@@ -53,7 +54,7 @@ class Observation:
         table, counted = self.table, self.occurrences()
         end = self.first_column + table.embedding_dim
         columns = gradient.reshape(-1, gradient.shape[-1])[:, self.first_column : end]
-        norms = columns.float().norm(dim=1)
+        norms = columns.float().contiguous().norm(dim=1)  # expanded ones are slow
         pool = table.plan.pool
         if pool == "none":
             return norms * counted
@@ -80,7 +81,7 @@ def observe_table(
         bags = make_bags(input, offsets, per_sample_weights, include_last_offset=last)
     else:
         bags = Bags(input.reshape(-1), input.reshape(-1))
-    yield Observation(module, _detached(bags), output)
+    yield Observation(module, _detached(bags))
 
 
 def observe_collection(
@@ -102,7 +103,7 @@ def observe_collection(
         else:
             assert offsets is not None  # the call would have failed
             bags = _slice(input, offsets, per_sample_weights, number, output.shape[0])
-        yield Observation(table, _detached(bags), output, column)
+        yield Observation(table, _detached(bags), column)
 
 
 def _slice(ids: Tensor, offsets: Tensor, weights: Tensor | None, feature: int, batch: int) -> Bags:

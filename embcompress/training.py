@@ -153,7 +153,7 @@ class TrainingProcedure:
         hook = _Hook(self, observer)
         self._hooks.append(module.register_forward_hook(hook, with_kwargs=True))
 
-    def _take(self, observations: Iterable[Observation]) -> None:
+    def _take(self, observations: Iterable[Observation], output: Tensor) -> None:
         for observation in observations:
             table = self._of_module.get(observation.table)
             if table is None or table.procedure.observes == "nothing":
@@ -161,8 +161,8 @@ class TrainingProcedure:
             if table.procedure.observes == "ids":
                 with torch.no_grad():
                     table.procedure.observe(table, observation.ids, observation.occurrences())
-            elif observation.output.requires_grad:
-                observation.output.register_hook(_GradientHook(table, observation))
+            elif output.requires_grad:
+                output.register_hook(_GradientHook(table, observation))
 
     # -- stepping
 
@@ -245,7 +245,7 @@ class _Hook:
             return
         if module.training and torch.is_grad_enabled():
             watched = procedure._of_module
-            procedure._take(self._observer(watched, module, output, *args, **kwargs))
+            procedure._take(self._observer(watched, module, output, *args, **kwargs), output)
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
         return _Hook, ()

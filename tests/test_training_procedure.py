@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -155,6 +156,21 @@ def test_overflowed_gradients_count_as_nothing() -> None:
     procedure = ec.TrainingProcedure(table)
     table(torch.tensor([1, 2])).backward(torch.tensor([[torch.inf] * WIDTH, [torch.nan] * WIDTH]))
     assert not importance_of(procedure).any()
+
+
+def test_a_watched_output_is_freed_at_once() -> None:
+    table = embedding(importance="gradient")
+    procedure = ec.TrainingProcedure(table)
+    gc.disable()
+    try:
+        output = table(some_ids(0))
+        freed = weakref.ref(output)
+        output.sum().backward()
+        assert importance_of(procedure).any()
+        del output
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 def test_copies_and_pickles_of_a_model_are_not_observed() -> None:
