@@ -115,9 +115,9 @@ void check_probe(const Lookup& lookup, const Probe& probe, const Feature& featur
     int64_t rows = address_size(probe.address);
     const Code& code = probe.code;
     if (code.store >= 0) {
-        STD_TORCH_CHECK(
-            code.width >= 1 && code.column >= 0 && code.column < code.width && code.size >= 1,
-            "encoding: codes of no column or no size");
+        STD_TORCH_CHECK(code.width >= 1 && code.column >= 0 && code.column < code.width &&
+                            code.size >= 1 && code.first >= 0,
+                        "encoding: codes of no column or no size");
         check_packed_store(store_at(lookup, code.store), rows, code.width, code.bits);
         if (code.has_otherwise) {
             STD_TORCH_CHECK(address_size(code.otherwise) <= code.size, "encoding: otherwise");

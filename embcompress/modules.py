@@ -188,8 +188,10 @@ class CompressedTable(nn.Module):
         Float stores become new parameters, so optimizers must be told. State of a fused
         optimizer starts anew, but for the numbers of steps.
         """
-        trained = any(p.requires_grad for p in self.parameters(recurse=False))
-        steps = dict(zip(self.stores(), getattr(self, "optimizer_step", ()), strict=False))
+        trained = bool(self.updated_in_kernel) or any(
+            p.requires_grad for p in self.parameters(recurse=False)
+        )
+        steps = {name: getattr(self, f"optimizer_{name}_step", None) for name in self.stores()}
         for name in [*self.stores(), *(b for b in self._buffers if b.startswith("optimizer_"))]:
             delattr(self, name)
         self._set_plan(plan)
@@ -200,8 +202,9 @@ class CompressedTable(nn.Module):
                 self.register_buffer(name, tensor)
         if self.fused_rule is not None:
             self.fuse(self.fused_rule, {})
-            for position, name in enumerate(self.stores()):
-                self.optimizer_step[position] = steps.get(name, 0)
+            for name, step in steps.items():
+                if step is not None and hasattr(self, f"optimizer_{name}_step"):
+                    self.optimizer_step(name).copy_(step)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> CompressedTable:
         super()._apply(fn, recurse)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import re
 import weakref
 from collections.abc import Callable
 
@@ -262,7 +263,9 @@ def test_a_row_starts_from_the_fallback_or_zero(new_rows: str, fallback: int) ->
 
 def rows_of_state(table: ec.Embedding, optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
     if optimizer is None:
-        return [t for name, t in table.named_buffers() if name.startswith("optimizer_weight")]
+        return [
+            t for name, t in table.named_buffers() if re.fullmatch(r"optimizer_weight_\d", name)
+        ]
     state = optimizer.state[table.weight].values()
     return [t for t in state if torch.is_tensor(t) and t.shape[:1] == table.weight.shape[:1]]
 

@@ -40,7 +40,8 @@ FEATURE = [
 ]  # fmt: skip
 PROBE = [
     "store", "offset", "column", "width", "address.kind", "address.a", "address.b",
-    "code.store", "code.bits", "code.width", "code.column", "code.size", "code.has_otherwise",
+    "code.store", "code.bits", "code.width", "code.column", "code.first", "code.size",
+    "code.has_otherwise",
     "otherwise.kind", "otherwise.a", "otherwise.b", "scale.kind", "scale.key", "scale.store",
     "scale.column", "scale.address.kind", "scale.address.a", "scale.address.b",
     "quantization.bits", "quantization.scale_store", "quantization.bias_store",
@@ -219,7 +220,7 @@ DAMAGE = {
     "a column that overflows": ("column", HUGE),
     "a narrower probe": ("width", 3),
     "a negative width": ("width", -4),
-    "an unknown address": ("address.kind", 2),
+    "an unknown address": ("address.kind", 3),
     "more buckets than rows": ("address.b", 46),
     "no buckets": ("address.b", 0),
     "the most buckets": ("address.b", HUGE),
@@ -244,6 +245,7 @@ DAMAGE_OF_CODES = {
     "a table of codes that overflows": ("code.width", 2**62),
     "a column of codes": ("code.column", 3),
     "a negative column of codes": ("code.column", -1),
+    "a negative first code": ("code.first", -1),
     "codes past the store": ("code.size", 42),
     "codes of no size": ("code.size", 0),
     "the largest codes": ("code.size", HUGE),
