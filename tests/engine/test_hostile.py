@@ -188,7 +188,7 @@ def test_the_fields_are_where_the_test_believes() -> None:
 
 HUGE = 2**63 - 1
 DAMAGE = {
-    "another format": ("format", 2),
+    "another format": ("format", 3),
     "no features": ("num_features", 0),
     "features beyond the tensor": ("num_features", 3),
     "features whose length overflows": ("num_features", 2**61 + 2),
