@@ -170,17 +170,15 @@ def _store_gradients(ctx: Any, arguments: tuple[Any, ...]) -> list[Tensor]:
     parts = torch.ops.embcompress.lookup_backward_sparse(*arguments, ctx.wanted)
     stores = arguments[1]
     return [
-        _sparse_gradient(stores[number].shape, rows, values)
+        torch.sparse_coo_tensor(
+            rows[None],
+            values,
+            stores[number].shape,
+            is_coalesced=True,
+            check_invariants=False,
+        )
         for number, rows, values in zip(ctx.wanted, parts[::2], parts[1::2], strict=True)
     ]
-
-
-def _sparse_gradient(shape: torch.Size, rows: Tensor, values: Tensor) -> Tensor:
-    """The gradient of touched rows; a dense one where the store is one row."""
-    gradient = torch.sparse_coo_tensor(
-        rows[None], values, shape, is_coalesced=True, check_invariants=False
-    )
-    return gradient.to_dense() if shape[0] == 1 else gradient
 
 
 class _Lookup(torch.autograd.Function):

@@ -162,8 +162,8 @@ def gather_rows(
         return _gather(tensor, rows, sparse)
 
     def part(name: str) -> Tensor:
-        values = stores[name]
-        return _widen(values[0]) if plan.store(name).rows == 1 else _gather(values, rows, sparse)
+        shared = plan.store(name).rows == 1
+        return _gather(stores[name], rows.new_zeros(1) if shared else rows, sparse)
 
     names = store.quantization
     scale, bias = part(names.scale), None if names.bias is None else part(names.bias)
@@ -176,8 +176,7 @@ def gather_rows(
 
 
 def _gather(values: Tensor, rows: Tensor, sparse: bool) -> Tensor:
-    """Rows of a float store; the gradient of a store of one row is dense in any case."""
-    return _widen(F.embedding(rows, values, sparse=sparse and values.shape[0] > 1))
+    return _widen(F.embedding(rows, values, sparse=sparse))
 
 
 def _widen(values: Tensor) -> Tensor:
