@@ -29,6 +29,16 @@ def shape_of_steps(share: Share, rows: int, width: int) -> tuple[int, int]:
     return (rows if share == "row" else 1), (width if share == "column" else 1)
 
 
+def check_finite(values: Tensor) -> None:
+    """Raise ValueError, naming the first, if a number is NaN or infinite."""
+    if not values.isfinite().all():
+        row, column = (~values.isfinite()).nonzero()[0].tolist()
+        raise ValueError(
+            f"row {row}, column {column} of the table is {values[row, column].item()}, which "
+            "low-precision codes cannot hold; repair the table, or leave it uncompressed"
+        )
+
+
 @torch.no_grad()
 def calibrate(
     values: Tensor,
@@ -36,6 +46,7 @@ def calibrate(
     share: Share,
     *,
     clip: bool = True,
+    symmetric: bool = False,
     importance: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
@@ -51,6 +62,7 @@ def calibrate(
         bits: 1, 2, 4 or 8.
         share: what shares a step: each row, each column, or the table.
         clip: as above.
+        symmetric: the middle of the codes is zero, so the bias follows from the step.
         importance: (rows,) weights of the squared errors, or None.
         dtype: of the result.
 
@@ -61,19 +73,15 @@ def calibrate(
     Raises:
         ValueError: numbers that are NaN or infinite: no code stands for them.
     """
-    if not values.isfinite().all():
-        where = (~values.isfinite()).nonzero()[0].tolist()
-        raise ValueError(
-            f"row {where[0]}, column {where[1]} of the table is {values[tuple(where)].item()}, "
-            "which low-precision codes cannot hold; repair the table, or leave it uncompressed"
-        )
+    check_finite(values)
     if share == "row":
         parts = [
-            _calibrate(chunk.double(), bits, (1,), clip, None, dtype)
+            _calibrate(chunk.double(), bits, (1,), clip, symmetric, None, dtype)
             for chunk in values.split(_CHUNK_ROWS)
         ]
         return torch.cat([step for step, _ in parts]), torch.cat([bias for _, bias in parts])
-    return _calibrate(values, bits, (0,) if share == "column" else (0, 1), clip, importance, dtype)
+    shared = (0,) if share == "column" else (0, 1)
+    return _calibrate(values, bits, shared, clip, symmetric, importance, dtype)
 
 
 def _calibrate(
@@ -81,10 +89,14 @@ def _calibrate(
     bits: int,
     shared: tuple[int, ...],
     clip: bool,
+    symmetric: bool,
     importance: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     low, high = values.amin(shared, True).double(), values.amax(shared, True).double()
+    if symmetric:
+        high = torch.maximum(high, -low)
+        low = -high
     best_step, best_bias = _span(low, high, bits, dtype)
     if not clip:
         return best_step.to(dtype), best_bias.to(dtype)
@@ -98,7 +110,8 @@ def _calibrate(
     for shrink in _SHRINKS:
         step, bias = _span(center - shrink * half, center + shrink * half, bits, dtype)
         for _ in range(_REFINEMENTS):
-            step, bias = _refine(sample, weight, step, bias, bits, shared)
+            refine = _refine_symmetric if symmetric else _refine
+            step, bias = refine(sample, weight, step, bias, bits, shared)
             error = _squared_error(sample, weight, step, bias, bits, shared)
             better = error < best_error
             best_error = torch.where(better, error, best_error)
@@ -150,3 +163,20 @@ def _refine(
     # Where all numbers have one code, the step says nothing.
     slope = torch.where(spread > 0, together / spread.clamp(min=1e-300), step)
     return slope, mean_value - slope * mean_code
+
+
+def _refine_symmetric(
+    values: Tensor,
+    weight: Tensor,
+    step: Tensor,
+    bias: Tensor,
+    bits: int,
+    shared: tuple[int, ...],
+) -> tuple[Tensor, Tensor]:
+    """The same for a line through the middle of the codes and zero."""
+    middle = (2**bits - 1) / 2
+    codes = code_positions(values, step, bias, bits).round() - middle
+    squares = (weight * codes * codes).sum(shared, keepdim=True)
+    together = (weight * codes * values).sum(shared, keepdim=True)
+    slope = torch.where(squares > 0, together / squares.clamp(min=1e-300), step)
+    return slope, -slope * middle

@@ -591,11 +591,16 @@ class Embedding(CompressedTable):
         method: str | Method = "plan",
         *,
         sparse: bool = False,
+        deployed: bool = False,
         device: torch.device | str | None = None,
     ) -> Embedding:
-        """A module that runs any plan (its pooling is replaced by none)."""
+        """A module that runs any plan (its pooling is replaced by none).
+
+        Args:
+            deployed: hold quantized stores packed, never as latents: to serve what is loaded.
+        """
         plan = plan.with_pool("none", plan.padding_idx)
-        return _from_plan(cls, plan, method, sparse, device)
+        return _from_plan(cls, plan, method, sparse, deployed, device)
 
     @classmethod
     def from_pretrained(
@@ -692,16 +697,20 @@ class EmbeddingBag(CompressedTable):
         *,
         sparse: bool = False,
         include_last_offset: bool = False,
+        deployed: bool = False,
         device: torch.device | str | None = None,
     ) -> EmbeddingBag:
         """A module that runs any plan that pools.
+
+        Args:
+            deployed: hold quantized stores packed, never as latents: to serve what is loaded.
 
         Raises:
             ValueError: ``plan.pool`` is ``"none"``.
         """
         if plan.pool == "none":
             raise ValueError("plan.pool is 'none'; use plan.with_pool('sum') or Embedding")
-        module = _from_plan(cls, plan, method, sparse, device)
+        module = _from_plan(cls, plan, method, sparse, deployed, device)
         module.include_last_offset = include_last_offset
         return module
 
@@ -770,9 +779,11 @@ def _from_plan(
     plan: LookupPlan,
     method: str | Method,
     sparse: bool,
+    deployed: bool,
     device: torch.device | str | None,
 ) -> TableType:
     module = cls.__new__(cls)
-    CompressedTable.__init__(module, plan, method, GradientOptions(sparse=sparse), device=device)
+    options = GradientOptions(sparse=sparse)
+    CompressedTable.__init__(module, plan, method, options, deployed=deployed, device=device)
     module.reset_parameters()
     return module

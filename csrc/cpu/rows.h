@@ -63,7 +63,7 @@ struct Latent {
     float position;
     float code;
     float value;
-    bool inside;  // of the codes' range
+    bool inside;  // of the codes' range: within half a step of its code
 };
 
 // The same operations as in embcompress/engine/quantization.py, so the same bits.
@@ -72,7 +72,7 @@ EMBCOMPRESS_INLINE Latent read_latent(float value, float step, const float* bias
     const float divisor = step == 0.0f ? std::numeric_limits<float>::min() : step;
     Latent latent;
     latent.position = bias == nullptr ? value / divisor + middle : (value - *bias) / divisor;
-    latent.inside = latent.position >= 0.0f && latent.position <= last;
+    latent.inside = latent.position >= -0.5f && latent.position <= last + 0.5f;
     // In this order a position that is NaN stays one.
     const float clamped = std::min(std::max(latent.position, 0.0f), last);
     latent.code = std::nearbyint(clamped);
