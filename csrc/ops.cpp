@@ -93,8 +93,15 @@ void check_packed_store(const StoreView& store, int64_t rows, int64_t width, int
 
 void check_quantization(const Lookup& lookup, const Probe& probe, int64_t rows) {
     const Quantization& q = probe.quantization;
-    STD_TORCH_CHECK(q.bits <= 8, "encoding: values of more than 8 bits");
-    check_packed_store(store_at(lookup, probe.store), rows, probe.width, q.bits);
+    STD_TORCH_CHECK(q.bits >= 1 && q.bits <= 8, "encoding: values of ", q.bits, " bits");
+    const StoreView& store = store_at(lookup, probe.store);
+    if (store.dtype == Dtype::kPacked) {
+        check_packed_store(store, rows, probe.width, q.bits);
+    } else {  // latents, in training
+        check_float_store(store, rows, probe.width);
+        STD_TORCH_CHECK(store.width == probe.width, "encoding: reads latents of ", probe.width,
+                        " numbers of a store of ", store.rows, " x ", store.width);
+    }
     const int64_t part_rows = q.per_row ? rows : 1;
     const int64_t part_columns = q.per_column ? probe.width : 1;
     const StoreView& scale = store_at(lookup, q.scale_store);

@@ -2,6 +2,7 @@
 
 from embcompress.budget import BudgetError
 from embcompress.collection import EmbeddingBagCollection, TableConfig
+from embcompress.deployment import deploy
 from embcompress.ids import count_ids, read_ids, write_ids
 from embcompress.memory import MemoryReport, memory
 from embcompress.methods import Method, method_classes, methods, register, resolve_method
@@ -35,6 +36,7 @@ __all__ = [
     "TrainingProcedure",
     "compress",
     "count_ids",
+    "deploy",
     "fuse_optimizer",
     "memory",
     "methods",

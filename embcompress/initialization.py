@@ -22,9 +22,18 @@ def store_deviation(plan: LookupPlan, std: float) -> float:
     return std ** (1 / count) if plan.combine == "mul" else std
 
 
+#: Step of the uniform quantizer that reads normal numbers of deviation 1 with the least squared
+#: error, by bits (Max, "Quantizing for minimum distortion", 1960, table II).
+_NORMAL_STEPS = {1: 1.5956, 2: 0.9957, 4: 0.3352, 8: 0.03076}
+
+
 @torch.no_grad()
 def initialize_stores(plan: LookupPlan, stores: Mapping[str, Tensor], std: float = 1.0) -> None:
-    """Fill the float stores from torch's global generator; packed stores stay as they are."""
+    """Fill the value stores from torch's global generator; tables of codes stay as they are.
+
+    A quantized store gets steps whose codes cover its latents, or, where it is packed, codes
+    drawn evenly.
+    """
     if not std > 0:
         raise ValueError(f"std must be positive, got {std}")
     learned_scales = {p.scale.store for p in plan.probes if isinstance(p.scale, Weight)}
@@ -35,6 +44,23 @@ def initialize_stores(plan: LookupPlan, stores: Mapping[str, Tensor], std: float
             stores[store.name].fill_(1.0)
         else:
             stores[store.name].normal_(0.0, _deviation(plan, store, std))
+    for store in plan.stores:
+        if store.quantization is not None:
+            _initialize_quantized(store, stores, store_deviation(plan, std))
+
+
+def _initialize_quantized(store: Store, stores: Mapping[str, Tensor], std: float) -> None:
+    assert store.quantization is not None
+    tensor, last = stores[store.name], 2**store.bits - 1
+    if tensor.is_floating_point():
+        tensor.normal_(0.0, std)
+        step = std * _NORMAL_STEPS[store.bits]
+    else:
+        tensor.random_(0, 256)
+        step = std / ((4**store.bits - 1) / 12) ** 0.5  # even codes have this variance
+    stores[store.quantization.scale].fill_(step)
+    if store.quantization.bias is not None:
+        stores[store.quantization.bias].fill_(-step * last / 2)
 
 
 def _deviation(plan: LookupPlan, store: Store, std: float) -> float:

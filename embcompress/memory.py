@@ -21,9 +21,11 @@ class TableMemory:
         name: path of its module; further paths of a shared module in ``also``.
         rows, width: shape of the dense table.
         method: name of its method (``"full"`` for torch's modules).
-        bytes: resident bytes; storages that an earlier table counted already add nothing.
+        bytes: resident bytes at lookup, once the table is deployed; storages that an earlier
+            table counted already add nothing.
         dense: bytes of the float32 table.
-        training: further bytes that the module holds for training, such as optimizer state.
+        training: further bytes that the module holds for training: what the float latents of
+            packed rows take beyond these, and optimizer state.
         also: other paths that lead to the same module.
     """
 
@@ -87,11 +89,11 @@ def memory(module: nn.Module) -> MemoryReport:
     tables = []
     for child, names in paths.items():
         if isinstance(child, CompressedTable):
-            resident, method = list(child.stores().values()), child.method
+            size, latents = _table_bytes(child, counted)
+            method = child.method
         else:
-            resident, method = [child.weight], "full"
-        size = _new_bytes(resident, counted)
-        training = _new_bytes([*child.parameters(), *child.buffers()], counted)
+            size, latents, method = _new_bytes([child.weight], counted), 0, "full"
+        training = latents + _new_bytes([*child.parameters(), *child.buffers()], counted)
         rows, width = child.num_embeddings, child.embedding_dim
         tables.append(
             TableMemory(
@@ -99,6 +101,17 @@ def memory(module: nn.Module) -> MemoryReport:
             )
         )
     return MemoryReport(tuple(tables))
+
+
+def _table_bytes(table: CompressedTable, counted: set[tuple[str, int]]) -> tuple[int, int]:
+    """Bytes that the deployed plan takes, and what latents take beyond their packed form."""
+    deployed = training = 0
+    for store in table.plan.stores:
+        size = _new_bytes([table.stores()[store.name]], counted)
+        packed = min(size, store.bytes) if store.name in table.latents() else size
+        deployed += packed
+        training += size - packed
+    return deployed, training
 
 
 def _new_bytes(tensors: list[Tensor], counted: set[tuple[str, int]]) -> int:

@@ -13,8 +13,9 @@ from embcompress.budget import Budget, default_plan, fit_plan, parse_budget
 from embcompress.engine import Bags, GradientOptions, Program, lookup, make_bags
 from embcompress.engine.fused import FusedStores, UpdateRule
 from embcompress.initialization import initialize_stores
+from embcompress.latents import pack_latents, unpack_latents
 from embcompress.methods import Method, TableSpec, methods, resolve_method
-from embcompress.plan import LookupPlan, PlanError, Pool
+from embcompress.plan import LookupPlan, PlanError, Pool, Store
 
 _PLAN_KEY = "plan"
 _DENSE_CHUNK = 1 << 16
@@ -53,9 +54,15 @@ def dtype_name(dtype: torch.dtype) -> str:
 class CompressedTable(nn.Module):
     """What :class:`Embedding` and :class:`EmbeddingBag` share: a plan and its stores.
 
-    Every store of the plan is a parameter of the module under the store's name (packed stores
-    are uint8 buffers). ``state_dict`` carries the plan of a compressed table beside them, so that
+    Every store of the plan is a parameter of the module under the store's name; tables of codes
+    are uint8 buffers. ``state_dict`` carries the plan of a compressed table beside them, so that
     weights are never read through other hash keys than they were trained with.
+
+    A quantized store is held as float latents, a (rows, width) parameter, while it is trained:
+    lookups read them rounded to its codes (:mod:`embcompress.engine.quantization`).
+    :func:`embcompress.deploy` replaces them by the packed codes, a uint8 buffer of the plan's
+    bytes. A ``state_dict`` of either form loads into a module of either: the module takes the
+    form of what it loads.
 
     Attributes:
         plan: the :class:`~embcompress.plan.LookupPlan`, with the stores' present dtypes.
@@ -71,6 +78,7 @@ class CompressedTable(nn.Module):
         method: str | Method,
         options: GradientOptions,
         *,
+        deployed: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -80,13 +88,21 @@ class CompressedTable(nn.Module):
         self.updated_in_kernel: tuple[str, ...] = ()
         self._set_plan(plan)
         for store in plan.stores:
-            if store.is_float:
-                dtype = getattr(torch, store.dtype)
+            if store.is_float or (store.quantization is not None and not deployed):
+                dtype = _training_dtype(plan, store)
                 values = torch.empty(store.rows, store.width, device=device, dtype=dtype)
-                self.register_parameter(store.name, nn.Parameter(values))
             else:
-                packed = torch.zeros(store.bytes, device=device, dtype=torch.uint8)
-                self.register_buffer(store.name, packed)
+                values = torch.zeros(store.bytes, device=device, dtype=torch.uint8)
+            self._hold(store.name, values)
+
+    def _hold(self, name: str, values: Tensor) -> None:
+        """Make floats a parameter, packed numbers a buffer, of that name."""
+        if name in self._parameters or name in self._buffers:
+            delattr(self, name)
+        if values.is_floating_point():
+            self.register_parameter(name, nn.Parameter(values))
+        else:
+            self.register_buffer(name, values)
 
     def _set_plan(self, plan: LookupPlan) -> None:
         self._plan = plan
@@ -123,6 +139,15 @@ class CompressedTable(nn.Module):
             name: known[name] if name in known else getattr(self, name)
             for name in self._store_names
         }
+
+    def latents(self) -> tuple[str, ...]:
+        """Names of the quantized stores that are held as float latents, to be trained."""
+        stores = self.stores()
+        return tuple(
+            store.name
+            for store in self._plan.stores
+            if store.quantization is not None and stores[store.name].is_floating_point()
+        )
 
     @torch.no_grad()
     def to_dense(self) -> Tensor:
@@ -206,6 +231,48 @@ class CompressedTable(nn.Module):
                 if step is not None and hasattr(self, f"optimizer_{name}_step"):
                     self.optimizer_step(name).copy_(step)
 
+    @torch.no_grad()
+    def load_stores(self, values: Mapping[str, Tensor]) -> None:
+        """Copy values into stores, such as those of :meth:`embcompress.Method.fit`.
+
+        Args:
+            values: by store name, of the store's shape. A quantized store takes float latents or
+                packed codes, whichever form it has here: codes become the latents that read as
+                them, and latents are packed. Its scale and bias are copied first.
+
+        Raises:
+            ValueError: a name that is no store, or another shape.
+        """
+        quantized = {s.name: s for s in self._plan.stores if s.quantization is not None}
+        # Scales and biases first: the latents of codes follow from them.
+        for name in sorted(values, key=lambda name: name in quantized):
+            own, new = self._plan.store(name), values[name]
+            if name in quantized and new.is_floating_point() != (name in self.latents()):
+                convert = pack_latents if new.is_floating_point() else unpack_latents
+                new = convert(self._plan, own, {**self.stores(), name: new})
+            target = self.stores()[name]
+            if new.shape != target.shape:
+                raise ValueError(
+                    f"store {name!r} has shape {tuple(target.shape)}, got {tuple(new.shape)}"
+                )
+            target.copy_(new)
+
+    def hold_packed(self, packed: Mapping[str, Tensor]) -> None:
+        """Replace latents by their packed codes, and end the training of a fused optimizer.
+
+        Args:
+            packed: (bytes,) uint8 for every store of :meth:`latents`.
+        """
+        if self.fused_rule is not None:
+            self._drop_optimizer()
+        for name in self.latents():
+            self._hold(name, packed[name])
+
+    def _drop_optimizer(self) -> None:
+        for name in [name for name in self._buffers if name.startswith("optimizer_")]:
+            delattr(self, name)
+        self.fused_rule, self.updated_in_kernel = None, ()
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> CompressedTable:
         super()._apply(fn, recurse)
         floats = {s.name: getattr(self, s.name) for s in self._plan.stores if s.is_float}
@@ -252,8 +319,11 @@ class CompressedTable(nn.Module):
         """A hook that updates one store by its gradient, in torch."""
 
         def update(store: Tensor) -> None:
-            rule, gradient, step = self.fused_rule, store.grad, self.optimizer_step(name)
-            assert rule is not None and gradient is not None
+            rule, gradient = self.fused_rule, store.grad
+            if rule is None:  # deployed since
+                return
+            assert gradient is not None
+            step = self.optimizer_step(name)
             step += 1
             rule.update(store, gradient, self.optimizer_states(name), int(step))
             store.grad = None
@@ -299,9 +369,27 @@ class CompressedTable(nn.Module):
                 error_msgs.append(f"{key}: {error}")
         elif not self._plan.is_dense:
             missing_keys.append(key)
+        self._take_form_of(state_dict, prefix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _take_form_of(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Hold quantized stores as the weights to be loaded do: as latents, or packed."""
+        for store in self._plan.stores:
+            own, saved = self.stores()[store.name], state_dict.get(prefix + store.name)
+            if store.quantization is None or not isinstance(saved, Tensor):
+                continue
+            if saved.is_floating_point() and not own.is_floating_point():
+                dtype = _training_dtype(self._plan, store)
+                shape = (store.rows, store.width)
+                self._hold(store.name, torch.empty(shape, dtype=dtype, device=own.device))
+            elif own.is_floating_point() and not saved.is_floating_point():
+                if self.fused_rule is not None:
+                    self._drop_optimizer()
+                self._hold(
+                    store.name, torch.empty(store.bytes, dtype=torch.uint8, device=own.device)
+                )
 
     def _plan_mismatch(self, saved: Tensor) -> str | None:
         try:
@@ -320,6 +408,14 @@ class CompressedTable(nn.Module):
         if self.padding_idx is not None:
             text += f", padding_idx={self.padding_idx}"
         return f"{text}, bytes={self._plan.bytes}"
+
+
+def _training_dtype(plan: LookupPlan, store: Store) -> torch.dtype:
+    """The dtype in which a store of values is trained: latents are at least float32."""
+    if store.quantization is None:
+        return cast(torch.dtype, getattr(torch, store.dtype))
+    scale = plan.store(store.quantization.scale)
+    return torch.promote_types(torch.float32, getattr(torch, scale.dtype))
 
 
 def _addressing(plan: LookupPlan) -> LookupPlan:
@@ -498,11 +594,16 @@ class Embedding(CompressedTable):
         method: str | Method = "plan",
         *,
         sparse: bool = False,
+        deployed: bool = False,
         device: torch.device | str | None = None,
     ) -> Embedding:
-        """A module that runs any plan (its pooling is replaced by none)."""
+        """A module that runs any plan (its pooling is replaced by none).
+
+        Args:
+            deployed: hold quantized stores packed, never as latents: to serve what is loaded.
+        """
         plan = plan.with_pool("none", plan.padding_idx)
-        return _from_plan(cls, plan, method, sparse, device)
+        return _from_plan(cls, plan, method, sparse, deployed, device)
 
     @classmethod
     def from_pretrained(
@@ -599,16 +700,20 @@ class EmbeddingBag(CompressedTable):
         *,
         sparse: bool = False,
         include_last_offset: bool = False,
+        deployed: bool = False,
         device: torch.device | str | None = None,
     ) -> EmbeddingBag:
         """A module that runs any plan that pools.
+
+        Args:
+            deployed: hold quantized stores packed, never as latents: to serve what is loaded.
 
         Raises:
             ValueError: ``plan.pool`` is ``"none"``.
         """
         if plan.pool == "none":
             raise ValueError("plan.pool is 'none'; use plan.with_pool('sum') or Embedding")
-        module = _from_plan(cls, plan, method, sparse, device)
+        module = _from_plan(cls, plan, method, sparse, deployed, device)
         module.include_last_offset = include_last_offset
         return module
 
@@ -677,9 +782,11 @@ def _from_plan(
     plan: LookupPlan,
     method: str | Method,
     sparse: bool,
+    deployed: bool,
     device: torch.device | str | None,
 ) -> TableType:
     module = cls.__new__(cls)
-    CompressedTable.__init__(module, plan, method, GradientOptions(sparse=sparse), device=device)
+    options = GradientOptions(sparse=sparse)
+    CompressedTable.__init__(module, plan, method, options, deployed=deployed, device=device)
     module.reset_parameters()
     return module

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import embcompress as ec
+from embcompress.budget import smallest_plan
+from embcompress.methods import TableSpec
 
 ROWS, WIDTH = 300, 8
 MODES = ("sum", "mean", "max")
@@ -82,7 +84,9 @@ def test_embedding_gives_a_vector_for_every_id(method: str) -> None:
     dense = module.to_dense()
     for shape in [(), (5,), (2, 3), (0,), (2, 0), (2, 3, 4)]:
         ids = torch.randint(0, ROWS, shape)
-        torch.testing.assert_close(module(ids), dense[ids], rtol=0, atol=0)
+        # Products with a head are rounded differently in batches of another size.
+        tolerance = 0.0 if module.plan.head is None else 1e-6
+        torch.testing.assert_close(module(ids), dense[ids], rtol=tolerance, atol=tolerance)
     assert module(torch.tensor([4, 4])).eq(0).all()
     module(torch.tensor([4])).sum().backward()
     assert all(p.grad is None or not p.grad.any() for p in module.parameters())
@@ -114,7 +118,8 @@ def test_per_sample_weights_need_sum(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("mode", MODES)
 def test_gradcheck(method: str, mode: str) -> None:
-    module = bag(method, mode=mode, padding_idx=2).double()
+    # Latents are read rounded, so a difference quotient says nothing of them: deployed ones.
+    module = ec.deploy(bag(method, mode=mode, padding_idx=2).double())
     ids, offsets = some_bags()
     names = [name for name, _ in module.named_parameters()]
     weights = torch.randn(40, dtype=torch.double, requires_grad=True) if mode == "sum" else None
@@ -135,10 +140,10 @@ def test_sparse_gradients_equal_dense_ones(method: str) -> None:
     ids, offsets = some_bags()
     for module in (dense, sparse):
         module(ids, offsets).pow(2).sum().backward()
-    gathered = {probe.store for probe in sparse.plan.probes}
+    head = None if sparse.plan.head is None else sparse.plan.head.weight
     for name, parameter in sparse.named_parameters():
         assert parameter.grad is not None
-        assert parameter.grad.is_sparse == (name in gathered)
+        assert parameter.grad.is_sparse == (name != head)
         torch.testing.assert_close(
             parameter.grad.to_dense(), dense.get_parameter(name).grad, rtol=1e-5, atol=1e-6
         )
@@ -176,8 +181,11 @@ def test_state_dict_deepcopy_and_pickle(method: str) -> None:
 
 @pytest.mark.parametrize("method", sorted({*METHODS} - {"full"}))
 def test_weights_of_another_plan_are_refused(method: str) -> None:
+    table, chosen = TableSpec(ROWS, WIDTH), ec.resolve_method(method)
+    if len(chosen.sizes(table)) == 1:
+        pytest.skip("a method of one size has one plan")
     module = bag(method, mode="sum", budget="50%")
-    smaller = bag(method, mode="sum", budget="30%")
+    smaller = bag(method, mode="sum", budget=smallest_plan(chosen, table).bytes)
     with pytest.raises(RuntimeError, match="another plan"):
         smaller.load_state_dict(module.state_dict())
     state = module.state_dict()

@@ -60,9 +60,11 @@ def test_the_fused_update_is_torchs(
     ec.fuse_optimizer(fused, name, lr=0.05)
     train(fused, None)
     train(plain, TORCH[name](plain.parameters()))
+    # A latent that lies between two codes may be rounded to the other one by the last bit.
+    tolerance = 1e-3 if fused.latents() else 1e-5
     for store, expected in plain.named_parameters():
         actual = fused.get_parameter(store)
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5, check_dtype=True)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=tolerance, check_dtype=True)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -128,17 +128,35 @@ EMBCOMPRESS_INLINE float scale_gradient(const RowBlock& rows, const Feature& fea
     return coefficient * total;
 }
 
+// Gradient of latents from that of the row's values: straight through, inside the codes' range.
+EMBCOMPRESS_INLINE void add_latent_gradient(const RowBlock& rows, int t, int i,
+                                            const float* of_values, float* target) {
+    const int64_t row = rows.rows(t)[i];
+    for (int64_t c = 0; c < rows.probe(t).width; ++c) {
+        if (rows.latent(t, row, c).inside) target[c] += of_values[c];
+    }
+}
+
 // Gradient of the step or the bias of packed rows, from the gradient of the row's values.
 EMBCOMPRESS_INLINE void add_quantization_gradient(const RowBlock& rows, const Use& use, int i,
                                                   const float* of_values, float* target) {
     const Probe& probe = rows.probe(use.probe);
     const Quantization& q = probe.quantization;
     const float zero = q.bias_store < 0 ? static_cast<float>((1 << q.bits) - 1) / 2 : 0.0f;
+    const bool is_latent = rows.is_latent(use.probe);
+    const float damping = is_latent ? rows.damping(use.probe) : 1.0f;
     const int64_t row = rows.rows(use.probe)[i];
     for (int64_t c = 0; c < probe.width; ++c) {
-        const float factor =
-            use.role == Role::kBias ? 1.0f : rows.packed_code(use.probe, row, c) - zero;
-        target[q.per_column ? c : 0] += of_values[c] * factor;
+        float of_step, of_bias = 1.0f;
+        if (is_latent) {
+            const Latent latent = rows.latent(use.probe, row, c);
+            of_step = latent.code - (latent.inside ? latent.position : zero);
+            of_bias = latent.inside ? 0.0f : 1.0f;
+        } else {
+            of_step = rows.packed_code(use.probe, row, c) - zero;
+        }
+        const float factor = use.role == Role::kBias ? of_bias : of_step;
+        target[q.per_column ? c : 0] += of_values[c] * factor * damping;
     }
 }
 
@@ -169,7 +187,7 @@ EMBCOMPRESS_INLINE void add_chosen(const Pass& pass, const Use& use, const Chose
         const float* gradient = chosen.gradients[i];
         const float coefficient = chosen.coefficients[i];
         float* target = sink_row(sink, pass.partition, touched_row(rows, use, i));
-        if (use.role == Role::kRows) {
+        if (use.role == Role::kRows && !rows.is_latent(t)) {
             add_row_gradient(rows, feature, t, i, gradient, coefficient, target);
         } else if (use.role == Role::kScale) {
             target[rows.probe(t).scale.column] +=
@@ -177,7 +195,11 @@ EMBCOMPRESS_INLINE void add_chosen(const Pass& pass, const Use& use, const Chose
         } else {
             std::fill(values.begin(), values.end(), 0.0f);
             add_row_gradient(rows, feature, t, i, gradient, coefficient, values.data());
-            add_quantization_gradient(rows, use, i, values.data(), target);
+            if (use.role == Role::kRows) {
+                add_latent_gradient(rows, t, i, values.data(), target);
+            } else {
+                add_quantization_gradient(rows, use, i, values.data(), target);
+            }
         }
     }
 }

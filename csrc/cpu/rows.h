@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "lookup.h"
 
@@ -54,6 +55,29 @@ EMBCOMPRESS_INLINE float load_float(const void* data, Dtype dtype, int64_t index
     if (dtype == Dtype::kFloat32) return static_cast<const float*>(data)[index];
     const uint16_t value = static_cast<const uint16_t*>(data)[index];
     return dtype == Dtype::kFloat16 ? half_to_float(value) : bfloat_to_float(value);
+}
+
+// A number of a row that is trained to be packed: where it lies among the codes, the nearest code,
+// and the value of that.
+struct Latent {
+    float position;
+    float code;
+    float value;
+    bool inside;  // of the codes' range: within half a step of its code
+};
+
+// The same operations as in embcompress/engine/quantization.py, so the same bits.
+EMBCOMPRESS_INLINE Latent read_latent(float value, float step, const float* bias, int64_t bits) {
+    const float last = static_cast<float>((1 << bits) - 1), middle = last / 2;
+    const float divisor = step == 0.0f ? std::numeric_limits<float>::min() : step;
+    Latent latent;
+    latent.position = bias == nullptr ? value / divisor + middle : (value - *bias) / divisor;
+    latent.inside = latent.position >= -0.5f && latent.position <= last + 0.5f;
+    // In this order a position that is NaN stays one.
+    const float clamped = std::min(std::max(latent.position, 0.0f), last);
+    latent.code = std::nearbyint(clamped);
+    latent.value = bias == nullptr ? step * (latent.code - middle) : step * latent.code + *bias;
+    return latent;
 }
 
 // The rows that a block of ids reads through every probe of a feature. One is made for a thread
@@ -140,7 +164,7 @@ class RowBlock {
         const int64_t* rows = rows_.data() + t * kBlock;
         const float** pointers = pointers_.data() + t * kBlock;
         const StoreView& store = lookup_.stores[probe.store];
-        if (store.dtype == Dtype::kFloat32) {
+        if (!is_converted(probe)) {
             const float* data = static_cast<const float*>(store.data);
             const float* zeros = zeros_.data();
             const int64_t width = probe.width;
@@ -177,6 +201,28 @@ class RowBlock {
                                               row * probe.width + c, probe.quantization.bits));
     }
 
+    // Whether the packed rows of probe t are in training, held as float latents.
+    bool is_latent(int t) const {
+        return probes_[t].quantization.bits > 0 &&
+               lookup_.stores[probes_[t].store].dtype != Dtype::kPacked;
+    }
+
+    // What multiplies the gradients of the step and bias of latents: 1 / sqrt(N * (2^bits - 1)),
+    // N numbers to a step (Esser et al., "Learned step size quantization", section 2.2).
+    float damping(int t) const {
+        const Probe& probe = probes_[t];
+        const StoreView& store = lookup_.stores[probe.store];
+        const StoreView& scale = lookup_.stores[probe.quantization.scale_store];
+        const int64_t numbers = (store.rows / scale.rows) * (store.width / scale.width);
+        const int64_t last = (1LL << probe.quantization.bits) - 1;
+        return static_cast<float>(1.0 / std::sqrt(static_cast<double>(numbers * last)));
+    }
+
+    // Column c of a row of latents.
+    EMBCOMPRESS_INLINE Latent latent(int t, int64_t row, int64_t c) const {
+        return latent(probes_[t], lookup_.stores[probes_[t].store], row, c);
+    }
+
     // Row of the learned scale of probe t for id number i.
     EMBCOMPRESS_INLINE int64_t scale_row(int t, int i) const {
         return ids_[i] < 0 ? -1 : address_row(probes_[t].scale.address, ids_[i]);
@@ -184,7 +230,7 @@ class RowBlock {
 
   private:
     bool is_converted(const Probe& probe) const {
-        return lookup_.stores[probe.store].dtype != Dtype::kFloat32;
+        return lookup_.stores[probe.store].dtype != Dtype::kFloat32 || probe.quantization.bits > 0;
     }
 
     template <typename Id>
@@ -268,8 +314,25 @@ class RowBlock {
         }
     }
 
+    EMBCOMPRESS_INLINE Latent latent(const Probe& probe, const StoreView& store, int64_t row,
+                                     int64_t c) const {
+        const Quantization& q = probe.quantization;
+        const StoreView& scale = lookup_.stores[q.scale_store];
+        const int64_t at = (q.per_row ? row * scale.width : 0) + (q.per_column ? c : 0);
+        const float value = load_float(store.data, store.dtype, row * probe.width + c);
+        const float step = load_float(scale.data, scale.dtype, at);
+        if (q.bias_store < 0) return read_latent(value, step, nullptr, q.bits);
+        const StoreView& bias = lookup_.stores[q.bias_store];
+        const float shift = load_float(bias.data, bias.dtype, at);
+        return read_latent(value, step, &shift, q.bits);
+    }
+
     void load_row(const Probe& probe, const StoreView& store, int64_t row, float* out) const {
         const int64_t width = probe.width;
+        if (store.dtype != Dtype::kPacked && probe.quantization.bits > 0) {
+            for (int64_t c = 0; c < width; ++c) out[c] = latent(probe, store, row, c).value;
+            return;
+        }
         if (store.dtype != Dtype::kPacked) {
             const uint16_t* data = static_cast<const uint16_t*>(store.data) + row * width;
             if (store.dtype == Dtype::kFloat16) {

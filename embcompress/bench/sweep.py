@@ -6,7 +6,7 @@ import datetime
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from embcompress.bench.display import SweepDisplay
 from embcompress.bench.environment import environment, torch_threads
@@ -16,6 +16,7 @@ from embcompress.bench.training import (
     Trained,
     build_model,
     count_ids,
+    deployed,
     finite,
     test_scores,
     train,
@@ -68,7 +69,8 @@ class Sweep:
             self.impossible.append(_impossible_record(run, error))
             display.end(run, None)
             return
-        size, lookup = _checked_memory(run, model), _lookup_settings(model)
+        _checked_memory(run, model)
+        lookup = _lookup_settings(model)
         split = _split(run, log)
         best: Trained | None = None  # the others' weights are let go
         trials: list[dict[str, float]] = []
@@ -82,6 +84,7 @@ class Sweep:
                 best = trained
         assert best is not None  # there is at least one learning rate
         scores = test_scores(best, log, split.test)
+        size = _checked_memory(run, deployed(best, best.best_epoch))
         record = _result_record(run, log, best, trials, size, lookup)
         record["auc"], record["logloss"] = (
             scores[best.best_epoch].auc,
@@ -128,7 +131,7 @@ def _impossible_record(run: Run, error: BudgetError) -> Record:
     }
 
 
-def _checked_memory(run: Run, model: DLRM) -> MemoryReport:
+def _checked_memory(run: Run, model: nn.Module) -> MemoryReport:
     """The model's bytes; a method that broke its promise stops the sweep."""
     size = memory(model)
     budget_bytes = parse_budget(run.budget, size.dense)

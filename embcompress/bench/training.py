@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from embcompress.bench.settings import TrainingSettings
 from embcompress.collection import EmbeddingBagCollection, TableConfig
 from embcompress.data.click_log import Batch, ClickLog, Split
+from embcompress.deployment import deploy
 from embcompress.models import DLRM
 from embcompress.optimizers import fuse_optimizer, unfused_parameters
 from embcompress.training import TrainingProcedure
@@ -211,14 +213,19 @@ def _keep_state(trained: Trained, epoch: int) -> None:
     trained.best_epoch = epoch
 
 
+def deployed(trained: Trained, epoch: int) -> nn.Module:
+    """A copy of the model as it was after that epoch, as it would be served."""
+    # load_state_dict takes the plans out of its argument's copy, not out of the model.
+    trained.model.load_state_dict(trained.states[epoch])
+    return deploy(copy.deepcopy(trained.model))
+
+
 def test_scores(trained: Trained, log: ClickLog, rows: NDArray[np.int64]) -> dict[int, Score]:
-    """Test scores after the first and the best epoch: the one look at the test rows."""
-    scores = {}
-    for epoch, state in trained.states.items():
-        # load_state_dict takes the plans out of its argument's copy, not out of the model.
-        trained.model.load_state_dict(state)
-        scores[epoch] = evaluate(trained.model, log, rows)
-    return scores
+    """Test scores of the deployed model after the first and the best epoch.
+
+    This is the one look at the test rows.
+    """
+    return {epoch: evaluate(deployed(trained, epoch), log, rows) for epoch in trained.states}
 
 
 def finite(value: float) -> float | None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embcompress.engine.bags import Bags
+from embcompress.engine.quantization import dequantize, fake_quantize, gradient_scale
 from embcompress.hashing import (
     MASK64,
     MIX_MULTIPLIERS,
@@ -157,20 +158,25 @@ def gather_rows(
 ) -> Tensor:
     """(N, width) values of the rows, in at least float32."""
     tensor = stores[store.name]
-    if store.is_float:
-        return _widen(F.embedding(rows, tensor, sparse=sparse))
-    assert store.quantization is not None  # the plan's own rule
-    columns = torch.arange(store.width, device=rows.device)
-    codes = unpack_bits(tensor, rows[:, None] * store.width + columns, store.bits)
+    if store.quantization is None:
+        return _gather(tensor, rows, sparse)
 
     def part(name: str) -> Tensor:
-        values = stores[name]
-        return _widen(values[0] if plan.store(name).rows == 1 else F.embedding(rows, values))
+        shared = plan.store(name).rows == 1
+        return _gather(stores[name], rows.new_zeros(1) if shared else rows, sparse)
 
-    scale = part(store.quantization.scale)
-    if store.quantization.bias is None:
-        return scale * (codes.to(scale.dtype) - (2**store.bits - 1) / 2)
-    return scale * codes.to(scale.dtype) + part(store.quantization.bias)
+    names = store.quantization
+    scale, bias = part(names.scale), None if names.bias is None else part(names.bias)
+    if tensor.is_floating_point():  # latents, in training
+        damping = gradient_scale(store, plan.store(names.scale))
+        return fake_quantize(_gather(tensor, rows, sparse), scale, bias, store.bits, damping)
+    columns = torch.arange(store.width, device=rows.device)
+    codes = unpack_bits(tensor, rows[:, None] * store.width + columns, store.bits)
+    return dequantize(codes.to(scale.dtype), scale, bias, store.bits)
+
+
+def _gather(values: Tensor, rows: Tensor, sparse: bool) -> Tensor:
+    return _widen(F.embedding(rows, values, sparse=sparse))
 
 
 def _widen(values: Tensor) -> Tensor:
@@ -189,8 +195,8 @@ def _probe_vectors(
     elif isinstance(probe.scale, Weight):
         weights = stores[probe.scale.store]
         weight_rows, _ = address_rows(probe.scale.address, ids, plan, stores)
-        weight = F.embedding(weight_rows, weights, sparse=sparse)[:, probe.scale.column]
-        vectors = vectors * _widen(weight)[:, None]
+        weight = _gather(weights, weight_rows, sparse)[:, probe.scale.column]
+        vectors = vectors * weight[:, None]
     return vectors if present is None else torch.where(present[:, None], vectors, 0)
 
 
@@ -290,7 +296,8 @@ def lookup_reference(
 
     Args:
         plan: what to do; ``plan.pool == "none"`` reads ``bags.ids`` alone.
-        stores: a tensor for each store: float ones (rows, width), packed ones (bytes,) uint8.
+        stores: a tensor for each store: float ones (rows, width), packed ones (bytes,) uint8, or
+            quantized ones in training their latents, (rows, width) float.
         bags: canonical, checked input.
         sparse: gather with sparse gradients, as ``torch.nn.Embedding(sparse=True)``.
 

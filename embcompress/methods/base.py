@@ -105,7 +105,10 @@ class Method(ABC):
             weight: (num_embeddings, embedding_dim) float.
 
         Returns:
-            Tensors by store name, of the shapes and dtypes that the module has.
+            Tensors by store name: float stores (rows, width); packed ones (bytes,) uint8, also
+            quantized ones. A module that holds latents for a quantized store turns its codes
+            into the latents that read as them
+            (:meth:`embcompress.modules.CompressedTable.load_stores`).
 
         Raises:
             ValueError: the method cannot start from a trained table.
