@@ -150,21 +150,21 @@ class CompressedTable(nn.Module):
         )
 
     @torch.no_grad()
+    def vectors(self, ids: Tensor) -> Tensor:
+        """(N, embedding_dim) vectors of (N,) ids, without pooling or gradients."""
+        plan = self._plan.with_pool("none", self._plan.padding_idx)
+        return lookup(plan, self.stores(), Bags(ids, ids))
+
+    @torch.no_grad()
     def to_dense(self) -> Tensor:
         """The (num_embeddings, embedding_dim) table that the module stands for.
 
         The row of ``padding_idx`` is what a lookup of that id gives. For tables that fit in
         memory; it is computed in chunks.
         """
-        plan = self._plan.with_pool("none", self._plan.padding_idx)
-        stores = self.stores()
-        device = next(iter(stores.values())).device
-        chunks = []
-        for start in range(0, plan.num_embeddings, _DENSE_CHUNK):
-            end = min(start + _DENSE_CHUNK, plan.num_embeddings)
-            ids = torch.arange(start, end, device=device)
-            chunks.append(lookup(plan, stores, Bags(ids, ids)))
-        return torch.cat(chunks)
+        device = next(iter(self.stores().values())).device
+        ids = torch.arange(self.num_embeddings, device=device)
+        return torch.cat([self.vectors(chunk) for chunk in ids.split(_DENSE_CHUNK)])
 
     def _run(self, bags: Bags) -> Tensor:
         fused = fused_stores(self._program, (self,)) if self.updated_in_kernel else None
@@ -256,6 +256,31 @@ class CompressedTable(nn.Module):
                     f"store {name!r} has shape {tuple(target.shape)}, got {tuple(new.shape)}"
                 )
             target.copy_(new)
+
+    def fit_(
+        self: TableType,
+        weight: Tensor,
+        seed: int = 0,
+        name: str = "",
+        counts: Tensor | None = None,
+    ) -> TableType:
+        """Approximate a trained table, in place; see :meth:`embcompress.Method.fit`.
+
+        Args:
+            weight: (num_embeddings, embedding_dim) float.
+            seed, name, counts: that the module was made with.
+
+        Raises:
+            ValueError: another shape, or a method that cannot start from a trained table.
+        """
+        expected = (self.num_embeddings, self.embedding_dim)
+        if tuple(weight.shape) != expected:
+            raise ValueError(f"weight has shape {tuple(weight.shape)}, expected {expected}")
+        if self.settings is None:
+            raise ValueError(f"{self.method!r} is no method, so nothing says how to fit its plan")
+        table = TableSpec(*expected, name, seed, dtype_name(weight.dtype), counts)
+        self.load_stores(self.settings.fit(table, self._plan, weight))
+        return self
 
     def hold_packed(self, packed: Mapping[str, Tensor]) -> None:
         """Replace latents by their packed codes, and end the training of a fused optimizer.
@@ -615,11 +640,29 @@ class Embedding(CompressedTable):
         norm_type: float = 2.0,
         scale_grad_by_freq: bool = False,
         sparse: bool = False,
+        *,
+        method: str | Method = "full",
+        budget: Budget | None = None,
+        seed: int = 0,
+        name: str = "",
+        counts: Tensor | None = None,
     ) -> Embedding:
-        """As :meth:`torch.nn.Embedding.from_pretrained`: a full table around ``embeddings``."""
+        """A table from trained embeddings.
+
+        With ``method="full"`` as :meth:`torch.nn.Embedding.from_pretrained`, around
+        ``embeddings`` itself; otherwise the nearest table that the method has within the budget
+        (:meth:`embcompress.Method.fit`).
+        """
         if embeddings.dim() != 2:
             raise ValueError(f"embeddings must be 2-D, got {embeddings.dim()}-D")
         rows, width = embeddings.shape
+        if resolve_method(method).name != "full":
+            module = cls(
+                rows, width, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse,
+                device=embeddings.device, dtype=embeddings.dtype,
+                method=method, budget=budget, seed=seed, name=name, counts=counts,
+            )  # fmt: skip
+            return module.fit_(embeddings, seed, name, counts).requires_grad_(not freeze)
         return cls(
             rows, width, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse,
             _weight=embeddings, _freeze=freeze,
@@ -729,11 +772,24 @@ class EmbeddingBag(CompressedTable):
         sparse: bool = False,
         include_last_offset: bool = False,
         padding_idx: int | None = None,
+        *,
+        method: str | Method = "full",
+        budget: Budget | None = None,
+        seed: int = 0,
+        name: str = "",
+        counts: Tensor | None = None,
     ) -> EmbeddingBag:
-        """As :meth:`torch.nn.EmbeddingBag.from_pretrained`: a full table around ``embeddings``."""
+        """A table from trained embeddings; see :meth:`Embedding.from_pretrained`."""
         if embeddings.dim() != 2:
             raise ValueError(f"embeddings must be 2-D, got {embeddings.dim()}-D")
         rows, width = embeddings.shape
+        if resolve_method(method).name != "full":
+            module = cls(
+                rows, width, max_norm, norm_type, scale_grad_by_freq, mode, sparse, None,
+                include_last_offset, padding_idx, embeddings.device, embeddings.dtype,
+                method=method, budget=budget, seed=seed, name=name, counts=counts,
+            )  # fmt: skip
+            return module.fit_(embeddings, seed, name, counts).requires_grad_(not freeze)
         module = cls(
             rows, width, max_norm, norm_type, scale_grad_by_freq, mode, sparse, embeddings,
             include_last_offset, padding_idx,

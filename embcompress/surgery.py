@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import cast
@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from embcompress.budget import Budget, allocate, format_bytes, parse_budget
 from embcompress.collection import full_plan
+from embcompress.fitting import relative_error
 from embcompress.memory import storage_key
 from embcompress.methods import Method, TableSpec, resolve_method
 from embcompress.modules import (
@@ -39,7 +40,9 @@ class TableChange:
         name: path of the module; further paths to it, or to modules tied to it, in ``also``.
         rows, width: shape of the dense table.
         method: the method it has now (``"full"``: left as it was).
-        before, after: resident bytes.
+        before, after: resident bytes; a store that tables share counts for the first of them.
+        error: relative error of the vectors, √(Σ c·|v − w|² / Σ c·|w|²) over ids, where the
+            table started from the old weights; c are the counts, where known, else 1.
         note: why it was left alone, or what a reader should know.
     """
 
@@ -51,6 +54,12 @@ class TableChange:
     after: int
     note: str = ""
     also: tuple[str, ...] = ()
+    error: float | None = None
+
+
+def _notes(table: TableChange) -> list[str]:
+    error = "" if table.error is None else f"error {table.error:.1%}"
+    return [note for note in (table.note, error, *(f"also {path}" for path in table.also)) if note]
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,7 @@ class CompressionReport:
         rows = [
             (t.name, t.rows, t.width, t.method, format_bytes(t.before), format_bytes(t.after), note)
             for t in self.tables
-            for note in [", ".join(filter(None, [t.note, *(f"also {path}" for path in t.also)]))]
+            for note in [", ".join(_notes(t))]
         ]
         share = f"{self.after / self.before:.4%}" if self.before else ""
         total = ("total", "", "", share, format_bytes(self.before), format_bytes(self.after), "")
@@ -107,13 +116,15 @@ def compress(
     budget: Budget,
     seed: int = 0,
     counts: Mapping[str, Tensor] | None = None,
+    keep_weights: bool = False,
 ) -> CompressionReport:
     """Swap the embedding tables of a model for compressed ones, in place.
 
     Finds ``nn.Embedding``, ``nn.EmbeddingBag`` and this library's uncompressed tables anywhere
     in the model. Tables that share a weight stay tied. The new tables start from random values
-    with the standard deviation of the old ones: train the model afterwards, and create its
-    optimizer after this call. Nothing is changed if an error is raised.
+    with the standard deviation of the old ones, or with ``keep_weights`` from the old ones
+    themselves: train the model afterwards, and create its optimizer after this call. Nothing is
+    changed if an error is raised.
 
     Args:
         model: a module that contains tables.
@@ -125,6 +136,8 @@ def compress(
         seed: hash keys are derived from it and from the tables' paths.
         counts: for any of the tables, by path, (rows,) how often each id occurs in the training
             data; for methods that treat frequent ids better.
+        keep_weights: start from the trained tables: each new table approximates the old one as
+            well as its method can (:meth:`embcompress.Method.fit`), and the report says how well.
 
     Returns:
         A report that prints as a table and says why a table was left alone.
@@ -149,13 +162,21 @@ def compress(
     methods = [candidate.method for candidate in chosen if candidate.method is not None]
     allocated = allocate(list(specs.values()), methods, limit, full_plan)
     plans = dict(zip(specs, allocated, strict=True))
+    if keep_weights:
+        _check_fits(plans.values())
     replacements: dict[nn.Module, nn.Module] = {}
     changes = []
+    shared: set[str] = set()
     for candidate in candidates:
         plan = plans.get(id(candidate))
-        changes.append(_describe(candidate, plan))
-        if plan is not None and not plan.is_dense:
-            replacements.update(_build(candidate, specs[id(candidate)], plan))
+        if plan is None or plan.is_dense:
+            changes.append(_left_alone(candidate))
+            continue
+        spec = specs[id(candidate)]
+        built = _build(candidate, spec, plan, keep_weights)
+        replacements.update(built)
+        error = _fit_error(candidate, spec, next(iter(built.values()))) if keep_weights else None
+        changes.append(_changed(candidate, plan, shared, error))
     tie_shared_stores(new for new in replacements.values() if isinstance(new, CompressedTable))
     _swap(model, replacements)
     return CompressionReport(tuple(changes), limit)
@@ -279,7 +300,9 @@ def _table_spec(candidate: _Candidate, seed: int, counts: Mapping[str, Tensor]) 
     return TableSpec(rows, width, candidate.paths[0], seed, dtype, own)
 
 
-def _build(candidate: _Candidate, table: TableSpec, plan: LookupPlan) -> dict[nn.Module, nn.Module]:
+def _build(
+    candidate: _Candidate, table: TableSpec, plan: LookupPlan, keep_weights: bool
+) -> dict[nn.Module, nn.Module]:
     """New modules for the tables of a candidate; tied ones share their stores."""
     assert candidate.method is not None
     first: CompressedTable | None = None
@@ -289,6 +312,8 @@ def _build(candidate: _Candidate, table: TableSpec, plan: LookupPlan) -> dict[nn
         if first is None:
             new.reset_parameters(_start_deviation(candidate.weight))
             candidate.method.fill(table, plan, new.stores())
+            if keep_weights:
+                new.load_stores(candidate.method.fit(table, plan, candidate.weight.detach()))
             first = new
         else:
             for name, tensor in first.stores().items():
@@ -332,16 +357,39 @@ def _swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
                 setattr(parent, name, replacements[child])
 
 
-def _describe(candidate: _Candidate, plan: LookupPlan | None) -> TableChange:
+def _left_alone(candidate: _Candidate) -> TableChange:
     rows, width = candidate.weight.shape
-    before = candidate.weight.untyped_storage().nbytes()
+    size = candidate.weight.untyped_storage().nbytes()
     name, *also = candidate.paths
-    if plan is None or plan.is_dense or candidate.method is None:
-        full = candidate.method is not None and candidate.method.name == "full"
-        reason = "" if full else "small: better left full"
-        note = candidate.refusal or reason
-        return TableChange(name, rows, width, "full", before, before, note, tuple(also))
+    full = candidate.method is not None and candidate.method.name == "full"
+    note = candidate.refusal or ("" if full else "small: better left full")
+    return TableChange(name, rows, width, "full", size, size, note, tuple(also))
+
+
+def _changed(
+    candidate: _Candidate, plan: LookupPlan, shared: set[str], error: float | None
+) -> TableChange:
+    """What became of a table; ``shared`` are the stores that were counted, and grows."""
+    assert candidate.method is not None
+    rows, width = candidate.weight.shape
+    name, *also = candidate.paths
+    after = sum(store.bytes for store in plan.stores if store.shared not in shared)
+    shared.update(store.shared for store in plan.stores if store.shared)
     return TableChange(
-        name, rows, width, candidate.method.name, before, plan.bytes,
-        "tied tables stay tied" if len(candidate.modules) > 1 else "", tuple(also),
+        name, rows, width, candidate.method.name, candidate.weight.untyped_storage().nbytes(),
+        after, "tied tables stay tied" if len(candidate.modules) > 1 else "", tuple(also), error,
     )  # fmt: skip
+
+
+def _check_fits(plans: Iterable[LookupPlan]) -> None:
+    names = [store.shared for plan in plans for store in plan.stores if store.shared]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            "keep_weights fits one table at a time, and these share a store; choose another "
+            "method, or keep_weights=False"
+        )
+
+
+def _fit_error(candidate: _Candidate, table: TableSpec, new: nn.Module) -> float:
+    assert isinstance(new, CompressedTable)
+    return relative_error(candidate.weight.detach(), new.vectors, table.counts)

@@ -110,12 +110,22 @@ class Method(ABC):
             into the latents that read as them
             (:meth:`embcompress.modules.CompressedTable.load_stores`).
 
+        Here by least squares through the lookup itself (:mod:`embcompress.fitting`), which
+        serves every plan of float stores: means of colliding rows for hashes, alternating fits of
+        the factors for products and projections.
+
         Raises:
             ValueError: the method cannot start from a trained table.
         """
-        raise ValueError(
-            f"method {self.name!r} cannot start from a trained table; train it from the start"
-        )
+        from embcompress.fitting import fit_stores, new_stores
+
+        if any(store.quantization is not None for store in plan.stores):
+            raise ValueError(
+                f"method {self.name!r} cannot start from a trained table; train it from the start"
+            )
+        stores = new_stores(plan, table.seed)
+        self.fill(table, plan, stores)
+        return fit_stores(plan, stores, weight.detach(), table.counts)
 
     def procedure(self) -> TableProcedure | None:
         """A new procedure for what happens to a table between optimizer steps; None for nothing."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from embcompress.methods import register
 from embcompress.methods.base import Method, TableSpec
 from embcompress.plan import Digit, LookupPlan, Probe, Store
@@ -31,3 +33,6 @@ class Full(Method):
             stores=(Store("weight", rows, width, table.dtype),),
             probes=(Probe("weight", Digit(1, rows)),),
         )
+
+    def fit(self, table: TableSpec, plan: LookupPlan, weight: Tensor) -> dict[str, Tensor]:
+        return {plan.stores[0].name: weight.detach()}

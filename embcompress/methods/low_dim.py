@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
+from embcompress.fitting import principal_directions
 from embcompress.methods import register
 from embcompress.methods.base import Method, TableSpec
 from embcompress.plan import Digit, Linear, LookupPlan, Probe, Store
@@ -40,3 +43,9 @@ class LowDim(Method):
             probes=(Probe("weight", Digit(1, rows)),),
             head=Linear("projection"),
         )
+
+    def fit(self, table: TableSpec, plan: LookupPlan, weight: Tensor) -> dict[str, Tensor]:
+        """The best approximation of that rank, by the singular vectors of the table."""
+        rank = plan.store("weight").width
+        directions = principal_directions(weight.detach(), rank, table.counts)
+        return {"weight": weight.detach() @ directions, "projection": directions}

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from embcompress.fitting import principal_directions
 from embcompress.methods import register
 from embcompress.methods.base import JointMethod, TableSpec
 from embcompress.methods.full import Full
@@ -123,3 +124,25 @@ class MixedDim(JointMethod):
         rank = torch.empty_like(order)
         rank[order] = torch.arange(len(order))
         stores["codes"].copy_(pack_codes(rank, plan.store("codes").bits))
+
+    def fit(self, table: TableSpec, plan: LookupPlan, weight: Tensor) -> dict[str, Tensor]:
+        """The best approximation of every block by itself, by its singular vectors."""
+        if plan.head is None:
+            return {plan.stores[0].name: weight.detach()}
+        stores: dict[str, Tensor] = {}
+        order = torch.arange(table.num_embeddings)
+        if len(plan.probes) > 1:
+            assert table.counts is not None
+            stores["codes"] = torch.zeros(plan.store("codes").bytes, dtype=torch.uint8)
+            self.fill(table, plan, stores)
+            order = table.counts.cpu().sort(descending=True, stable=True).indices
+        directions, begin = [], 0
+        for probe in plan.probes:
+            store = plan.store(probe.store)
+            ids = order[begin : begin + store.rows]
+            counts = None if table.counts is None else table.counts.cpu()[ids]
+            rows = weight.detach()[ids.to(weight.device)]
+            directions.append(principal_directions(rows, store.width, counts))
+            stores[store.name] = rows @ directions[-1]
+            begin += store.rows
+        return {**stores, "projection": torch.cat(directions, dim=1)}

@@ -1,0 +1,131 @@
+"""Product quantization: packed codes and small codebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from embcompress.clustering import cluster
+from embcompress.engine.reference import hash_bucket
+from embcompress.methods import register
+from embcompress.methods.base import Method, TableSpec
+from embcompress.packing import absent_code, pack_codes
+from embcompress.plan import Code, Digit, LookupPlan, Probe, Store
+
+#: Bits of a code that are tried where the settings leave them open.
+_BITS = range(4, 13)
+_CHUNK = 1 << 18  # ids
+
+
+@register
+@dataclass(frozen=True)
+class ProductQuantization(Method):
+    """Product quantization, C₁[c₁(x)] ‖ … ‖ C_s[c_s(x)]: packed codes into s small codebooks.
+
+    A vector is cut into s parts, each the codeword that a code of b bits names. From a trained
+    table, codes and codebooks are the k-means of each part; the codebooks can be trained further,
+    the codes stay. A new table has hashed codes, and learns its codebooks: two ids have the same
+    vector only if all s codes agree.
+
+    Memory: n·s·b bits, and (2^b − 1)·d numbers (the last code stands for "absent", a zero
+    vector).
+
+    Source: Jégou, Douze, Schmid: "Product quantization for nearest neighbor search", PAMI 2011,
+    section II; Joulin et al.: "FastText.zip", 2016, section 3.2 (codebooks trained further, and
+    rows of the smallest norm dropped).
+
+    Attributes:
+        parts: s, a divisor of the width. None: follows from the budget.
+        bits: b, 1 to 16. None: 4 to 12, follows from the budget.
+        drop: share of the ids, those of the smallest count·norm², that :meth:`fit` makes absent.
+    """
+
+    name: ClassVar[str] = "pq"
+    parts: int | None = None
+    bits: int | None = None
+    drop: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.parts is not None and self.parts < 1:
+            raise ValueError(f"parts must be at least 1, got {self.parts}")
+        if self.bits is not None and not 1 <= self.bits <= 16:
+            raise ValueError(f"bits must be in [1, 16], got {self.bits}")
+        if not 0 <= self.drop < 1:
+            raise ValueError(f"drop must be in [0, 1), got {self.drop}")
+
+    def _shapes(self, table: TableSpec) -> list[tuple[int, int]]:
+        """(parts, bits) in rising order of bytes, each with more bits a vector than the last."""
+        width = table.embedding_dim
+        if self.parts is not None and width % self.parts:
+            raise ValueError(f"parts = {self.parts} does not divide the table's width, {width}")
+        all_parts = (
+            [self.parts] if self.parts else [p for p in range(1, width + 1) if width % p == 0]
+        )
+        all_bits = [self.bits] if self.bits else _BITS
+        sized = sorted(
+            (self._plan(table, parts, bits).bytes, -parts * bits, parts, bits)
+            for parts in all_parts
+            for bits in all_bits
+        )
+        shapes: list[tuple[int, int]] = []
+        for _, _, parts, bits in sized:
+            if not shapes or parts * bits > shapes[-1][0] * shapes[-1][1]:
+                shapes.append((parts, bits))
+        return shapes
+
+    def sizes(self, table: TableSpec) -> range:
+        return range(len(self._shapes(table)))
+
+    def plan(self, table: TableSpec, size: int) -> LookupPlan:
+        return self._plan(table, *self._shapes(table)[size])
+
+    def _plan(self, table: TableSpec, parts: int, bits: int) -> LookupPlan:
+        n, words = table.num_embeddings, absent_code(bits)
+        width = table.embedding_dim // parts
+        books = [Store(f"codebook_{t}", words, width, table.dtype) for t in range(parts)]
+        return LookupPlan(
+            n,
+            table.embedding_dim,
+            stores=(Store("codes", n, parts, f"uint{bits}"), *books),
+            probes=tuple(
+                Probe(book.name, Code("codes", words, Digit(1, n), t))
+                for t, book in enumerate(books)
+            ),
+            combine="concat",
+        )
+
+    def fill(self, table: TableSpec, plan: LookupPlan, stores: Mapping[str, Tensor]) -> None:
+        codes = plan.store("codes")
+        words = absent_code(codes.bits)
+        for start in range(0, codes.rows, _CHUNK):  # a multiple of 8 codes begins at a byte
+            ids = torch.arange(start, min(start + _CHUNK, codes.rows))
+            columns = [hash_bucket(ids, table.key(t), words) for t in range(codes.width)]
+            packed = pack_codes(torch.stack(columns, 1).reshape(-1), codes.bits)
+            first = start * codes.width * codes.bits // 8
+            stores["codes"][first : first + len(packed)].copy_(packed)
+
+    def fit(self, table: TableSpec, plan: LookupPlan, weight: Tensor) -> dict[str, Tensor]:
+        """K-means of every part; see :func:`embcompress.clustering.cluster`."""
+        codes = plan.store("codes")
+        stores: dict[str, Tensor] = {}
+        columns = []
+        for t, part in enumerate(weight.detach().float().cpu().chunk(codes.width, dim=1)):
+            centers, labels = cluster(part, absent_code(codes.bits), table.counts, table.seed + t)
+            stores[f"codebook_{t}"] = centers
+            columns.append(labels)
+        every = torch.stack(columns, 1)
+        if self.drop > 0:
+            every[self._least(table, weight)] = absent_code(codes.bits)
+        stores["codes"] = pack_codes(every.reshape(-1), codes.bits)
+        return stores
+
+    def _least(self, table: TableSpec, weight: Tensor) -> Tensor:
+        """The ids whose vectors are missed least."""
+        importance = weight.detach().float().square().sum(1).cpu()
+        if table.counts is not None:
+            importance = importance * table.counts.float().cpu()
+        return importance.argsort(stable=True)[: int(self.drop * table.num_embeddings)]
