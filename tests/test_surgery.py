@@ -177,5 +177,10 @@ def test_memory_counts_every_storage_once() -> None:
 def test_reported_bytes_are_the_bytes_of_the_storages(method: str) -> None:
     module = ec.EmbeddingBag(5000, 16, method=method)
     tensors = [*module.parameters(), *module.buffers()]
-    assert ec.memory(module).total == sum(t.untyped_storage().nbytes() for t in tensors)
+    held = sum(t.untyped_storage().nbytes() for t in tensors)
+    before = ec.memory(module)
+    assert before.total + before.training == held
+    tensors = ec.deploy(module).stores().values()
+    assert before.total == ec.memory(module).total == sum(t.nbytes for t in tensors)
+    assert ec.memory(module).training == 0
     assert ec.memory(module).dense == 5000 * 16 * 4
