@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 
 ROOT = Path(__file__).parent.parent.parent
 THREADS = (1, 2, 16)
-NUM_IDS = 20_000  # enough for a bag that is cut into pieces, and for work for 16 threads
+NUM_IDS = 21_000  # enough for a bag that is cut into pieces, and for work for 16 threads
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam")
 
 
