@@ -213,22 +213,28 @@ class CompressedTable(nn.Module):
         Float stores become new parameters, so optimizers must be told. State of a fused
         optimizer starts anew, but for the numbers of steps.
         """
-        trained = bool(self.updated_in_kernel) or any(
-            p.requires_grad for p in self.parameters(recurse=False)
-        )
-        steps = {name: getattr(self, f"optimizer_{name}_step", None) for name in self.stores()}
+        learned = {
+            name: store.requires_grad or name in self.updated_in_kernel
+            for name, store in self.stores().items()
+        }
+        steps = {
+            name: getattr(self, step)
+            for name in learned
+            if (step := f"optimizer_{name}_step") in self._buffers
+        }
         for name in [*self.stores(), *(b for b in self._buffers if b.startswith("optimizer_"))]:
             delattr(self, name)
         self._set_plan(plan)
         for name, tensor in stores.items():
             if tensor.is_floating_point():
+                trained = learned.get(name, any(learned.values()))
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad=trained))
             else:
                 self.register_buffer(name, tensor)
         if self.fused_rule is not None:
             self.fuse(self.fused_rule, {})
             for name, step in steps.items():
-                if step is not None and hasattr(self, f"optimizer_{name}_step"):
+                if f"optimizer_{name}_step" in self._buffers:
                     self.optimizer_step(name).copy_(step)
 
     @torch.no_grad()
@@ -356,9 +362,10 @@ class CompressedTable(nn.Module):
         return update
 
     def optimizer_states(self, name: str) -> list[Tensor]:
-        """State of one store's fused optimizer."""
+        """State of one store's fused optimizer; nothing for a frozen store."""
         rule = self.fused_rule
-        assert rule is not None
+        if rule is None or f"optimizer_{name}_step" not in self._buffers:
+            return []
         return [getattr(self, f"optimizer_{name}_{k}") for k in range(rule.num_states)]
 
     def optimizer_step(self, name: str) -> Tensor:

@@ -55,9 +55,14 @@ def make_bags(
         check: complete the offsets and check their values; False leaves that to the engine.
 
     Raises:
-        TypeError: ids or offsets that are not int32 or int64.
+        TypeError: ids or offsets that are not int32 or int64, weights that are no floats.
         ValueError: shapes or offsets that describe no bags.
     """
+    if per_sample_weights is not None and not per_sample_weights.is_floating_point():
+        raise TypeError(
+            f"per_sample_weights must be floating-point, got {per_sample_weights.dtype}; "
+            "call .float() on it"
+        )
     if input.is_nested:
         return _from_nested(input, offsets, per_sample_weights)
     _check_integers("input", input)

@@ -210,3 +210,15 @@ def test_checks_survive_compilation() -> None:
         checked(tensor(1, 2, 10), tensor(0, 3))
     with pytest.raises(RuntimeError, match="offsets must rise"):
         checked(IDS, tensor(0, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+def test_weights_that_are_no_floats_are_refused(dtype: torch.dtype) -> None:
+    ids = torch.tensor([[1, 2]])
+    weights = torch.ones(1, 2, dtype=dtype)
+    nested = torch.nested.nested_tensor([torch.tensor([1, 2])], layout=torch.jagged)
+    for input, each in ((ids, weights), (nested, weights[0])):
+        with pytest.raises(TypeError, match=f"must be floating-point, got {dtype}; call .float"):
+            make_bags(input, None, each, include_last_offset=False)
+    with pytest.raises(TypeError, match="must be floating-point"):
+        make_bags(ids[0], torch.tensor([0]), weights[0], include_last_offset=False)

@@ -188,7 +188,7 @@ def test_the_fields_are_where_the_test_believes() -> None:
 
 HUGE = 2**63 - 1
 DAMAGE = {
-    "another format": ("format", 3),
+    "another format": ("format", 99),
     "no features": ("num_features", 0),
     "features beyond the tensor": ("num_features", 3),
     "features whose length overflows": ("num_features", 2**61 + 2),
@@ -246,6 +246,7 @@ DAMAGE_OF_CODES = {
     "a column of codes": ("code.column", 3),
     "a negative column of codes": ("code.column", -1),
     "a negative first code": ("code.first", -1),
+    "the smallest first code": ("code.first", -(2**63)),
     "codes past the store": ("code.size", 42),
     "codes of no size": ("code.size", 0),
     "the largest codes": ("code.size", HUGE),
