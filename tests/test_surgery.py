@@ -175,7 +175,7 @@ def test_memory_counts_every_storage_once() -> None:
 
 @pytest.mark.parametrize("method", sorted(ec.methods()))
 def test_reported_bytes_are_the_bytes_of_the_storages(method: str) -> None:
-    module = ec.EmbeddingBag(5000, 16, method=method)
+    module = ec.deploy(ec.EmbeddingBag(5000, 16, method=method))
     tensors = [*module.parameters(), *module.buffers()]
     held = sum(t.untyped_storage().nbytes() for t in tensors)
     before = ec.memory(module)
