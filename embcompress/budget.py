@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from embcompress.methods.base import JointMethod, Method, TableSpec
-from embcompress.plan import LookupPlan
+from embcompress.plan import LookupPlan, total_bytes
 
 Budget = int | float | str
 
@@ -118,19 +118,6 @@ def fit_plan(method: Method, table: TableSpec, budget_bytes: int) -> LookupPlan:
             smallest,
         )
     return method.plan(table, sizes[fitting - 1])
-
-
-def total_bytes(plans: Iterable[LookupPlan]) -> int:
-    """Bytes of the plans' stores, each shared one once."""
-    shared: dict[str, int] = {}
-    own = 0
-    for plan in plans:
-        for store in plan.stores:
-            if store.shared:
-                shared[store.shared] = store.bytes
-            else:
-                own += store.bytes
-    return own + sum(shared.values())
 
 
 def fit_group(

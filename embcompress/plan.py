@@ -12,7 +12,7 @@ Nothing here knows about ``torch.nn``; see :mod:`embcompress.engine` for what ru
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, TypeAlias, get_args
 
@@ -463,6 +463,19 @@ class LookupPlan:
             f"{self.num_embeddings} × {self.embedding_dim} in {self.bytes} bytes: "
             f"{formula}  [{stores}]"
         )
+
+
+def total_bytes(plans: Iterable[LookupPlan]) -> int:
+    """Bytes of the plans' stores, each shared one once."""
+    shared: dict[str, int] = {}
+    own = 0
+    for plan in plans:
+        for store in plan.stores:
+            if store.shared:
+                shared[store.shared] = store.bytes
+            else:
+                own += store.bytes
+    return own + sum(shared.values())
 
 
 # ---------------------------------------------------------------------------------- printing

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,9 +13,10 @@ from torch import Tensor
 from embcompress.clustering import cluster
 from embcompress.engine.reference import hash_bucket
 from embcompress.methods import register
-from embcompress.methods.base import Method, TableSpec
+from embcompress.methods.base import JointMethod, TableSpec
+from embcompress.methods.full import Full
 from embcompress.packing import absent_code, pack_codes
-from embcompress.plan import Code, Digit, LookupPlan, Probe, Store
+from embcompress.plan import Code, Digit, LookupPlan, Probe, Store, total_bytes
 
 #: Bits of a code that are tried where the settings leave them open.
 _BITS = range(4, 13)
@@ -23,13 +25,15 @@ _CHUNK = 1 << 18  # ids
 
 @register
 @dataclass(frozen=True)
-class ProductQuantization(Method):
+class ProductQuantization(JointMethod):
     """Product quantization, C₁[c₁(x)] ‖ … ‖ C_s[c_s(x)]: packed codes into s small codebooks.
 
     A vector is cut into s parts, each the codeword that a code of b bits names. From a trained
     table, codes and codebooks are the k-means of each part; the codebooks can be trained further,
     the codes stay. A new table has hashed codes, and learns its codebooks: two ids have the same
     vector only if all s codes agree.
+
+    Tables that share a budget get codes of the same shape.
 
     Memory: n·s·b bits, and (2^b − 1)·d numbers (the last code stands for "absent", a zero
     vector).
@@ -57,19 +61,16 @@ class ProductQuantization(Method):
         if not 0 <= self.drop < 1:
             raise ValueError(f"drop must be in [0, 1), got {self.drop}")
 
-    def _shapes(self, table: TableSpec) -> list[tuple[int, int]]:
+    def _shapes(self, tables: Sequence[TableSpec]) -> list[tuple[int, int]]:
         """(parts, bits) in rising order of bytes, each with more bits a vector than the last."""
-        width = table.embedding_dim
+        width = math.gcd(*(table.embedding_dim for table in tables))
         if self.parts is not None and width % self.parts:
-            raise ValueError(f"parts = {self.parts} does not divide the table's width, {width}")
-        all_parts = (
-            [self.parts] if self.parts else [p for p in range(1, width + 1) if width % p == 0]
-        )
-        all_bits = [self.bits] if self.bits else _BITS
+            raise ValueError(f"parts = {self.parts} does not divide the tables' width, {width}")
+        divisors = [parts for parts in range(1, width + 1) if width % parts == 0]
         sized = sorted(
-            (self._plan(table, parts, bits).bytes, -parts * bits, parts, bits)
-            for parts in all_parts
-            for bits in all_bits
+            (total_bytes(self._plans(tables, parts, bits)), -parts * bits, parts, bits)
+            for parts in ([self.parts] if self.parts else divisors)
+            for bits in ([self.bits] if self.bits else _BITS)
         )
         shapes: list[tuple[int, int]] = []
         for _, _, parts, bits in sized:
@@ -77,11 +78,21 @@ class ProductQuantization(Method):
                 shapes.append((parts, bits))
         return shapes
 
-    def sizes(self, table: TableSpec) -> range:
-        return range(len(self._shapes(table)))
+    def group_sizes(self, tables: Sequence[TableSpec]) -> range:
+        return range(len(self._shapes(tables)))
 
-    def plan(self, table: TableSpec, size: int) -> LookupPlan:
-        return self._plan(table, *self._shapes(table)[size])
+    def group_plans(self, tables: Sequence[TableSpec], size: int) -> list[LookupPlan]:
+        return self._plans(tables, *self._shapes(tables)[size])
+
+    def _plans(self, tables: Sequence[TableSpec], parts: int, bits: int) -> list[LookupPlan]:
+        """Every table in the same codes; one that they would not make smaller stays full."""
+        plans = [self._plan(table, parts, bits) for table in tables]
+        if len(tables) == 1:
+            return plans
+        return [
+            Full().plan(table, table.num_embeddings) if plan.bytes >= table.dense_bytes else plan
+            for table, plan in zip(tables, plans, strict=True)
+        ]
 
     def _plan(self, table: TableSpec, parts: int, bits: int) -> LookupPlan:
         n, words = table.num_embeddings, absent_code(bits)

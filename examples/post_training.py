@@ -1,0 +1,88 @@
+"""Compress the tables of a trained model, without and with one more epoch of training.
+
+    python examples/post_training.py --data ml-100k=../shared/data/ml-100k
+
+A DLRM is trained with full tables; they are then replaced by product-quantized and by 4-bit ones
+that start from the trained weights (``keep_weights``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+
+import numpy as np
+import torch
+from torch import nn
+
+import embcompress as ec
+from embcompress.bench.settings import TrainingSettings
+from embcompress.bench.training import (
+    build_model,
+    count_ids,
+    evaluate,
+    train,
+)
+from embcompress.data import ClickLog, load_click_log
+from embcompress.models import DLRM
+
+
+def compressed(
+    model: DLRM, method: str, budget: str, counts: dict[str, torch.Tensor]
+) -> tuple[DLRM, ec.CompressionReport]:
+    """A copy of the model with compressed tables."""
+    model = copy.deepcopy(model)
+    paths = {f"embeddings.embedding_bags.t_{name}": each for name, each in counts.items()}
+    report = ec.compress(model, method=method, budget=budget, counts=paths, keep_weights=True)
+    return model, report
+
+
+def train_epoch(model: DLRM, log: ClickLog, rows: np.ndarray, learning_rate: float) -> None:
+    """One more pass over the training rows, for the tables alone: the layers have had enough."""
+    ec.fuse_optimizer(model, "adagrad", lr=learning_rate)  # steps in the backward pass
+    model.train()
+    for start in range(0, len(rows), 512):
+        batch = log.batch(rows[start : start + 512])
+        logits = model(batch.dense, batch.ids, batch.offsets)
+        nn.functional.binary_cross_entropy_with_logits(logits, batch.label).backward()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="synthetic", help="as in `embcompress sweep`")
+    parser.add_argument("--budget", default="10%")
+    parser.add_argument("--methods", default="pq,int4")
+    parser.add_argument("--learning-rate", type=float, default=0.03)
+    parser.add_argument("--fine-tuning-rate", type=float, default=0.002)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    settings = TrainingSettings()
+    log = load_click_log(options.data)
+    split = log.split("random", seed=options.seed)
+    counts = count_ids(log, split.train)
+    model = build_model(log, settings, "full", "100%", options.seed)
+    trained = train(model, log, split, settings, options.learning_rate, options.seed)
+    model = build_model(log, settings, "full", "100%", options.seed)
+    state = trained.states[trained.best_epoch]
+    model.load_state_dict({k: v for k, v in state.items() if ".optimizer_" not in k})
+    before = evaluate(model, log, split.test)
+    size = ec.memory(model).total
+    print(f"full      {size:>9,} bytes  test AUC {before.auc:.4f}")
+    rng = np.random.default_rng(options.seed)
+    for method in options.methods.split(","):
+        try:
+            small, report = compressed(model, method, options.budget, counts)
+        except ec.BudgetError as error:
+            print(f"{method:8}  {error}")
+            small, report = compressed(model, method, str(error.smallest), counts)
+        print(report)
+        score = evaluate(ec.deploy(copy.deepcopy(small)), log, split.test)
+        print(f"{method:8}  {report.after:>9,} bytes  test AUC {score.auc:.4f} as it is", end="")
+        train_epoch(small, log, rng.permutation(split.train), options.fine_tuning_rate)
+        score = evaluate(ec.deploy(small), log, split.test)
+        print(f", {score.auc:.4f} after one more epoch")
+
+
+if __name__ == "__main__":
+    main()
