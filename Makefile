@@ -67,7 +67,8 @@ sanitize: setup ## the engine's tests under AddressSanitizer and UndefinedBehavi
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	    EMBCOMPRESS_LIBRARY=.sanitize/lib/embcompress/_C.abi3.so OMP_NUM_THREADS=2 \
-	    $(RUN)/python -m pytest tests/engine tests/test_optimizers.py tests/test_collection.py
+	    $(RUN)/python -m pytest -n 2 -m "not slow" \
+	    tests/engine tests/test_optimizers.py tests/test_collection.py
 
 benchmark: setup ## lookups and training steps, ours against the full table (needs an idle machine)
 	$(RUN)/python benchmarks/lookup.py --out benchmark-results/lookup

@@ -20,11 +20,13 @@ EMBCOMPRESS_INLINE int partition_of(int64_t row, int partitions) {
 // Gradient rows of one partition that were touched, in order of first touch.
 class TouchedRows {
   public:
-    void start(int64_t width, int64_t expected) {
+    // `most` rows are expected at most. Room for them is memory only where it is used; growing
+    // would hold the values twice.
+    void start(int64_t width, int64_t most) {
         width_ = width;
-        expected = std::min<int64_t>(expected, 1 << 16);
-        rows_.reserve(expected);
-        values_.reserve(expected * width);
+        rows_.reserve(most);
+        values_.reserve(most * width);
+        const int64_t expected = std::min<int64_t>(most, 1 << 16);
         size_t slots = 64;
         while (static_cast<int64_t>(slots) < 2 * expected) slots *= 2;
         slots_.assign(slots, -1);

@@ -1,0 +1,96 @@
+"""Peak memory of a training step: stores, output and gradients, and little beside them.
+
+Linux alone: the kernel's high-water mark of a fresh process is reset before the step.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from embcompress.engine import ops
+from tests.peak_memory import measure_peak
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc"),
+    pytest.mark.skipif(
+        not ops.is_available(),
+        reason="the C++ extension is not built, or EMBCOMPRESS_ENGINE=reference is set",
+    ),
+]
+
+#: 65,536 bags of 20 ids over a table of 2 GiB, compressed to a tenth.
+STEP = """
+import json, sys
+from pathlib import Path
+import torch
+import embcompress as ec
+from embcompress.engine.reference import address_rows
+
+def status(field):
+    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) * 1024
+
+
+method, mode, sparse, optimizer = sys.argv[1:]
+rows, width, batch, length = 8_000_000, 64, 65_536, 20
+torch.manual_seed(0)
+torch.set_num_threads(2)
+table = ec.EmbeddingBag(
+    rows, width, mode=mode, method=method, budget="10%", sparse=sparse == "sparse"
+)
+if optimizer != "none":
+    ec.fuse_optimizer(table, optimizer, lr=0.1)
+    for state in table.buffers():
+        state.fill_(0)  # zeros are no memory before they are written
+ids = torch.randint(0, rows, (batch * length,))
+offsets = torch.arange(batch) * length
+table(ids[:640], offsets[:32]).sum().backward()  # threads and code
+table.zero_grad(set_to_none=True)
+gradient = torch.ones(batch, width)
+resident = status("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+output = table(ids, offsets)
+output.backward(gradient)
+above = status("VmHWM") - resident
+touched = sum(
+    address_rows(probe.address, ids, table.plan, table.stores())[0].unique().numel() * width * 4
+    for probe in table.plan.probes
+)
+stores = sum(store.nbytes for store in table.stores().values())
+print(json.dumps([above, stores, output.nbytes, touched]))
+"""
+
+
+def measure(method: str, mode: str, gradients: str, optimizer: str) -> tuple[int, int, int, int]:
+    """Bytes above those before the step, of the stores, the output, and the touched rows."""
+    _, lines, _ = measure_peak(STEP, method, mode, gradients, optimizer)
+    above, stores, output, touched = json.loads(lines[-1])
+    return above, stores, output, touched
+
+
+@pytest.mark.parametrize(("method", "mode"), [("hash", "sum"), ("qr", "sum"), ("qr", "mean")])
+def test_dense_gradients(method: str, mode: str) -> None:
+    """Nothing is sorted and nothing expanded: the gradient is written where it stays."""
+    above, stores, output, _ = measure(method, mode, "dense", "none")
+    gradients = stores
+    assert above >= 0.9 * (output + gradients)  # the measurement sees them at all
+    assert stores + above <= 1.1 * (stores + output + gradients)
+
+
+@pytest.mark.parametrize("method", ["hash", "qr"])
+def test_sparse_gradients(method: str) -> None:
+    """The touched rows exist twice for a moment: as they were met, and in order."""
+    above, stores, output, touched = measure(method, "sum", "sparse", "none")
+    assert above >= 0.9 * (output + touched)
+    assert stores + above <= 1.1 * (stores + output + 2 * touched)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad", "adam"])
+def test_fused_updates(optimizer: str) -> None:
+    """The gradient of the touched rows exists, that of the store never."""
+    above, stores, output, touched = measure("hash", "sum", "dense", optimizer)
+    assert above >= 0.9 * (output + touched)
+    assert stores + above <= 1.1 * (stores + output + touched)
