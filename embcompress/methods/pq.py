@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -61,30 +62,17 @@ class ProductQuantization(JointMethod):
         if not 0 <= self.drop < 1:
             raise ValueError(f"drop must be in [0, 1), got {self.drop}")
 
-    def _shapes(self, tables: Sequence[TableSpec]) -> list[tuple[int, int]]:
+    def _shapes(self, tables: Sequence[TableSpec]) -> tuple[tuple[int, int], ...]:
         """(parts, bits) in rising order of bytes, each with more bits a vector than the last."""
-        width = math.gcd(*(table.embedding_dim for table in tables))
-        if self.parts is not None and width % self.parts:
-            raise ValueError(f"parts = {self.parts} does not divide the tables' width, {width}")
-        divisors = [parts for parts in range(1, width + 1) if width % parts == 0]
-        sized = sorted(
-            (total_bytes(self._plans(tables, parts, bits)), -parts * bits, parts, bits)
-            for parts in ([self.parts] if self.parts else divisors)
-            for bits in ([self.bits] if self.bits else _BITS)
-        )
-        shapes: list[tuple[int, int]] = []
-        for _, _, parts, bits in sized:
-            if not shapes or parts * bits > shapes[-1][0] * shapes[-1][1]:
-                shapes.append((parts, bits))
-        return shapes
+        return _shapes(self, tuple((t.num_embeddings, t.embedding_dim, t.dtype) for t in tables))
 
     def group_sizes(self, tables: Sequence[TableSpec]) -> range:
         return range(len(self._shapes(tables)))
 
     def group_plans(self, tables: Sequence[TableSpec], size: int) -> list[LookupPlan]:
-        return self._plans(tables, *self._shapes(tables)[size])
+        return self.shaped_plans(tables, *self._shapes(tables)[size])
 
-    def _plans(self, tables: Sequence[TableSpec], parts: int, bits: int) -> list[LookupPlan]:
+    def shaped_plans(self, tables: Sequence[TableSpec], parts: int, bits: int) -> list[LookupPlan]:
         """Every table in the same codes; one that they would not make smaller stays full."""
         plans = [self._plan(table, parts, bits) for table in tables]
         if len(tables) == 1:
@@ -140,3 +128,25 @@ class ProductQuantization(JointMethod):
         if table.counts is not None:
             importance = importance * table.counts.float().cpu()
         return importance.argsort(stable=True)[: int(self.drop * table.num_embeddings)]
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(
+    method: ProductQuantization, sizes: tuple[tuple[int, int, str], ...]
+) -> tuple[tuple[int, int], ...]:
+    """See the method of that name; budgets ask for it again and again."""
+    tables = [TableSpec(rows, width, dtype=dtype) for rows, width, dtype in sizes]
+    width = math.gcd(*(table.embedding_dim for table in tables))
+    if method.parts is not None and width % method.parts:
+        raise ValueError(f"parts = {method.parts} does not divide the tables' width, {width}")
+    divisors = [parts for parts in range(1, width + 1) if width % parts == 0]
+    sized = sorted(
+        (total_bytes(method.shaped_plans(tables, parts, bits)), -parts * bits, parts, bits)
+        for parts in ([method.parts] if method.parts else divisors)
+        for bits in ([method.bits] if method.bits else _BITS)
+    )
+    shapes: list[tuple[int, int]] = []
+    for _, _, parts, bits in sized:
+        if not shapes or parts * bits > shapes[-1][0] * shapes[-1][1]:
+            shapes.append((parts, bits))
+    return tuple(shapes)
