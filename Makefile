@@ -7,7 +7,8 @@ VENV := .venv
 RUN := $(VENV)/bin
 CSRC := $(shell find csrc -type f 2>/dev/null)
 CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(CSRC))
-SWEEP_METHODS ?= full,hash,qr,low_dim
+SWEEP_METHODS ?= full,hash,qr,low_dim,low_bit
+SWEEP_DATA ?= synthetic:rows=100000
 SWEEP_OUT ?= sweep-results/synthetic
 
 .DEFAULT_GOAL := help
@@ -40,7 +41,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py constraints.txt $(CSR
 	@touch $@
 
 sweep: setup ## which of the methods loses least, on the synthetic click log, in minutes
-	$(RUN)/embcompress sweep --data synthetic --methods $(SWEEP_METHODS) \
+	$(RUN)/embcompress sweep --data $(SWEEP_DATA) --methods $(SWEEP_METHODS) \
 	    --budgets 50%,10%,1% --seeds 0 --out $(SWEEP_OUT)
 
 test: setup ## the tests, in parallel
