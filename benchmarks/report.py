@@ -218,7 +218,7 @@ def draw(records: Sequence[dict[str, Any]], title: str, path: Path) -> None:
         handles, labels = axes.get_legend_handles_labels()
         legend.update(zip(labels, handles, strict=True))
     figure.legend(
-        legend.values(), legend, loc="outside lower center", ncols=4, frameon=False, fontsize=9
+        legend.values(), legend, loc="outside lower center", ncols=3, frameon=False, fontsize=9
     )
     figure.suptitle(title, fontsize=11)
     aside = path.with_suffix(".new.png")
