@@ -212,19 +212,27 @@ def update_arguments(case: Case, name: str) -> tuple[Any, ...]:
     return case.floats, first, second, steps, settings, OPTIMIZERS[name]
 
 
-FLOAT32_CASES = [case for case in CASES if case.values[0][1] == "float32"]
+def update_cases() -> list[Any]:
+    """Every float32 case with every optimizer; those that are not slow hold each of them."""
+    cases = []
+    for case in CASES:
+        for number, name in enumerate(sorted(OPTIMIZERS)):
+            quick = case.id == "features-sum-weighted" or (len(cases) // 4 % 4 == number)
+            marks = (*case.marks, *(() if quick else (pytest.mark.slow,)))
+            if case.values[0][1] == "float32":
+                identifier = f"{case.id}-{name}"
+                cases.append(pytest.param(case.values[0], name, id=identifier, marks=marks))
+    return cases
 
 
-@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
-@pytest.mark.parametrize("arguments", FLOAT32_CASES)
+@pytest.mark.parametrize(("arguments", "name"), update_cases())
 def test_lookup_backward_update(arguments: tuple[Any, ...], name: str) -> None:
     case = make_case(*arguments)
     update = update_arguments(case, name)
     opcheck(OPS.lookup_backward_update.default, (case.grad, *case.bags, *update))
 
 
-@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
-@pytest.mark.parametrize("arguments", FLOAT32_CASES)
+@pytest.mark.parametrize(("arguments", "name"), update_cases())
 def test_lookup_fused(arguments: tuple[Any, ...], name: str) -> None:
     """Its backward pass changes its inputs, so only values and gradients of weights compare."""
     case = make_case(*arguments)
