@@ -44,9 +44,9 @@ class LowBit(JointMethod):
 
     Memory: n·w·b / 8 bytes, 4·w for the steps and 4·d·w for the projection. The dial goes through
     (w, b) = (1, 1), (1, 2), (1, 4), (2, 4), …, (d, 4), and on in 8 bits to (d, 8). At equal bits a
-    row, wider rows have a larger projection. The dial was chosen by validation AUC on MovieLens-100K
-    with one seed, which is weak evidence; where the projection is small beside the rows, wide rows
-    in 2 bits may be better: ``bits=2`` has them.
+    row, wider rows have a larger projection. The dial was chosen by validation AUC on
+    MovieLens-100K with one seed, which is weak evidence; where the projection is small beside the
+    rows, wide rows in 2 bits may be better: ``bits=2`` has them.
 
     Source: low rank as in Lan et al., "ALBERT", ICLR 2020, section 3.1, with steps learned as in
     Esser et al., "Learned step size quantization", ICLR 2020.
