@@ -197,7 +197,10 @@ def allocate(
     for method, members in groups.items():
         own = [tables[index] for index in members]
         share = budget_bytes * sum(table.dense_bytes for table in own) // dense
-        fitted = fit_group(method, own, share)
+        fitted = [
+            _no_larger_than_full(plan, full(table))
+            for plan, table in zip(fit_group(method, own, share), own, strict=True)
+        ]
         plans.update(zip(members, fitted, strict=True))
         left -= total_bytes(fitted)
     others = [index for index in range(len(tables)) if index not in plans]
@@ -207,6 +210,15 @@ def allocate(
         )
         plans.update(zip(others, levelled, strict=True))
     return [plans[index] for index in range(len(tables))]
+
+
+def _no_larger_than_full(plan: LookupPlan, full: LookupPlan) -> LookupPlan:
+    """The plan, or the uncompressed one where that takes fewer bytes.
+
+    A plan with a shared store is kept: the others that share it need it.
+    """
+    shares = any(store.shared for store in plan.stores)
+    return plan if shares or plan.bytes < full.bytes else full
 
 
 def _level(

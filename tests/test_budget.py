@@ -8,7 +8,7 @@ from bisect import bisect_right
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import embcompress as ec
@@ -122,6 +122,7 @@ def test_without_a_budget_there_is_always_a_size(method: str, rows: int, width: 
     rows=st.lists(st.integers(1, 10**6), min_size=1, max_size=6),
     share=st.floats(0.005, 1.0),
 )
+@example(rows=[1, 2], share=1.0)
 def test_one_budget_for_many_tables_is_kept(method: str, rows: list[int], share: float) -> None:
     tables = [TableSpec(count, 16, str(index)) for index, count in enumerate(rows)]
     methods = [resolve_method(method)] * len(tables)
