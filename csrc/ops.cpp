@@ -113,24 +113,27 @@ void check_quantization(const Lookup& lookup, const Probe& probe, int64_t rows) 
                     " columns, biases of ", bias.width);
 }
 
+// Largest row that the address or its code can give, plus 1.
+int64_t check_address(const Lookup& lookup, const Address& address, const Code& code) {
+    const int64_t rows = address_size(address);
+    if (code.store < 0) return rows;
+    STD_TORCH_CHECK(code.width >= 1 && code.column >= 0 && code.column < code.width &&
+                        code.size >= 1 && code.first >= 0,
+                    "encoding: codes of no column or no size");
+    check_packed_store(store_at(lookup, code.store), rows, code.width, code.bits);
+    if (code.has_otherwise) {
+        STD_TORCH_CHECK(address_size(code.otherwise) <= code.size, "encoding: otherwise");
+    }
+    return code.size;
+}
+
 void check_probe(const Lookup& lookup, const Probe& probe, const Feature& feature) {
     STD_TORCH_CHECK(probe.width >= 1 && probe.width <= feature.width && probe.column >= 0 &&
                         probe.column <= feature.width - probe.width && probe.offset >= 0,
                     "encoding: columns or offset of a probe");
     STD_TORCH_CHECK(feature.combine == Combine::kConcat || probe.width == feature.width,
                     "encoding: width of a probe");
-    int64_t rows = address_size(probe.address);
-    const Code& code = probe.code;
-    if (code.store >= 0) {
-        STD_TORCH_CHECK(code.width >= 1 && code.column >= 0 && code.column < code.width &&
-                            code.size >= 1 && code.first >= 0,
-                        "encoding: codes of no column or no size");
-        check_packed_store(store_at(lookup, code.store), rows, code.width, code.bits);
-        if (code.has_otherwise) {
-            STD_TORCH_CHECK(address_size(code.otherwise) <= code.size, "encoding: otherwise");
-        }
-        rows = code.size;
-    }
+    int64_t rows = check_address(lookup, probe.address, probe.code);
     STD_TORCH_CHECK(rows <= kMostBits - probe.offset, "encoding: offset of a probe");
     rows += probe.offset;
     if (probe.quantization.bits == 0) {
@@ -147,7 +150,7 @@ void check_probe(const Lookup& lookup, const Probe& probe, const Feature& featur
                     "encoding: unknown scale");
     if (scale.kind == ScaleKind::kWeight) {
         const StoreView& store = store_at(lookup, scale.store);
-        check_float_store(store, address_size(scale.address), 1);
+        check_float_store(store, check_address(lookup, scale.address, scale.code), 1);
         STD_TORCH_CHECK(scale.column >= 0 && scale.column < store.width,
                         "encoding: takes scales from column ", scale.column, " of ", store.width);
     }

@@ -18,7 +18,7 @@
 
 namespace embcompress {
 
-constexpr int64_t kFormat = 2;
+constexpr int64_t kFormat = 3;
 
 enum class Pool : int64_t { kNone = 0, kSum = 1, kMean = 2 };
 enum class Combine : int64_t { kSum = 0, kMul = 1, kConcat = 2 };
@@ -68,7 +68,8 @@ struct Scale {
     int64_t key;    // of a sign
     int64_t store;  // of a weight
     int64_t column;
-    Address address;
+    Address address;  // of the weight, or of the row in the table of codes
+    Code code;
 };
 
 // Packed values: scale * code + bias, or scale * (code - (2^bits - 1) / 2) without a bias.
@@ -94,7 +95,7 @@ struct Probe {
 constexpr int64_t kHeaderFields = sizeof(Header) / sizeof(int64_t);
 constexpr int64_t kFeatureFields = sizeof(Feature) / sizeof(int64_t);
 constexpr int64_t kProbeFields = sizeof(Probe) / sizeof(int64_t);
-static_assert(kHeaderFields == 4 && kFeatureFields == 8 && kProbeFields == 29,
+static_assert(kHeaderFields == 4 && kFeatureFields == 8 && kProbeFields == 39,
               "change embcompress/engine/encoding.py too");
 
 // ------------------------------------------------------------------------------------ hashing

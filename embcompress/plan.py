@@ -239,11 +239,11 @@ class Sign:
 
 @dataclass(frozen=True)
 class Weight:
-    """The row is multiplied by a learned number, ``store[address(id), column]``."""
+    """The row is multiplied by a learned number, ``store[address(id), column]``; 0 where absent."""
 
     kind: ClassVar[str] = "weight"
     store: str
-    address: DirectAddress
+    address: Address
     column: int = 0
 
     def __post_init__(self) -> None:

@@ -82,7 +82,7 @@ def _decode_kind(data: Any, *allowed: type, optional: bool = False) -> Any:
         cls,
         data,
         row=lambda value: _decode_kind(value, *_DIRECT),
-        address=lambda value: _decode_kind(value, *_DIRECT),
+        address=lambda value: _decode_kind(value, *_DIRECT, Code),
         otherwise=lambda value: _decode_kind(value, *_DIRECT, optional=True),
     )
 

@@ -235,7 +235,7 @@ class PlanMaker:
         else:
             store = self.float_store(self.choice.randint(1, 40), self.choice.randint(1, 4))
         column = self.choice.randrange(store.width)
-        return Weight(store.name, self.simple_address(store.rows), column)
+        return Weight(store.name, self.address(store.rows), column)
 
     def probe(self, width: int) -> Probe:
         store = self.value_store(width)

@@ -520,13 +520,17 @@ def test_control_c_does_not_cut_an_update_in_two(monkeypatch: pytest.MonkeyPatch
     expected = run(batches)
     expected.flush()
     monkeypatch.setattr(feature_module.FeatureProfile, "add", interrupted)
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        ec.profile(batches, num_embeddings={"exact": 300}, settings=SMALL, progress=False)
-    profile = run(batches)
-    with pytest.raises(KeyboardInterrupt):
-        profile.flush()
-    assert signal.getsignal(signal.SIGINT) is handler
+    # A shell's background jobs ignore Ctrl-C; this test must not.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ec.profile(batches, num_embeddings={"exact": 300}, settings=SMALL, progress=False)
+        profile = run(batches)
+        with pytest.raises(KeyboardInterrupt):
+            profile.flush()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert_equal_states(profile, expected, heavy=True)
 
 

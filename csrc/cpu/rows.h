@@ -223,9 +223,12 @@ class RowBlock {
         return latent(probes_[t], lookup_.stores[probes_[t].store], row, c);
     }
 
-    // Row of the learned scale of probe t for id number i.
+    // Row of the learned scale of probe t for id number i; -1 where absent or padding.
     EMBCOMPRESS_INLINE int64_t scale_row(int t, int i) const {
-        return ids_[i] < 0 ? -1 : address_row(probes_[t].scale.address, ids_[i]);
+        if (ids_[i] < 0) return -1;
+        const Scale& scale = probes_[t].scale;
+        const int64_t row = address_row(scale.address, ids_[i]);
+        return scale.code.store < 0 ? row : decode(scale.code, ids_[i], row);
     }
 
   private:
@@ -295,23 +298,22 @@ class RowBlock {
         }
     }
 
-    // Codes may be damaged: one past its bound is absent, and never a row out of bounds.
     EMBCOMPRESS_INLINE void decode(const Code& code, int n, int64_t* rows) const {
+        for (int i = 0; i < n; ++i) {
+            if (ids_[i] >= 0) rows[i] = decode(code, ids_[i], rows[i]);
+        }
+    }
+
+    // The row that the code in a row of the table of codes stands for; -1: absent. Codes may be
+    // damaged: one past its bound is absent, and never a row out of bounds.
+    EMBCOMPRESS_INLINE int64_t decode(const Code& code, int64_t id, int64_t code_row) const {
         const StoreView& store = lookup_.stores[code.store];
         const uint32_t absent = static_cast<uint32_t>((1ULL << code.bits) - 1);
-        for (int i = 0; i < n; ++i) {
-            if (ids_[i] < 0) continue;
-            const uint32_t value = unpack_bits(static_cast<const uint8_t*>(store.data), store.bytes,
-                                               rows[i] * code.width + code.column, code.bits);
-            const int64_t row = static_cast<int64_t>(value) - code.first;
-            if (value != absent && row >= 0 && row < code.size) {
-                rows[i] = row;
-            } else {
-                rows[i] = value == absent && code.has_otherwise
-                              ? address_row(code.otherwise, ids_[i])
-                              : -1;
-            }
-        }
+        const uint32_t value = unpack_bits(static_cast<const uint8_t*>(store.data), store.bytes,
+                                           code_row * code.width + code.column, code.bits);
+        const int64_t row = static_cast<int64_t>(value) - code.first;
+        if (value != absent && row >= 0 && row < code.size) return row;
+        return value == absent && code.has_otherwise ? address_row(code.otherwise, id) : -1;
     }
 
     EMBCOMPRESS_INLINE Latent latent(const Probe& probe, const StoreView& store, int64_t row,

@@ -24,14 +24,14 @@ from embcompress.plan import (
     Weight,
 )
 
-FORMAT = 2
+FORMAT = 3
 #: Pools that the kernels run; maxima pool the kernels' vectors in torch.
 POOLS = {"none": 0, "sum": 1, "mean": 2}
 _COMBINES = {"sum": 0, "mul": 1, "concat": 2}
 _KERNEL_FLOATS = ("float32", "float16", "bfloat16")
 _NO_ADDRESS = [0, 1, 1]
 _NO_CODE = [-1, 0, 0, 0, 0, 0, 0, *_NO_ADDRESS]
-_NO_SCALE = [0, 0, -1, 0, *_NO_ADDRESS]
+_NO_SCALE = [0, 0, -1, 0, *_NO_ADDRESS, *_NO_CODE]
 _NO_QUANTIZATION = [0, -1, -1, 0, 0]
 
 
@@ -91,16 +91,14 @@ def _encode_probes(plan: LookupPlan, numbers: dict[str, int]) -> list[list[int]]
     records, column = [], 0
     for probe in plan.probes:
         store = plan.store(probe.store)
-        address = probe.address.row if isinstance(probe.address, Code) else probe.address
         records.append(
             [
                 numbers[store.name],
                 probe.offset,
                 column,
                 store.width,
-                *_encode_address(address),
-                *_encode_code(plan, probe.address, numbers),
-                *_encode_scale(probe, numbers),
+                *_encode_address(plan, probe.address, numbers),
+                *_encode_scale(plan, probe, numbers),
                 *_encode_quantization(plan, probe, numbers),
             ]
         )
@@ -113,7 +111,7 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-def _encode_address(address: DirectAddress) -> list[int]:
+def _encode_direct(address: DirectAddress) -> list[int]:
     if isinstance(address, Digit):
         return [0, address.divisor, address.radix]
     if isinstance(address, MurmurHash):
@@ -121,12 +119,14 @@ def _encode_address(address: DirectAddress) -> list[int]:
     return [1, _signed(address.key), address.buckets]
 
 
-def _encode_code(plan: LookupPlan, address: Address, numbers: dict[str, int]) -> list[int]:
+def _encode_address(plan: LookupPlan, address: Address, numbers: dict[str, int]) -> list[int]:
+    """An address and a code: that of the row among the codes, where there is a code."""
     if not isinstance(address, Code):
-        return _NO_CODE
+        return [*_encode_direct(address), *_NO_CODE]
     codes = plan.store(address.store)
     otherwise = address.otherwise
     return [
+        *_encode_direct(address.row),
         numbers[codes.name],
         codes.bits,
         codes.width,
@@ -134,16 +134,17 @@ def _encode_code(plan: LookupPlan, address: Address, numbers: dict[str, int]) ->
         address.first,
         address.size,
         int(otherwise is not None),
-        *(_NO_ADDRESS if otherwise is None else _encode_address(otherwise)),
+        *(_NO_ADDRESS if otherwise is None else _encode_direct(otherwise)),
     ]
 
 
-def _encode_scale(probe: Probe, numbers: dict[str, int]) -> list[int]:
+def _encode_scale(plan: LookupPlan, probe: Probe, numbers: dict[str, int]) -> list[int]:
     scale = probe.scale
     if isinstance(scale, Sign):
-        return [1, _signed(scale.key), -1, 0, *_NO_ADDRESS]
+        return [1, _signed(scale.key), -1, 0, *_NO_ADDRESS, *_NO_CODE]
     if isinstance(scale, Weight):
-        return [2, 0, numbers[scale.store], scale.column, *_encode_address(scale.address)]
+        address = _encode_address(plan, scale.address, numbers)
+        return [2, 0, numbers[scale.store], scale.column, *address]
     return _NO_SCALE
 
 

@@ -194,8 +194,10 @@ def _probe_vectors(
         vectors = vectors * (1 - 2 * sign_bit)[:, None].to(vectors.dtype)
     elif isinstance(probe.scale, Weight):
         weights = stores[probe.scale.store]
-        weight_rows, _ = address_rows(probe.scale.address, ids, plan, stores)
+        weight_rows, has_weight = address_rows(probe.scale.address, ids, plan, stores)
         weight = _gather(weights, weight_rows, sparse)[:, probe.scale.column]
+        if has_weight is not None:
+            weight = torch.where(has_weight, weight, 0)
         vectors = vectors * weight[:, None]
     return vectors if present is None else torch.where(present[:, None], vectors, 0)
 

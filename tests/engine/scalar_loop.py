@@ -79,7 +79,8 @@ class ScalarLoop:
             return hash_sign(id, probe.scale.key)
         if isinstance(probe.scale, Weight):
             row = self.row(probe.scale.address, id)
-            assert row is not None
+            if row is None:
+                return 0.0
             return self.floats[probe.scale.store][row][probe.scale.column]
         return 1.0
 

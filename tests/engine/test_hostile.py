@@ -23,7 +23,6 @@ from embcompress.plan import (
     LookupPlan,
     Probe,
     Quantization,
-    Sign,
     Store,
     Weight,
 )
@@ -44,11 +43,14 @@ PROBE = [
     "code.has_otherwise",
     "otherwise.kind", "otherwise.a", "otherwise.b", "scale.kind", "scale.key", "scale.store",
     "scale.column", "scale.address.kind", "scale.address.a", "scale.address.b",
+    "scale.code.store", "scale.code.bits", "scale.code.width", "scale.code.column",
+    "scale.code.first", "scale.code.size", "scale.code.has_otherwise",
+    "scale.otherwise.kind", "scale.otherwise.a", "scale.otherwise.b",
     "quantization.bits", "quantization.scale_store", "quantization.bias_store",
     "quantization.per_row", "quantization.per_column",
 ]  # fmt: skip
 
-#: Every kind of address, code, scale and store. Float stores come first.
+#: Every kind of address and store, codes of rows and of scales. Float stores come first.
 PLAN = LookupPlan(
     1000,
     11,
@@ -62,7 +64,11 @@ PLAN = LookupPlan(
     ),
     probes=(
         Probe("rows", Hash(5, 45), Weight("scales", Digit(3, 9), column=1), offset=5),
-        Probe("packed", Code("codes", 40, Digit(10, 100), 1, Hash(6, 40)), Sign(8)),
+        Probe(
+            "packed",
+            Code("codes", 40, Digit(10, 100), 1, Hash(6, 40)),
+            Weight("scales", Code("codes", 9, Digit(10, 100), 2, Hash(4, 9))),
+        ),
     ),
     combine="concat",
     pool="sum",
@@ -254,6 +260,14 @@ DAMAGE_OF_CODES = {
     "all rows of codes": ("address.b", HUGE),
     "otherwise past the codes": ("otherwise.b", 41),
     "otherwise of no kind": ("otherwise.kind", -1),
+    "a scale's codes that are not there": ("scale.code.store", 9),
+    "a scale's codes that are floats": ("scale.code.store", 0),
+    "a scale's codes of too many bits": ("scale.code.bits", 7),
+    "a scale's column of codes": ("scale.code.column", 3),
+    "a scale's negative first code": ("scale.code.first", -1),
+    "a scale's codes past the store": ("scale.code.size", 10),
+    "a scale's rows of codes": ("scale.address.b", 101),
+    "a scale's otherwise past the codes": ("scale.otherwise.b", 10),
     "values of more bits": ("quantization.bits", 5),
     "values of too many bits": ("quantization.bits", 16),
     "values as floats": ("quantization.bits", 0),
