@@ -7,7 +7,7 @@ from embcompress.ids import count_ids, read_ids, write_ids
 from embcompress.memory import MemoryReport, memory
 from embcompress.methods import Method, method_classes, methods, register, resolve_method
 from embcompress.modules import Embedding, EmbeddingBag
-from embcompress.optimizers import fuse_optimizer
+from embcompress.optimizers import fuse_optimizer, unfused_parameters
 from embcompress.plan import LookupPlan, PlanError
 from embcompress.pruning import prune_, restore_
 from embcompress.statistics import Profile, ProfileInterrupted, ProfileSettings, profile
@@ -48,6 +48,7 @@ __all__ = [
     "resolve_method",
     "restore_",
     "restore_vocabulary",
+    "unfused_parameters",
     "write_ids",
 ]
 

@@ -95,7 +95,13 @@ def smallest_plan(method: Method, table: TableSpec) -> LookupPlan:
 
 
 def default_plan(method: Method, table: TableSpec) -> LookupPlan:
-    """The plan where no budget is given: 10 % of the table, or the smallest size above that."""
+    """The plan where no budget is given.
+
+    It is the method's own choice, or 10 % of the table, or the smallest size above that.
+    """
+    size = method.default_size(table)
+    if size is not None:
+        return method.plan(table, size)
     budget = parse_budget(DEFAULT_BUDGET, table.dense_bytes)
     return fit_plan(method, table, max(budget, smallest_plan(method, table).bytes))
 

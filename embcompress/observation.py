@@ -51,20 +51,46 @@ class Observation:
         Args:
             gradient: of the output.
         """
-        table, counted = self.table, self.occurrences()
-        end = self.first_column + table.embedding_dim
+        norms = self._columns(gradient).norm(dim=1)
+        bag, factors = self._shares(norms.numel())
+        return (norms if bag is None else norms[bag]) * factors.abs()
+
+    def gradients(self, gradient: Tensor) -> Tensor:
+        """(N, embedding_dim) float32: the gradient of every occurrence's vector.
+
+        Args:
+            gradient: of the output.
+
+        Raises:
+            ValueError: the bags are pooled by maxima, each column of which has its own winner.
+        """
+        if self.table.plan.pool == "max":
+            raise ValueError("the gradients of vectors are not known where bags are maxima")
+        columns = self._columns(gradient)
+        bag, factors = self._shares(columns.shape[0])
+        return (columns if bag is None else columns[bag]) * factors[:, None]
+
+    def _columns(self, gradient: Tensor) -> Tensor:
+        """(bags, embedding_dim) float32: the table's columns of the output's gradient."""
+        end = self.first_column + self.table.embedding_dim
         columns = gradient.reshape(-1, gradient.shape[-1])[:, self.first_column : end]
-        norms = columns.float().contiguous().norm(dim=1)  # expanded ones are slow
-        pool = table.plan.pool
+        return columns.float().contiguous()  # expanded ones are slow
+
+    def _shares(self, rows: int) -> tuple[Tensor | None, Tensor]:
+        """The row of the output that every occurrence adds to, and (N,) by what factor.
+
+        None for the rows: they are the occurrences.
+        """
+        counted, pool = self.occurrences(), self.table.plan.pool
         if pool == "none":
-            return norms * counted
+            return None, counted
         lengths = self.bags.offsets[1:].long() - self.bags.offsets[:-1].long()
-        bag = torch.repeat_interleave(torch.arange(len(lengths), device=norms.device), lengths)
+        bag = torch.repeat_interleave(torch.arange(rows, device=counted.device), lengths)
+        factors = counted
         if pool == "mean":
-            sizes = torch.zeros_like(norms).index_add_(0, bag, counted)
-            norms = norms / sizes.clamp(min=1)
-        amounts = norms[bag] * counted
-        return amounts if self.bags.weights is None else amounts * self.bags.weights.float().abs()
+            sizes = counted.new_zeros(rows).index_add_(0, bag, counted)
+            factors = factors / sizes.clamp(min=1)[bag]
+        return bag, factors if self.bags.weights is None else factors * self.bags.weights.float()
 
 
 def observe_table(

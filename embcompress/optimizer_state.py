@@ -91,6 +91,27 @@ def row_states(
     return states
 
 
+def learning_rate(
+    table: CompressedTable, store: str, optimizers: Sequence[Optimizer] = ()
+) -> float:
+    """The rate at which a store is trained at present; 0 where it is frozen.
+
+    Raises:
+        ValueError: neither a fused optimizer nor one of ``optimizers`` trains it.
+    """
+    if table.fused_rule is not None:
+        return table.fused_rule.lr
+    parameter = getattr(table, store)
+    groups = _groups_of(optimizers, parameter)
+    if groups:
+        return float(groups[0][1]["lr"])
+    if not parameter.requires_grad:
+        return 0.0
+    raise ValueError(
+        f"no optimizer is known that trains {store!r}; pass it: TrainingProcedure(model, optimizer)"
+    )
+
+
 def take_rows(tensor: Tensor, sources: Tensor, fresh: float) -> Tensor:
     """Rows ``sources`` of a tensor; ``fresh`` where that is -1."""
     taken = tensor[sources.clamp(min=0).to(tensor.device)]

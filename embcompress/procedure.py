@@ -16,8 +16,9 @@ from torch import Tensor
 
 from embcompress.plan import LookupPlan
 
-#: What a procedure wants to see of every batch: nothing, the ids, or the norms of their gradients.
-Observes = Literal["nothing", "ids", "gradients"]
+#: What a procedure wants to see of every batch: nothing, the ids, the norms of their gradients, or
+#: these gradients themselves.
+Observes = Literal["nothing", "ids", "gradients", "gradients of vectors"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,14 @@ class TrainedTable(Protocol):
 
     def row_states(self, store: str) -> list[RowState]:
         """The optimizers' state of a store: whoever moves its rows moves this too."""
+        ...
+
+    def learning_rate(self, store: str) -> float:
+        """The rate at which the store is trained at present.
+
+        Raises:
+            ValueError: nothing that is known of trains it.
+        """
         ...
 
     def tensor(self, name: str) -> Tensor:
@@ -79,7 +88,7 @@ class TableProcedure(ABC):
             table: the table.
             ids: (N,) every occurrence of an id in the batch.
             amounts: (N,) float: 1 for every id, or the norm of the gradient of the occurrence's
-                vector; 0 for the padding id.
+                vector; or (N, embedding_dim) float: that gradient. 0 for the padding id.
         """
         raise NotImplementedError(f"{type(self).__name__} says that it observes {self.observes}")
 

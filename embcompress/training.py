@@ -14,7 +14,7 @@ from embcompress.collection import EmbeddingBagCollection
 from embcompress.memory import storage_key
 from embcompress.modules import CompressedTable
 from embcompress.observation import Observation, observe_collection, observe_table
-from embcompress.optimizer_state import Optimizers, as_optimizers, row_states
+from embcompress.optimizer_state import Optimizers, as_optimizers, learning_rate, row_states
 from embcompress.plan import LookupPlan
 from embcompress.procedure import RowState, TableProcedure
 
@@ -47,6 +47,9 @@ class ManagedTable:
 
     def row_states(self, store: str) -> list[RowState]:
         return row_states(self.module, store, self._optimizers)
+
+    def learning_rate(self, store: str) -> float:
+        return learning_rate(self.module, store, self._optimizers)
 
     def tensor(self, name: str) -> Tensor:
         return self.module.get_buffer(_BUFFER_PREFIX + name)
@@ -259,5 +262,7 @@ class _GradientHook:
 
     @torch.no_grad()
     def __call__(self, gradient: Tensor) -> None:
-        norms = self.observation.gradient_norms(gradient)
-        self.table.procedure.observe(self.table, self.observation.ids, norms)
+        procedure, observation = self.table.procedure, self.observation
+        whole = procedure.observes == "gradients of vectors"
+        amounts = (observation.gradients if whole else observation.gradient_norms)(gradient)
+        procedure.observe(self.table, observation.ids, amounts)

@@ -37,14 +37,28 @@ def compressed(
     return model, report
 
 
-def train_epoch(model: DLRM, log: ClickLog, rows: np.ndarray, learning_rate: float) -> None:
-    """One more pass over the training rows, for the tables alone: the layers have had enough."""
+def distill_epoch(
+    model: DLRM, teacher: DLRM, log: ClickLog, rows: np.ndarray, learning_rate: float
+) -> None:
+    """One more pass over the training rows, with the full model's predictions as labels.
+
+    The clicks themselves have taught the full model as much as they can: another pass over them
+    overfits.
+    """
     ec.fuse_optimizer(model, "adagrad", lr=learning_rate)  # steps in the backward pass
+    layers = torch.optim.Adagrad(ec.unfused_parameters(model), lr=learning_rate)
+    procedure = ec.TrainingProcedure(model)  # for methods whose codes move as well
     model.train()
     for start in range(0, len(rows), 512):
         batch = log.batch(rows[start : start + 512])
+        with torch.no_grad():
+            label = teacher(batch.dense, batch.ids, batch.offsets).sigmoid()
+        layers.zero_grad()
         logits = model(batch.dense, batch.ids, batch.offsets)
-        nn.functional.binary_cross_entropy_with_logits(logits, batch.label).backward()
+        nn.functional.binary_cross_entropy_with_logits(logits, label).backward()
+        layers.step()
+        procedure.step()
+    procedure.close()
 
 
 def main() -> None:
@@ -53,7 +67,7 @@ def main() -> None:
     parser.add_argument("--budget", default="10%")
     parser.add_argument("--methods", default="pq,int4")
     parser.add_argument("--learning-rate", type=float, default=0.03)
-    parser.add_argument("--fine-tuning-rate", type=float, default=0.002)
+    parser.add_argument("--distillation-rate", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -79,7 +93,8 @@ def main() -> None:
         print(report)
         score = evaluate(ec.deploy(copy.deepcopy(small)), log, split.test)
         print(f"{method:8}  {report.after:>9,} bytes  test AUC {score.auc:.4f} as it is", end="")
-        train_epoch(small, log, rng.permutation(split.train), options.fine_tuning_rate)
+        rows = rng.permutation(split.train)
+        distill_epoch(small, model, log, rows, options.distillation_rate)
         score = evaluate(ec.deploy(small), log, split.test)
         print(f", {score.auc:.4f} after one more epoch")
 

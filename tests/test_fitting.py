@@ -146,6 +146,21 @@ def test_pq_codebooks_train_and_codes_stay(table: torch.Tensor) -> None:
     assert relative_error(table, module.vectors) < before * 1.001
 
 
+def test_pq_with_norms_apart_is_its_formula(table: torch.Tensor) -> None:
+    method = ec.ProductQuantization(parts=2, bits=8, norm_bits=5)
+    module = ec.Embedding.from_pretrained(table, method=method, budget="95%")
+    stream = int.from_bytes(bytes(module.norm_codes.tolist()), "little")
+    norm = module.norms[torch.tensor([stream >> (5 * i) & 31 for i in range(ROWS)])]
+    parts = [
+        module.codebook_0[module.codes[0::2].long()],
+        module.codebook_1[module.codes[1::2].long()],
+    ]
+    torch.testing.assert_close(module.to_dense(), norm * torch.cat(parts, dim=1))
+    # Norms are near to the table's; codewords are of vectors of norm 1.
+    assert (norm[:, 0] / table.norm(dim=1) - 1).abs().mean() < 0.05
+    assert module.plan.bytes == ROWS * 2 + ROWS * 5 // 8 + (255 * WIDTH + 31) * 4
+
+
 def test_pq_drops_the_least_rows(table: torch.Tensor) -> None:
     method = ec.ProductQuantization(parts=2, bits=6, drop=0.25)
     module = ec.Embedding.from_pretrained(table, method=method, budget="90%")

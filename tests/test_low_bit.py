@@ -286,11 +286,27 @@ def test_low_bit_uses_its_budget(budget: str) -> None:
     assert 0.6 * limit < fit_plan(ec.LowBit(), table, limit).bytes <= limit
 
 
-def test_int_rows_have_one_size() -> None:
-    plan = ec.Embedding(ROWS, WIDTH, method="int4").plan
-    assert plan.bytes == ROWS * WIDTH // 2 + 2 * WIDTH * 4
-    with pytest.raises(ec.BudgetError, match=f"smallest budget it can meet is {plan.bytes} bytes"):
-        ec.Embedding(ROWS, WIDTH, method="int4", budget=plan.bytes - 1)
+def test_int_rows_are_as_wide_as_the_budget_allows() -> None:
+    whole = ec.Embedding(ROWS, WIDTH, method="int4").plan
+    assert whole.head is None and whole.bytes == ROWS * WIDTH // 2 + 2 * WIDTH * 4
+    narrower = ec.Embedding(ROWS, WIDTH, method="int4", budget=whole.bytes - 1).plan
+    width = narrower.store("weight").width
+    assert narrower.head is not None and narrower.bytes < whole.bytes
+    assert narrower.bytes == -(-ROWS * width // 2) + 2 * width * 4 + 4 * WIDTH * width
+
+
+@pytest.mark.parametrize("scale", ["column", "row", "table"])
+def test_narrow_int_rows_keep_the_leading_columns(scale: str) -> None:
+    """A table of rank 2 loses what 8 bits lose, and nothing to the width."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(ROWS, 2, generator=generator) @ torch.randn(2, WIDTH, generator=generator)
+    module = ec.Embedding.from_pretrained(weight, method=ec.Int8(scale=scale), budget="18%")
+    width = module.plan.store("weight").width
+    assert 1 < width < WIDTH
+    assert module.latents() == ("weight",)
+    before = module.to_dense()
+    assert float((before - weight).norm() / weight.norm()) < 0.02
+    assert torch.equal(ec.deploy(module).to_dense(), before)
 
 
 def test_settings_are_checked() -> None:

@@ -213,6 +213,20 @@ def test_mixed_dim_by_table() -> None:
     torch.testing.assert_close(bag.to_dense()[:5], vectors)
 
 
+def test_mixed_dim_below_one_column_shares_rows() -> None:
+    """1 % of a table of width 64 is less than a float an id."""
+    module = ec.Embedding(10_000, 64, method="mixed_dim", budget="1%")
+    assert 0.99 * 0.01 < module.plan.bytes / module.plan.dense_bytes <= 0.01
+    rows, width = module.weight.shape
+    assert width == 1 and rows < 10_000
+    key = TableSpec(10_000, 64).key(0)
+    row = torch.tensor([hash_bucket(i, key, rows) for i in range(10_000)])
+    torch.testing.assert_close(module.to_dense(), module.weight[row] @ module.projection.T)
+    weight = torch.randn(rows, 1)[row] @ torch.randn(1, 64)
+    fitted = ec.Embedding.from_pretrained(weight, method="mixed_dim", budget="1%")
+    torch.testing.assert_close(fitted.to_dense(), weight, atol=1e-3, rtol=1e-3)
+
+
 def test_mixed_dim_by_frequency() -> None:
     counts = torch.arange(ROWS).flip(0) ** 3
     counts = counts[torch.randperm(ROWS)]

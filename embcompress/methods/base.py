@@ -87,6 +87,10 @@ class Method(ABC):
     def plan(self, table: TableSpec, size: int) -> LookupPlan:
         """The plan of that size, without pooling."""
 
+    def default_size(self, table: TableSpec) -> int | None:
+        """The size where no budget is given; None: what 10 % of the table allows."""
+        return None
+
     def fill(  # noqa: B027 - most methods have nothing to write
         self, table: TableSpec, plan: LookupPlan, stores: Mapping[str, Tensor]
     ) -> None:

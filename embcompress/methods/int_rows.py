@@ -1,23 +1,31 @@
-"""Rows of full width in 8 or 4 bits a number."""
+"""Rows in 8 or 4 bits a number."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from embcompress.calibration import Share, calibrate, check_share, shape_of_steps
+from embcompress.calibration import (
+    Share,
+    calibrate,
+    check_finite,
+    check_share,
+    shape_of_steps,
+)
+from embcompress.fitting import principal_directions
 from embcompress.latents import pack_latents
 from embcompress.methods import register
 from embcompress.methods.base import Method, TableSpec
-from embcompress.plan import Digit, LookupPlan, Probe, Quantization, Store
+from embcompress.plan import Digit, Linear, LookupPlan, Probe, Quantization, Store
 
 
 @dataclass(frozen=True)
 class IntRows(Method):
-    """Rows of full width in a few bits a number.
+    """Rows in a few bits a number: of full width, or narrower ones and a projection.
 
     Attributes:
         scale: what shares a step and a bias: each ``"column"``, each ``"row"`` (8 bytes a row
@@ -34,48 +42,69 @@ class IntRows(Method):
         check_share(self.scale)
 
     def sizes(self, table: TableSpec) -> range:
-        return range(table.num_embeddings, table.num_embeddings + 1)
+        """Widths; the last one is the full width, which needs no projection."""
+        whole = self._plan(table, table.embedding_dim).bytes
+        narrow = range(1, table.embedding_dim)
+        smaller = bisect_left(narrow, whole, key=lambda width: self._plan(table, width).bytes)
+        return range(1, smaller + 2)
 
     def plan(self, table: TableSpec, size: int) -> LookupPlan:
-        rows, width = table.num_embeddings, table.embedding_dim
+        is_last = size == self.sizes(table)[-1]
+        return self._plan(table, table.embedding_dim if is_last else size)
+
+    def default_size(self, table: TableSpec) -> int | None:
+        return self.sizes(table)[-1]
+
+    def _plan(self, table: TableSpec, width: int) -> LookupPlan:
+        rows = table.num_embeddings
         shape = shape_of_steps(self.scale, rows, width)
         quantization = Quantization("scale", "bias")
-        return LookupPlan(
-            rows,
-            width,
-            stores=(
-                Store("scale", *shape, table.dtype),
-                Store("bias", *shape, table.dtype),
-                Store("weight", rows, width, f"uint{self.bits}", quantization),
-            ),
-            probes=(Probe("weight", Digit(1, rows)),),
-        )
+        stores = [
+            Store("scale", *shape, table.dtype),
+            Store("bias", *shape, table.dtype),
+            Store("weight", rows, width, f"uint{self.bits}", quantization),
+        ]
+        head = None
+        if width < table.embedding_dim:
+            stores.append(Store("projection", table.embedding_dim, width, table.dtype))
+            head = Linear("projection")
+        probes = (Probe("weight", Digit(1, rows)),)
+        return LookupPlan(rows, table.embedding_dim, tuple(stores), probes, head=head)
 
     def fit(self, table: TableSpec, plan: LookupPlan, weight: Tensor) -> dict[str, Tensor]:
         """Post-training quantization; see :func:`embcompress.calibration.calibrate`.
+
+        Narrower rows are the table's leading singular vectors'.
 
         Raises:
             ValueError: numbers that are NaN or infinite.
         """
         dtype = getattr(torch, table.dtype)
+        stores = {}
+        if plan.head is not None:
+            check_finite(weight)
+            width = plan.store("weight").width
+            directions = principal_directions(weight, width, table.counts)
+            weight, stores["projection"] = weight @ directions, directions.to(dtype)
         importance = None if table.counts is None else table.counts.to(weight.device)
         scale, bias = calibrate(
             weight, self.bits, self.scale, clip=self.clip, importance=importance, dtype=dtype
         )
-        stores = {"scale": scale, "bias": bias, "weight": weight}
+        stores |= {"scale": scale, "bias": bias, "weight": weight}
         return {**stores, "weight": pack_latents(plan, plan.store("weight"), stores)}
 
 
 @register
 @dataclass(frozen=True)
 class Int8(IntRows):
-    """Rows of full width in 8 bits a number, trained so or quantized after training.
+    """Rows in 8 bits a number, trained so or quantized after training.
 
     Every id keeps a row of its own. While it trains, a table holds float latents, which lookups
-    read rounded to their codes; ``embcompress.deploy`` packs them.
+    read rounded to their codes; ``embcompress.deploy`` packs them. Under a budget too small for
+    rows of full width, rows are narrower, and a projection follows.
 
-    Memory: n·d bytes, and 8·d for a step and a bias a column; a quarter of the table. There is
-    one size: budgets below it raise BudgetError, above it all rows are held so.
+    Memory: n·d bytes, and 8·d for a step and a bias a column, a quarter of the table; or for rows
+    of width w < d, n·w + 8·w + 4·d·w bytes. Without a budget rows have the full width.
 
     Source: Jacob et al., "Quantization and training of neural networks for efficient
     integer-arithmetic-only inference", CVPR 2018, section 2.1 (steps with a zero point); the step
@@ -89,11 +118,12 @@ class Int8(IntRows):
 @register
 @dataclass(frozen=True)
 class Int4(IntRows):
-    """Rows of full width in 4 bits a number, trained so or quantized after training.
+    """Rows in 4 bits a number, trained so or quantized after training.
 
     As :class:`Int8`, with codes from 0 to 15.
 
-    Memory: n·d / 2 bytes, and 8·d for a step and a bias a column; an eighth of the table.
+    Memory: n·d / 2 bytes, and 8·d for a step and a bias a column, an eighth of the table; or for
+    rows of width w < d, n·w / 2 + 8·w + 4·d·w bytes.
 
     Source: as :class:`Int8`; 4-bit embedding rows: Guan et al., "Post-training 4-bit quantization
     on embedding tables", 2019.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -14,10 +14,11 @@ from embcompress.methods import register
 from embcompress.methods.base import JointMethod, TableSpec
 from embcompress.methods.full import Full
 from embcompress.packing import pack_codes
-from embcompress.plan import Code, Digit, Linear, LookupPlan, Probe, Store
+from embcompress.plan import Code, Digit, Hash, Linear, LookupPlan, Probe, Store
 
-#: Steps of the dial for each column of the widest block.
+#: Steps of the dial for each column of the widest block, and below one column.
 _STEPS = 16
+_SHARING_STEPS = 256
 
 
 @register
@@ -31,6 +32,9 @@ class MixedDim(JointMethod):
     frequency so that each block gets an equal share of the queries; one packed code an id says
     where its row is. Bags are pooled before the projection, and there is one for all blocks of a
     table: the narrow vectors stand side by side, and W = [P_1 | P_2 | …].
+
+    Where even one column an id is too much, the ids of an undivided table share rows of one column
+    by a hash; the paper stops there.
 
     Memory: Σ n_b·d_b + d·Σ d_b numbers; with several blocks also n·⌈log₂(n + 1)⌉ bits. A table
     of one block as wide as d has no projection.
@@ -81,12 +85,17 @@ class MixedDim(JointMethod):
         return widths
 
     def group_sizes(self, tables: Sequence[TableSpec]) -> range:
+        """From the steps of sharing, where there are some, to those of the widest block."""
         loads = [load for table in tables for load in self._loads(table)]
         widest = max(table.embedding_dim for table in tables)
         last = _STEPS * widest * (max(loads) / min(loads)) ** self.alpha
-        return range(_STEPS, max(_STEPS, int(last) + _STEPS) + 1)
+        first = 1 if self.blocks == 1 else _SHARING_STEPS
+        return range(first, _SHARING_STEPS + max(0, int(last)) + 1)
 
     def group_plans(self, tables: Sequence[TableSpec], size: int) -> list[LookupPlan]:
+        if size < _SHARING_STEPS:
+            return [self._shared_plan(table, size / _SHARING_STEPS) for table in tables]
+        size += _STEPS - _SHARING_STEPS
         loads = [self._loads(table) for table in tables]
         smallest = min(load for each in loads for load in each)
         return [
@@ -95,6 +104,19 @@ class MixedDim(JointMethod):
         ]
 
     # -- the plan
+
+    def _shared_plan(self, table: TableSpec, share: float) -> LookupPlan:
+        """One column, and rows for a share of the ids."""
+        plan = self._plan(table, [1])
+        rows = max(1, int(share * table.num_embeddings))
+        if plan.is_dense or rows == table.num_embeddings:
+            return plan
+        weight, projection = plan.stores
+        return replace(
+            plan,
+            stores=(replace(weight, rows=rows), projection),
+            probes=(Probe(weight.name, Hash(table.key(0), rows)),),
+        )
 
     def _plan(self, table: TableSpec, widths: list[int]) -> LookupPlan:
         n, d = table.num_embeddings, table.embedding_dim
@@ -126,9 +148,14 @@ class MixedDim(JointMethod):
         stores["codes"].copy_(pack_codes(rank, plan.store("codes").bits))
 
     def fit(self, table: TableSpec, plan: LookupPlan, weight: Tensor) -> dict[str, Tensor]:
-        """The best approximation of every block by itself, by its singular vectors."""
+        """The best approximation of every block by itself, by its singular vectors.
+
+        Rows that ids share are fitted by least squares.
+        """
         if plan.head is None:
             return {plan.stores[0].name: weight.detach()}
+        if isinstance(plan.probes[0].address, Hash):
+            return super().fit(table, plan, weight)
         stores: dict[str, Tensor] = {}
         order = torch.arange(table.num_embeddings)
         if len(plan.probes) > 1:

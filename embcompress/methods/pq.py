@@ -6,18 +6,28 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from embcompress.clustering import cluster
+from embcompress.code_learning import CodeLearning
 from embcompress.engine.reference import hash_bucket
 from embcompress.methods import register
 from embcompress.methods.base import JointMethod, TableSpec
 from embcompress.methods.full import Full
 from embcompress.packing import absent_code, pack_codes
-from embcompress.plan import Code, Digit, LookupPlan, Probe, Store, total_bytes
+from embcompress.plan import LookupPlan, total_bytes
+from embcompress.procedure import TableProcedure
+from embcompress.product_layout import (
+    CODES,
+    NORM_CODES,
+    NORMS,
+    ProductLayout,
+    codebook,
+    unit_norm,
+)
 
 #: Bits of a code that are tried where the settings leave them open.
 _BITS = range(4, 13)
@@ -30,37 +40,59 @@ class ProductQuantization(JointMethod):
     """Product quantization, C₁[c₁(x)] ‖ … ‖ C_s[c_s(x)]: packed codes into s small codebooks.
 
     A vector is cut into s parts, each the codeword that a code of b bits names. From a trained
-    table, codes and codebooks are the k-means of each part; the codebooks can be trained further,
-    the codes stay. A new table has hashed codes, and learns its codebooks: two ids have the same
-    vector only if all s codes agree.
+    table, codes and codebooks are the k-means of each part; the codebooks can be trained further.
+    A new table has hashed codes, and learns its codebooks: two ids have the same vector only if
+    all s codes agree. Codes stay, or are learned too.
 
     Tables that share a budget get codes of the same shape.
 
     Memory: n·s·b bits, and (2^b − 1)·d numbers (the last code stands for "absent", a zero
-    vector).
+    vector); with norms apart also n·b' bits and 2^b' − 1 numbers.
 
     Source: Jégou, Douze, Schmid: "Product quantization for nearest neighbor search", PAMI 2011,
-    section II; Joulin et al.: "FastText.zip", 2016, section 3.2 (codebooks trained further, and
-    rows of the smallest norm dropped).
+    section II; Joulin et al.: "FastText.zip", 2016, section 3.2 (norms apart, codebooks trained
+    further, and rows of the smallest norm dropped). Learned codes: van den Oord et al., "Neural
+    discrete representation learning", 2017, section 3.2 (straight-through); ours move every few
+    steps instead of in every lookup.
 
     Attributes:
         parts: s, a divisor of the width. None: follows from the budget.
         bits: b, 1 to 16. None: 4 to 12, follows from the budget.
+        norm_bits: b', 1 to 16: parts hold vectors of unit norm, and another code an id names its
+            norm. None: no norms apart.
         drop: share of the ids, those of the smallest count·norm², that :meth:`fit` makes absent.
+        codes: "learned" while the table trains, where there is a
+            :class:`~embcompress.TrainingProcedure`, which then holds n·(d + 1) numbers more; or
+            "fixed".
+        interval: learned codes move every so many steps.
+        code_rate: learning rate of the ids' own steps that codes follow, in row-wise Adagrad, by
+            that of the codebooks.
     """
 
     name: ClassVar[str] = "pq"
     parts: int | None = None
     bits: int | None = None
+    norm_bits: int | None = None
     drop: float = 0.0
+    codes: Literal["fixed", "learned"] = "learned"
+    interval: int = 10
+    code_rate: float = 1.0
 
     def __post_init__(self) -> None:
         if self.parts is not None and self.parts < 1:
             raise ValueError(f"parts must be at least 1, got {self.parts}")
-        if self.bits is not None and not 1 <= self.bits <= 16:
-            raise ValueError(f"bits must be in [1, 16], got {self.bits}")
+        for name in ("bits", "norm_bits"):
+            bits = getattr(self, name)
+            if bits is not None and not 1 <= bits <= 16:
+                raise ValueError(f"{name} must be in [1, 16], got {bits}")
         if not 0 <= self.drop < 1:
             raise ValueError(f"drop must be in [0, 1), got {self.drop}")
+        if self.codes not in ("fixed", "learned"):
+            raise ValueError(f"codes must be 'fixed' or 'learned', got {self.codes!r}")
+        if self.interval < 1:
+            raise ValueError(f"interval must be at least 1, got {self.interval}")
+        if not self.code_rate > 0:
+            raise ValueError(f"code_rate must be positive, got {self.code_rate}")
 
     def _shapes(self, tables: Sequence[TableSpec]) -> tuple[tuple[int, int], ...]:
         """(parts, bits) in rising order of bytes, each with more bits a vector than the last."""
@@ -83,44 +115,46 @@ class ProductQuantization(JointMethod):
         ]
 
     def _plan(self, table: TableSpec, parts: int, bits: int) -> LookupPlan:
-        n, words = table.num_embeddings, absent_code(bits)
-        width = table.embedding_dim // parts
-        books = [Store(f"codebook_{t}", words, width, table.dtype) for t in range(parts)]
-        return LookupPlan(
-            n,
-            table.embedding_dim,
-            stores=(Store("codes", n, parts, f"uint{bits}"), *books),
-            probes=tuple(
-                Probe(book.name, Code("codes", words, Digit(1, n), t))
-                for t, book in enumerate(books)
-            ),
-            combine="concat",
+        layout = ProductLayout(
+            table.num_embeddings, table.embedding_dim, parts, bits, self.norm_bits
         )
+        return layout.plan(table.dtype)
 
     def fill(self, table: TableSpec, plan: LookupPlan, stores: Mapping[str, Tensor]) -> None:
-        codes = plan.store("codes")
-        words = absent_code(codes.bits)
-        for start in range(0, codes.rows, _CHUNK):  # a multiple of 8 codes begins at a byte
-            ids = torch.arange(start, min(start + _CHUNK, codes.rows))
-            columns = [hash_bucket(ids, table.key(t), words) for t in range(codes.width)]
-            packed = pack_codes(torch.stack(columns, 1).reshape(-1), codes.bits)
-            first = start * codes.width * codes.bits // 8
-            stores["codes"][first : first + len(packed)].copy_(packed)
+        """Hashed codes."""
+        key = 0
+        for codes in (store for store in plan.stores if store.name in (CODES, NORM_CODES)):
+            words, width = absent_code(codes.bits), codes.width
+            for start in range(0, codes.rows, _CHUNK):  # a multiple of 8 codes begins at a byte
+                ids = torch.arange(start, min(start + _CHUNK, codes.rows))
+                columns = [hash_bucket(ids, table.key(key + t), words) for t in range(width)]
+                packed = pack_codes(torch.stack(columns, 1).reshape(-1), codes.bits)
+                first = start * width * codes.bits // 8
+                stores[codes.name][first : first + len(packed)].copy_(packed)
+            key += width
 
     def fit(self, table: TableSpec, plan: LookupPlan, weight: Tensor) -> dict[str, Tensor]:
         """K-means of every part; see :func:`embcompress.clustering.cluster`."""
-        codes = plan.store("codes")
+        layout = ProductLayout.of(plan)
+        vectors = weight.detach().float().cpu()
         stores: dict[str, Tensor] = {}
+        if layout.norm_bits is not None:
+            vectors, norms = unit_norm(vectors)
+            words, seed = absent_code(layout.norm_bits), table.seed + layout.parts
+            stores[NORMS], codes = cluster(norms, words, table.counts, seed)
+            stores[NORM_CODES] = pack_codes(codes, layout.norm_bits)
         columns = []
-        for t, part in enumerate(weight.detach().float().cpu().chunk(codes.width, dim=1)):
-            centers, labels = cluster(part, absent_code(codes.bits), table.counts, table.seed + t)
-            stores[f"codebook_{t}"] = centers
-            columns.append(labels)
+        for t, part in enumerate(vectors.chunk(layout.parts, dim=1)):
+            stores[codebook(t)], codes = cluster(part, layout.words, table.counts, table.seed + t)
+            columns.append(codes)
         every = torch.stack(columns, 1)
         if self.drop > 0:
-            every[self._least(table, weight)] = absent_code(codes.bits)
-        stores["codes"] = pack_codes(every.reshape(-1), codes.bits)
+            every[self._least(table, weight)] = layout.words
+        stores[CODES] = pack_codes(every.reshape(-1), layout.bits)
         return stores
+
+    def procedure(self) -> TableProcedure | None:
+        return CodeLearning(self) if self.codes == "learned" else None
 
     def _least(self, table: TableSpec, weight: Tensor) -> Tensor:
         """The ids whose vectors are missed least."""

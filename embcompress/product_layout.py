@@ -1,0 +1,158 @@
+"""The layout of a product-quantized table: codes, codebooks, and norms apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from embcompress.packing import absent_code, unpack_codes, write_codes
+from embcompress.plan import Address, Code, Digit, LookupPlan, Probe, Scale, Store, Weight
+
+CODES, NORM_CODES, NORMS = "codes", "norm_codes", "norms"
+#: Distances to all codewords that are held at a time.
+_DISTANCES = 1 << 22
+_TURNS = 2
+_TINY = 1e-20
+
+
+def codebook(part: int) -> str:
+    """Name of the store of a part's codewords."""
+    return f"codebook_{part}"
+
+
+@dataclass(frozen=True)
+class ProductLayout:
+    """Where the parts of a product-quantized vector are.
+
+    Attributes:
+        num_embeddings, embedding_dim: of the table.
+        parts: codebooks, each for as many columns.
+        bits: of a code.
+        norm_bits: of the code of a vector's norm; None where vectors have no norm apart.
+    """
+
+    num_embeddings: int
+    embedding_dim: int
+    parts: int
+    bits: int
+    norm_bits: int | None = None
+
+    @classmethod
+    def of(cls, plan: LookupPlan) -> ProductLayout:
+        """The layout of a plan that :meth:`plan` made.
+
+        Raises:
+            ValueError: another kind of plan.
+        """
+        stores = {store.name: store for store in plan.stores}
+        if CODES in stores and codebook(0) in stores:
+            norm_bits = stores[NORM_CODES].bits if NORM_CODES in stores else None
+            codes = stores[CODES]
+            layout = cls(
+                plan.num_embeddings, plan.embedding_dim, codes.width, codes.bits, norm_bits
+            )
+            if plan.with_pool("none") == layout.plan(stores[codebook(0)].dtype):
+                return layout
+        raise ValueError(f"this is not the plan of a product-quantized table: {plan}")
+
+    @property
+    def words(self) -> int:
+        """Codewords of a part; the last code stands for "absent"."""
+        return absent_code(self.bits)
+
+    def plan(self, dtype: str) -> LookupPlan:
+        """The plan, without pooling, with codewords in this dtype."""
+        n, width = self.num_embeddings, self.embedding_dim // self.parts
+        every = Digit(1, n)
+        stores = [Store(CODES, n, self.parts, f"uint{self.bits}")]
+        stores += [Store(codebook(t), self.words, width, dtype) for t in range(self.parts)]
+        scale: Scale | None = None
+        if self.norm_bits is not None:
+            norms = absent_code(self.norm_bits)
+            stores.append(Store(NORM_CODES, n, 1, f"uint{self.norm_bits}"))
+            stores.append(Store(NORMS, norms, 1, dtype))
+            scale = Weight(NORMS, Code(NORM_CODES, norms, every))
+        addresses: list[Address] = [Code(CODES, self.words, every, t) for t in range(self.parts)]
+        probes = tuple(Probe(codebook(t), address, scale) for t, address in enumerate(addresses))
+        return LookupPlan(n, self.embedding_dim, tuple(stores), probes, combine="concat")
+
+    @property
+    def books(self) -> tuple[str, ...]:
+        """Names of the stores that codes point into: the codebooks, then the norms."""
+        books = tuple(codebook(t) for t in range(self.parts))
+        return books if self.norm_bits is None else (*books, NORMS)
+
+    # -- codes: a column for every book
+
+    def read_codes(self, stores: Mapping[str, Tensor], first: int, last: int) -> Tensor:
+        """(last - first, books) codes of consecutive ids."""
+        codes = unpack_codes(stores[CODES], first * self.parts, last * self.parts, self.bits)
+        codes = codes.view(-1, self.parts)
+        if self.norm_bits is None:
+            return codes
+        norms = unpack_codes(stores[NORM_CODES], first, last, self.norm_bits)
+        return torch.cat([codes, norms[:, None]], dim=1)
+
+    def write_codes(self, stores: Mapping[str, Tensor], ids: Tensor, codes: Tensor) -> None:
+        """Write the (N, books) codes of N distinct ids."""
+        positions = ids[:, None] * self.parts + torch.arange(self.parts, device=ids.device)
+        parts = codes[:, : self.parts]
+        write_codes(stores[CODES], positions.reshape(-1), parts.reshape(-1), self.bits)
+        if self.norm_bits is not None:
+            write_codes(stores[NORM_CODES], ids, codes[:, self.parts], self.norm_bits)
+
+    def are_absent(self, codes: Tensor) -> Tensor:
+        """(N,) whether a code says so."""
+        absent = (codes[:, : self.parts] >= self.words).any(1)
+        if self.norm_bits is not None:
+            absent = absent | (codes[:, self.parts] >= absent_code(self.norm_bits))
+        return absent
+
+    # -- vectors
+
+    def decode(self, books: Mapping[str, Tensor], codes: Tensor) -> Tensor:
+        """(N, embedding_dim) float32 vectors of codes of which none is absent."""
+        parts = [books[codebook(t)][codes[:, t]] for t in range(self.parts)]
+        vectors = torch.cat(parts, dim=1).float()
+        return vectors if self.norm_bits is None else vectors * books[NORMS][codes[:, self.parts]]
+
+    def encode(self, books: Mapping[str, Tensor], vectors: Tensor) -> Tensor:
+        """(N, books) the nearest codeword of every part; with norms, found in turns with these.
+
+        Trained codewords need not have norm 1, so the norm is the one that fits them best.
+        """
+        if self.norm_bits is None:
+            return self._encode_parts(books, vectors)
+        directions, _ = unit_norm(vectors)
+        for _ in range(_TURNS):
+            codes = self._encode_parts(books, directions)
+            columns = [books[codebook(t)][codes[:, t]].float() for t in range(self.parts)]
+            chosen = torch.cat(columns, dim=1)
+            lengths = chosen.square().sum(1, keepdim=True).clamp(min=_TINY)
+            best = (vectors * chosen).sum(1, keepdim=True) / lengths
+            norm_codes = _nearest(best, books[NORMS])
+            norms = books[NORMS][norm_codes].float()
+            directions = torch.where(norms.abs() > _TINY, vectors / norms, directions)
+        return torch.cat([codes, norm_codes[:, None]], dim=1)
+
+    def _encode_parts(self, books: Mapping[str, Tensor], vectors: Tensor) -> Tensor:
+        parts = vectors.chunk(self.parts, dim=1)
+        nearest = [_nearest(part, books[codebook(t)]) for t, part in enumerate(parts)]
+        return torch.stack(nearest, dim=1)
+
+
+def _nearest(vectors: Tensor, book: Tensor) -> Tensor:
+    """(N,) the row of the book nearest to each vector."""
+    book = book.float()
+    lengths = book.square().sum(1)
+    chunks = vectors.split(max(1, _DISTANCES // len(book)))
+    return torch.cat([torch.addmm(lengths, each, book.t(), alpha=-2).argmin(1) for each in chunks])
+
+
+def unit_norm(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors divided by their norms (zero stays zero), and (N, 1) the norms."""
+    norms = vectors.norm(dim=1, keepdim=True)
+    return vectors / norms.clamp(min=torch.finfo(vectors.dtype).tiny), norms
