@@ -213,23 +213,6 @@ void read_encoding(Lookup& lookup, const Tensor& encoding) {
                     "encoding: columns or probes of no feature");
 }
 
-// Shortest and longest of the bags that have both ends among the offsets; -1 for an offset that is
-// not in [0, num_ids].
-template <typename Id>
-std::pair<int64_t, int64_t> bag_lengths(const void* offsets, int64_t count, int64_t num_ids) {
-    const Id* ends = static_cast<const Id*>(offsets);
-    bool outside = false;
-    for (int64_t i = 0; i < count; ++i) outside |= ends[i] < 0 || ends[i] > num_ids;
-    if (outside) return {-1, -1};
-    int64_t shortest = num_ids, longest = 0;
-    for (int64_t i = 1; i < count; ++i) {
-        const int64_t length = static_cast<int64_t>(ends[i]) - static_cast<int64_t>(ends[i - 1]);
-        shortest = std::min(shortest, length);
-        longest = std::max(longest, length);
-    }
-    return {shortest, longest};
-}
-
 void check_offsets(Lookup& lookup, bool ends_are_given) {
     const int64_t bags = lookup.header.num_features * lookup.batch;
     STD_TORCH_CHECK(bags >= 0 && lookup.num_offsets == bags + ends_are_given, "offsets has ",
@@ -238,18 +221,11 @@ void check_offsets(Lookup& lookup, bool ends_are_given) {
     STD_TORCH_CHECK(lookup.offset(0) == 0, "offsets[0] must be 0");
     STD_TORCH_CHECK(lookup.offset(bags) == lookup.num_ids,
                     "the last offset must be the number of ids, ", lookup.num_ids);
-    auto [shortest, longest] =
-        lookup.ids_are_32_bit
-            ? bag_lengths<int32_t>(lookup.offsets, lookup.num_offsets, lookup.num_ids)
-            : bag_lengths<int64_t>(lookup.offsets, lookup.num_offsets, lookup.num_ids);
-    if (bags > 0 && lookup.num_offsets == bags) {
-        const int64_t last = lookup.num_ids - lookup.offset(bags - 1);
-        shortest = std::min(shortest, last);
-        longest = std::max(longest, last);
-    }
-    STD_TORCH_CHECK(bags == 0 || shortest >= 0, "offsets must rise from 0 to the number of ids");
-    lookup.longest_bag = longest;
-    if (shortest == 1 && longest == 1) lookup.offsets = nullptr;
+    const Lengths lengths = bag_lengths(lookup);
+    STD_TORCH_CHECK(bags == 0 || (lengths.shortest >= 0 && lengths.longest <= lookup.num_ids),
+                    "offsets must rise from 0 to the number of ids");
+    lookup.longest_bag = lengths.longest;
+    if (lengths.shortest == 1 && lengths.longest == 1) lookup.offsets = nullptr;
 }
 
 bool is_32_bit(const Tensor& tensor) {

@@ -170,6 +170,17 @@ class CompressedTable(nn.Module):
         fused = fused_stores(self._program, (self,)) if self.updated_in_kernel else None
         return self._program((self.stores(),), bags, fused)
 
+    def _run_plain_bags(self, ids: Tensor, offsets: Tensor, ends_are_given: bool) -> Tensor | None:
+        """See :meth:`Program.run_plain_bags`."""
+        parameters, buffers = self._parameters, self._buffers
+        stores = []
+        for name in self._store_names:
+            store = parameters[name] if name in parameters else buffers.get(name)
+            if store is None:  # parametrized
+                return None
+            stores.append(store)
+        return self._program.run_plain_bags(stores, ids, offsets, ends_are_given)
+
     # -- changing
 
     def set_method(self, method: str | Method) -> None:
@@ -825,6 +836,10 @@ class EmbeddingBag(CompressedTable):
         Returns:
             (B, embedding_dim); zeros for empty bags.
         """
+        if offsets is not None and per_sample_weights is None:
+            pooled = self._run_plain_bags(input, offsets, self.include_last_offset)
+            if pooled is not None:
+                return pooled
         if per_sample_weights is not None and self.mode != "sum":
             raise ValueError(f"per_sample_weights needs mode='sum', this module has {self.mode!r}")
         bags = make_bags(

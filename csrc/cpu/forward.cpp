@@ -12,8 +12,9 @@ namespace {
 // and added up in order: the result does not depend on the number of threads.
 constexpr int64_t kHugeBag = 16384;
 constexpr int64_t kPiece = 4096;
+constexpr int64_t kPrefetchedFloats = 8192;
 // Below this many floats gathered a thread costs more than it gives.
-constexpr int64_t kFloatsPerThread = 65536;
+constexpr int64_t kFloatsPerThread = 16384;
 
 #if defined(__GNUC__) && !defined(__clang__)
 // Vectors are only ever passed between functions that are inlined.
@@ -203,6 +204,12 @@ EMBCOMPRESS_INLINE bool are_single(const Pieces& pieces, int64_t piece, int64_t 
     return true;
 }
 
+// Ids of a block: as many as have their rows in the first-level cache between prefetch and use.
+EMBCOMPRESS_INLINE int64_t ids_at_once(const Feature& feature) {
+    const int64_t probes = feature.combine == Combine::kConcat ? 1 : feature.num_probes;
+    return std::clamp<int64_t>(kPrefetchedFloats / (feature.width * probes), 16, kBlock);
+}
+
 EMBCOMPRESS_INLINE bool pool_pieces_inline(const Pieces& pieces) {
     RowBlock& rows = pieces.rows;
     const Feature& feature = rows.feature();
@@ -214,8 +221,9 @@ EMBCOMPRESS_INLINE bool pool_pieces_inline(const Pieces& pieces) {
     const int64_t last_position = pieces.bound(pieces.last);
     float* acc = pieces.out;
     int64_t position = piece_begin;
+    const int64_t most = ids_at_once(feature);
     while (piece < pieces.last) {
-        const int n = static_cast<int>(std::min<int64_t>(kBlock, last_position - position));
+        const int n = static_cast<int>(std::min(most, last_position - position));
         if (n > 0) {
             valid &= rows.load_ids(position, n);
             rows.find_all(n);
@@ -324,15 +332,60 @@ bool pool_samples(const Lookup& lookup, RowBlock& rows, int64_t begin, int64_t e
     return valid;
 }
 
-// Samples that a thread takes at once: few enough that threads end together where bags differ,
-// and that the output's rows stay in the cache between features.
-int64_t samples_at_once(const Lookup& lookup, int parts) {
-    const int64_t share = (lookup.batch + 8 * parts - 1) / (8 * parts);
-    const int64_t most = lookup.header.num_features > 1 ? kBlock / 2 : kBlock;
-    return std::max<int64_t>(1, std::min(share, most));
+// The sample before which a share of the ids and bags of the first feature lies. Threads take
+// ranges of samples, the same ones whenever bags are alike: so the output's lines stay in the cache
+// of the thread that wrote them the last time.
+int64_t first_sample(const Lookup& lookup, int part, int parts) {
+    const auto work = [&](int64_t sample) { return lookup.offset(sample) + sample; };
+    const int64_t share = work(lookup.batch) * part / parts;
+    int64_t low = 0, high = lookup.batch;
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (work(middle) < share) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    return low;
+}
+
+template <typename Id>
+EMBCOMPRESS_INLINE Lengths lengths_between(const void* offsets, int64_t count, int64_t num_ids) {
+    const Id* ends = static_cast<const Id*>(offsets);
+    int64_t shortest = num_ids, longest = 0;
+    for (int64_t i = 1; i < count; ++i) {
+        // Damaged offsets may be any numbers: their difference wraps.
+        const int64_t length = static_cast<int64_t>(static_cast<uint64_t>(ends[i]) -
+                                                    static_cast<uint64_t>(ends[i - 1]));
+        shortest = std::min(shortest, length);
+        longest = std::max(longest, length);
+    }
+    return {shortest, longest};
+}
+
+EMBCOMPRESS_CLONES Lengths lengths_of_64(const void* offsets, int64_t count, int64_t num_ids) {
+    return lengths_between<int64_t>(offsets, count, num_ids);
+}
+
+EMBCOMPRESS_CLONES Lengths lengths_of_32(const void* offsets, int64_t count, int64_t num_ids) {
+    return lengths_between<int32_t>(offsets, count, num_ids);
 }
 
 }  // namespace
+
+Lengths bag_lengths(const Lookup& lookup) {
+    Lengths lengths = lookup.ids_are_32_bit
+                          ? lengths_of_32(lookup.offsets, lookup.num_offsets, lookup.num_ids)
+                          : lengths_of_64(lookup.offsets, lookup.num_offsets, lookup.num_ids);
+    const int64_t bags = lookup.header.num_features * lookup.batch;
+    if (bags > 0 && lookup.num_offsets == bags) {  // the end of the last one was left out
+        const int64_t last = lookup.num_ids - lookup.offset(bags - 1);
+        lengths.shortest = std::min(lengths.shortest, last);
+        lengths.longest = std::max(lengths.longest, last);
+    }
+    return lengths;
+}
 
 bool lookup_forward(const Lookup& lookup, float* out, int num_threads) {
     const int64_t bags = lookup.header.num_features * lookup.batch;
@@ -343,14 +396,14 @@ bool lookup_forward(const Lookup& lookup, float* out, int num_threads) {
     }
     const int parts = static_cast<int>(
         std::max<int64_t>(1, std::min<int64_t>(num_threads, work * width / kFloatsPerThread)));
-    const int64_t step = samples_at_once(lookup, parts);
+    // Few samples at once, so that the output's rows stay in the cache between features.
+    const int64_t step = lookup.header.num_features > 1 ? kBlock / 2 : lookup.batch;
     std::atomic<bool> valid{true};
-    std::atomic<int64_t> next{0};
-    parallel(parts, [&](int) {
+    parallel(parts, [&](int part) {
         RowBlock rows(lookup);
-        for (int64_t begin = next.fetch_add(step); begin < lookup.batch;
-             begin = next.fetch_add(step)) {
-            const int64_t end = std::min(begin + step, lookup.batch);
+        const int64_t last = first_sample(lookup, part + 1, parts);
+        for (int64_t begin = first_sample(lookup, part, parts); begin < last; begin += step) {
+            const int64_t end = std::min(begin + step, last);
             if (!pool_samples(lookup, rows, begin, end, out)) valid = false;
         }
     });

@@ -50,6 +50,14 @@ struct Lookup {
     }
 };
 
+// Shortest and longest bag, by differences that wrap. Offsets that begin at 0 and end at num_ids
+// rise from one to the other where no bag is shorter than 0 or longer than num_ids.
+struct Lengths {
+    int64_t shortest;
+    int64_t longest;
+};
+Lengths bag_lengths(const Lookup& lookup);
+
 // The forward pass: `out` is float32, batch rows of header.num_columns. Returns false if an id
 // was outside the vocabulary; nothing was read out of bounds then, and `out` is unspecified.
 bool lookup_forward(const Lookup& lookup, float* out, int num_threads);

@@ -84,6 +84,13 @@ class Program:
         self._has_vectors = plans[0].pool in ("none", "max")  # for every id, and no bags yet
         self._sparse = options.sparse
         self._dtype = _output_dtype(plans)
+        # One call of the operator, and nothing before or after it.
+        self._is_plain = (
+            self._encoded is not None
+            and len(plans) == 1
+            and not (self._dense or self._has_heads or self._has_vectors)
+            and self._dtype == torch.float32
+        )
 
     def _encode(self) -> None:
         if any(plan.pool == "max" for plan in self.plans):
@@ -151,6 +158,38 @@ class Program:
                 "most; call .float() on the weights"
             )
         return self._run_reference(stores, bags.complete())
+
+    def run_plain_bags(
+        self, stores: list[Tensor], ids: Tensor, offsets: Tensor, ends_are_given: bool
+    ) -> Tensor | None:
+        """Pooled bags without gradients, by one call of the operator, which checks everything.
+
+        For small batches, of which Python would take the half.
+
+        Args:
+            stores: the tensors of the one plan, in its order.
+
+        Returns:
+            (B, embedding_dim); None where this is not all that is needed, or the operator
+            refused: then :meth:`__call__` runs, or says what is wrong.
+        """
+        if not self._is_plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        assert self._encoded is not None
+        try:
+            return ops.lookup_forward(
+                stores,
+                ids,
+                offsets,
+                None,
+                self._encoded.tensor,
+                ends_are_given,
+                1,
+                self._encoded.num_columns,
+                False,
+            )
+        except RuntimeError:
+            return None
 
     # -- torch's own operator
 

@@ -188,7 +188,7 @@ class _Lookup(torch.autograd.Function):
     def forward(ctx: Any, weights: Tensor | None, inputs: list[Any], *stores: Tensor) -> Tensor:
         inputs[0], inputs[3] = stores, weights
         _setup_context(ctx, tuple(inputs), None)
-        return _lookup_forward(*inputs)
+        return lookup_forward(*inputs)
 
     @staticmethod
     @once_differentiable
@@ -222,11 +222,11 @@ def lookup(
         trained = any(store.requires_grad for store in stores)
         if trained or (weights is not None and weights.requires_grad):
             return _Lookup.apply(weights, inputs, *stores)
-    return _lookup_forward(*inputs)
+    return lookup_forward(*inputs)
 
 
 if _LOADED:
-    _lookup_forward = torch.ops.embcompress.lookup_forward.default
+    lookup_forward = torch.ops.embcompress.lookup_forward.default
     for _name, _fake in (
         ("lookup", _fake_lookup),
         ("lookup_forward", _fake_lookup),
