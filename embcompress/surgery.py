@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import cast
@@ -16,6 +16,7 @@ from embcompress.collection import full_plan
 from embcompress.fitting import relative_error
 from embcompress.memory import storage_key
 from embcompress.methods import Method, TableSpec, resolve_method
+from embcompress.methods.auto import Auto
 from embcompress.modules import (
     CompressedTable,
     Embedding,
@@ -24,6 +25,7 @@ from embcompress.modules import (
     tie_shared_stores,
 )
 from embcompress.plan import LookupPlan, Pool
+from embcompress.planner.explanation import Explanation
 from embcompress.text_table import text_table
 
 MethodChoice = str | Method
@@ -68,6 +70,7 @@ class CompressionReport:
 
     tables: tuple[TableChange, ...] = field(default_factory=tuple)
     budget: int = 0
+    explanations: tuple[Explanation, ...] = ()
 
     @property
     def before(self) -> int:
@@ -78,6 +81,15 @@ class CompressionReport:
     def after(self) -> int:
         """Bytes of all tables after."""
         return sum(table.after for table in self.tables)
+
+    def explain(self) -> str:
+        """In words, where the bytes went and what else there was, as far as the planner chose.
+
+        For a picture: ``report.explanations[0].plot("plan.png")``.
+        """
+        if not self.explanations:
+            return "Nothing was planned: the methods were given. method='auto' plans."
+        return "\n\n".join(map(str, self.explanations))
 
     def __str__(self) -> str:
         rows = [
@@ -112,7 +124,7 @@ class _Candidate:
 def compress(
     model: nn.Module,
     *,
-    method: MethodChoice | Mapping[str, MethodChoice],
+    method: MethodChoice | Mapping[str, MethodChoice] = "auto",
     budget: Budget,
     seed: int = 0,
     counts: Mapping[str, Tensor] | None = None,
@@ -128,7 +140,8 @@ def compress(
 
     Args:
         model: a module that contains tables.
-        method: one method for all tables, or ``{pattern: method}`` over module paths
+        method: one method for all tables (by default ``"auto"``, the planner's choice for them
+            together), or ``{pattern: method}`` over module paths
             (``fnmatch`` patterns, the first match counts; tables without a match are left alone
             and outside the budget).
         budget: bytes for all these tables together, as in :class:`~embcompress.EmbeddingBag`.
@@ -160,6 +173,8 @@ def compress(
     specs = {id(candidate): _table_spec(candidate, seed, counts or {}) for candidate in chosen}
     limit = parse_budget(budget, sum(spec.dense_bytes for spec in specs.values()))
     methods = [candidate.method for candidate in chosen if candidate.method is not None]
+    if keep_weights:
+        methods = [each.for_trained_tables() for each in methods]
     allocated = allocate(list(specs.values()), methods, limit, full_plan)
     plans = dict(zip(specs, allocated, strict=True))
     if keep_weights:
@@ -179,7 +194,19 @@ def compress(
         changes.append(_changed(candidate, plan, shared, error))
     tie_shared_stores(new for new in replacements.values() if isinstance(new, CompressedTable))
     _swap(model, replacements)
-    return CompressionReport(tuple(changes), limit)
+    explanations = _explain(list(specs.values()), methods, allocated)
+    return CompressionReport(tuple(changes), limit, explanations)
+
+
+def _explain(
+    tables: Sequence[TableSpec], methods: Sequence[Method], plans: Sequence[LookupPlan]
+) -> tuple[Explanation, ...]:
+    """An explanation for each planner among the methods."""
+    explanations = []
+    for planner in dict.fromkeys(each for each in methods if isinstance(each, Auto)):
+        own = [number for number, each in enumerate(methods) if each == planner]
+        explanations.append(planner.explain([tables[k] for k in own], [plans[k] for k in own]))
+    return tuple(explanations)
 
 
 # -------------------------------------------------------------------------------------- finding

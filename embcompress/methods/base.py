@@ -131,6 +131,10 @@ class Method(ABC):
         self.fill(table, plan, stores)
         return fit_stores(plan, stores, weight.detach(), table.counts)
 
+    def for_trained_tables(self) -> Method:
+        """The method for :meth:`fit`: itself, or one without what cannot be fitted."""
+        return self
+
     def procedure(self) -> TableProcedure | None:
         """A new procedure for what happens to a table between optimizer steps; None for nothing."""
         return None
