@@ -286,7 +286,7 @@ def test_arguments_about_dense_rows_are_refused_with_a_reason(method: str) -> No
 
 
 def test_bad_constructor_arguments() -> None:
-    with pytest.raises(ValueError, match="known methods: .*full, hash"):
+    with pytest.raises(ValueError, match=r"known methods: .*full, hash"):
         bag("no_such_method")
     with pytest.raises(TypeError, match="method must be a name or a method object"):
         bag(3)  # type: ignore[arg-type]
