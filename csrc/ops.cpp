@@ -167,9 +167,18 @@ void check_feature(const Lookup& lookup, const Feature& feature, int64_t column,
     STD_TORCH_CHECK(feature.combine == Combine::kSum || feature.combine == Combine::kMul ||
                         feature.combine == Combine::kConcat,
                     "encoding: unknown combine");
-    STD_TORCH_CHECK(feature.out_column == column && feature.width >= 1 &&
-                        feature.width <= lookup.header.num_columns - column,
+    STD_TORCH_CHECK(feature.out_column == column && feature.width >= 1 && feature.out_width >= 1 &&
+                        feature.out_width <= lookup.header.num_columns - column,
                     "encoding: columns of a feature");
+    if (feature.head_store < 0) {
+        STD_TORCH_CHECK(feature.width == feature.out_width, "encoding: width of a feature");
+    } else {
+        const StoreView& head = store_at(lookup, feature.head_store);
+        STD_TORCH_CHECK(head.dtype != Dtype::kPacked && head.rows == feature.out_width &&
+                            head.width == feature.width,
+                        "encoding: a head of ", head.rows, " x ", head.width, " for ",
+                        feature.width, " columns to ", feature.out_width);
+    }
     STD_TORCH_CHECK(feature.first_probe == probe && feature.num_probes >= 1 &&
                         feature.num_probes <= lookup.header.num_probes - probe,
                     "encoding: probes of a feature");
@@ -206,7 +215,7 @@ void read_encoding(Lookup& lookup, const Tensor& encoding) {
     for (int64_t f = 0; f < header.num_features; ++f) {
         const Feature& feature = lookup.features[f];
         check_feature(lookup, feature, column, probe);
-        column += feature.width;
+        column += feature.out_width;
         probe += feature.num_probes;
     }
     STD_TORCH_CHECK(column == header.num_columns && probe == header.num_probes,
@@ -278,14 +287,37 @@ Tensor check_gradient(const Tensor& grad, const Lookup& lookup) {
     return torch::stable::contiguous(grad);
 }
 
-// A wanted store: float, and wanted once.
-const StoreView& wanted_store(const Lookup& lookup, const std::vector<GradientSink*>& sinks,
-                              int64_t store) {
-    const StoreView& view = store_at(lookup, store);
-    STD_TORCH_CHECK(view.dtype != Dtype::kPacked, "packed stores have no gradient");
-    STD_TORCH_CHECK(sinks[store] == nullptr, "the gradient of store ", store, " is wanted twice");
-    return view;
+// Wanted stores are float, and wanted once.
+void check_wanted(const Lookup& lookup, const std::vector<int64_t>& wanted) {
+    std::vector<bool> seen(lookup.stores.size());
+    for (const int64_t store : wanted) {
+        STD_TORCH_CHECK(store_at(lookup, store).dtype != Dtype::kPacked,
+                        "packed stores have no gradient");
+        STD_TORCH_CHECK(!seen[store], "the gradient of store ", store, " is wanted twice");
+        seen[store] = true;
+    }
 }
+
+const float* floats(const Tensor& tensor) {
+    return static_cast<const float*>(tensor.const_data_ptr());
+}
+
+float* mutable_floats(Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+
+// Room for the touched rows of a wanted store and their gradients.
+struct Touched {
+    Tensor rows;
+    Tensor values;
+
+    Touched(const StoreGradients& gradients, size_t k, int64_t width)
+        : rows(torch::stable::empty({gradients.num_touched(k)}, ScalarType::Long)),
+          values(torch::stable::empty({gradients.num_touched(k), width}, ScalarType::Float)) {}
+
+    GradientSink sink() {
+        return {nullptr, static_cast<int64_t*>(rows.mutable_data_ptr()), mutable_floats(values),
+                nullptr};
+    }
+};
 
 int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
@@ -309,20 +341,19 @@ std::vector<Tensor> lookup_backward(Tensor grad, std::vector<Tensor> stores, Ten
                                     std::vector<int64_t> wanted) {
     const Lookup what = make_lookup(stores, ids, offsets, weights, encoding, ends_are_given);
     const Tensor gradient = check_gradient(grad, what);
+    check_wanted(what, wanted);
+    StoreGradients gradients(what, floats(gradient), wanted, threads());
+    check_ids(gradients.prepare());
     std::vector<Tensor> results;
-    std::vector<GradientSink> sinks(stores.size());
-    std::vector<GradientSink*> pointers(stores.size(), nullptr);
+    std::vector<GradientSink> sinks;
     for (const int64_t store : wanted) {
-        const StoreView& view = wanted_store(what, pointers, store);
+        const StoreView& view = what.stores[store];
         Tensor dense = torch::stable::empty({view.rows, view.width}, ScalarType::Float);
         torch::stable::zero_(dense);
-        sinks[store].dense = static_cast<float*>(dense.mutable_data_ptr());
-        sinks[store].width = view.width;
-        pointers[store] = &sinks[store];
+        sinks.push_back({mutable_floats(dense), nullptr, nullptr, nullptr});
         results.push_back(dense);
     }
-    check_ids(accumulate_gradients(what, static_cast<const float*>(gradient.const_data_ptr()),
-                                   pointers, threads()));
+    gradients.reduce(sinks);
     return results;
 }
 
@@ -333,41 +364,18 @@ std::vector<Tensor> lookup_backward_sparse(Tensor grad, std::vector<Tensor> stor
                                            bool ends_are_given, std::vector<int64_t> wanted) {
     const Lookup what = make_lookup(stores, ids, offsets, weights, encoding, ends_are_given);
     const Tensor gradient = check_gradient(grad, what);
-    std::vector<GradientSink> sinks(stores.size());
-    std::vector<GradientSink*> pointers(stores.size(), nullptr);
-    for (const int64_t store : wanted) {
-        sinks[store].width = wanted_store(what, pointers, store).width;
-        pointers[store] = &sinks[store];
-    }
-    check_ids(accumulate_gradients(what, static_cast<const float*>(gradient.const_data_ptr()),
-                                   pointers, threads()));
+    check_wanted(what, wanted);
+    StoreGradients gradients(what, floats(gradient), wanted, threads());
+    check_ids(gradients.prepare());
     std::vector<Tensor> results;
-    for (const int64_t store : wanted) {
-        struct Entry {
-            int64_t row;
-            const float* values;
-        };
-        std::vector<Entry> entries;
-        const int64_t width = sinks[store].width;
-        for (const TouchedRows& touched : sinks[store].touched) {
-            for (size_t i = 0; i < touched.rows().size(); ++i) {
-                entries.push_back({touched.rows()[i], touched.values() + i * width});
-            }
-        }
-        std::sort(entries.begin(), entries.end(),
-                  [](const Entry& a, const Entry& b) { return a.row < b.row; });
-        const int64_t count = static_cast<int64_t>(entries.size());
-        Tensor rows = torch::stable::empty({count}, ScalarType::Long);
-        Tensor values = torch::stable::empty({count, width}, ScalarType::Float);
-        int64_t* row = static_cast<int64_t*>(rows.mutable_data_ptr());
-        float* value = static_cast<float*>(values.mutable_data_ptr());
-        for (int64_t i = 0; i < count; ++i) {
-            row[i] = entries[i].row;
-            std::copy(entries[i].values, entries[i].values + width, value + i * width);
-        }
-        results.push_back(rows);
-        results.push_back(values);
+    std::vector<GradientSink> sinks;
+    for (size_t k = 0; k < wanted.size(); ++k) {
+        Touched touched(gradients, k, what.stores[wanted[k]].width);
+        sinks.push_back(touched.sink());
+        results.push_back(touched.rows);
+        results.push_back(touched.values);
     }
+    gradients.reduce(sinks);
     return results;
 }
 
@@ -380,25 +388,6 @@ Tensor lookup_backward_weights(Tensor grad, std::vector<Tensor> stores, Tensor i
     check_ids(weights_gradient(what, static_cast<const float*>(gradient.const_data_ptr()),
                                static_cast<float*>(out.mutable_data_ptr()), threads()));
     return out;
-}
-
-struct Updated {
-    Optimizer optimizer;
-    int64_t width;
-    float* data;
-    float* first;  // state, or nullptr
-    float* second;
-};
-
-void update_rows(const TouchedRows& touched, const Updated& store) {
-    const bool rowwise = store.optimizer.kind == OptimizerKind::kRowwiseAdagrad;
-    for (size_t i = 0; i < touched.rows().size(); ++i) {
-        const int64_t row = touched.rows()[i], at = row * (rowwise ? 1 : store.width);
-        update_row(store.optimizer, store.width, touched.values() + i * store.width,
-                   store.data + row * store.width,
-                   store.first == nullptr ? nullptr : store.first + at,
-                   store.second == nullptr ? nullptr : store.second + at);
-    }
 }
 
 // The same as lookup; its gradient formula updates the wanted stores. `anchor` requires a gradient,
@@ -437,6 +426,30 @@ void check_state(const std::vector<Tensor>& state, size_t number, ScalarType typ
                     "optimizer state of the wrong shape or dtype, or of too few stores");
 }
 
+// How a wanted store is updated, all of it checked. Raises its number of steps.
+Updated read_updated(const Lookup& what, const Optimizer& optimizer, Tensor& store, int64_t number,
+                     size_t k, std::vector<Tensor>& first, std::vector<Tensor>& second,
+                     std::vector<Tensor>& steps) {
+    const StoreView& view = what.stores[number];
+    STD_TORCH_CHECK(view.dtype == Dtype::kFloat32, "fused updates need float32 stores");
+    const bool rowwise = optimizer.kind == OptimizerKind::kRowwiseAdagrad;
+    const int64_t numbers = view.rows * (rowwise ? 1 : view.width);
+    Updated updated{optimizer, view.width, mutable_floats(store), nullptr, nullptr};
+    if (optimizer.kind != OptimizerKind::kSgd) {
+        check_state(first, k, ScalarType::Float, numbers);
+        updated.first = mutable_floats(first[k]);
+    }
+    if (optimizer.kind == OptimizerKind::kAdam) {
+        check_state(second, k, ScalarType::Float, numbers);
+        updated.second = mutable_floats(second[k]);
+    }
+    check_state(steps, k, ScalarType::Long, 1);
+    updated.optimizer.step = *static_cast<const int64_t*>(steps[k].const_data_ptr());
+    STD_TORCH_CHECK(updated.optimizer.step >= 0, "a negative number of steps");
+    ++updated.optimizer.step;
+    return updated;
+}
+
 // The backward pass and the update of the touched rows in one. `first` and `second` are the
 // optimizer's state for each wanted store (nothing where it has none), `steps` counts the updates
 // of each, `settings` are learning rate, epsilon, weight decay and Adam's betas.
@@ -447,44 +460,34 @@ void lookup_backward_update(Tensor grad, std::vector<Tensor> stores, Tensor ids,
                             std::vector<Tensor> steps, Tensor settings, int64_t kind) {
     const Lookup what = make_lookup(stores, ids, offsets, weights, encoding, ends_are_given);
     const Tensor gradient = check_gradient(grad, what);
+    check_wanted(what, wanted);
     const Optimizer optimizer = read_optimizer(settings, kind);
-    const bool rowwise = optimizer.kind == OptimizerKind::kRowwiseAdagrad;
-    const bool has_first = optimizer.kind != OptimizerKind::kSgd;
-    const bool has_second = optimizer.kind == OptimizerKind::kAdam;
-    std::vector<GradientSink> sinks(stores.size());
-    std::vector<GradientSink*> pointers(stores.size(), nullptr);
+    std::vector<Updated> updated;
     for (size_t k = 0; k < wanted.size(); ++k) {
-        const StoreView& view = wanted_store(what, pointers, wanted[k]);
-        STD_TORCH_CHECK(view.dtype == Dtype::kFloat32, "fused updates need float32 stores");
-        const int64_t numbers = view.rows * (rowwise ? 1 : view.width);
-        if (has_first) check_state(first, k, ScalarType::Float, numbers);
-        if (has_second) check_state(second, k, ScalarType::Float, numbers);
-        check_state(steps, k, ScalarType::Long, 1);
-        STD_TORCH_CHECK(*static_cast<const int64_t*>(steps[k].const_data_ptr()) >= 0,
-                        "a negative number of steps");
-        sinks[wanted[k]].width = view.width;
-        pointers[wanted[k]] = &sinks[wanted[k]];
+        updated.push_back(read_updated(what, optimizer, stores[wanted[k]], wanted[k], k, first,
+                                       second, steps));
     }
-    // All gradients are complete before any row moves: a product reads the other stores' rows.
-    check_ids(accumulate_gradients(what, static_cast<const float*>(gradient.const_data_ptr()),
-                                   pointers, threads()));
-    std::vector<Updated> updates;
+    StoreGradients gradients(what, floats(gradient), wanted, threads());
+    check_ids(gradients.prepare());
+    // Rows that other gradients are read from must not move before those are complete.
+    std::vector<GradientSink> sinks;
+    std::vector<std::pair<size_t, Touched>> later;
     for (size_t k = 0; k < wanted.size(); ++k) {
-        Updated update{optimizer, what.stores[wanted[k]].width, nullptr, nullptr, nullptr};
-        update.optimizer.step = ++*static_cast<int64_t*>(steps[k].mutable_data_ptr());
-        update.data = static_cast<float*>(stores[wanted[k]].mutable_data_ptr());
-        if (has_first) update.first = static_cast<float*>(first[k].mutable_data_ptr());
-        if (has_second) update.second = static_cast<float*>(second[k].mutable_data_ptr());
-        updates.push_back(update);
-    }
-    // A row is in the same partition of every store, so tables that share a tensor never update a
-    // row at the same time.
-    const size_t partitions = wanted.empty() ? 0 : sinks[wanted[0]].touched.size();
-    parallel(static_cast<int>(partitions), [&](int partition) {
-        for (size_t k = 0; k < wanted.size(); ++k) {
-            update_rows(sinks[wanted[k]].touched[partition], updates[k]);
+        if (gradients.may_update(k)) {
+            sinks.push_back({nullptr, nullptr, nullptr, &updated[k]});
+        } else {
+            later.emplace_back(k, Touched(gradients, k, updated[k].width));
+            sinks.push_back(later.back().second.sink());
         }
-    });
+    }
+    gradients.reduce(sinks);
+    for (auto& [k, touched] : later) {
+        update_rows(updated[k], static_cast<const int64_t*>(touched.rows.const_data_ptr()),
+                    floats(touched.values), gradients.num_touched(k), threads());
+    }
+    for (size_t k = 0; k < wanted.size(); ++k) {
+        *static_cast<int64_t*>(steps[k].mutable_data_ptr()) = updated[k].optimizer.step;
+    }
 }
 
 }  // namespace

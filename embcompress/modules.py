@@ -333,7 +333,6 @@ class CompressedTable(nn.Module):
             states: state of the stores that were fused already; new ones are added.
         """
         self.fused_rule = rule
-        heads = [] if self._plan.head is None else [self._plan.head.weight]
         compiled = self._program.is_compiled and all(
             store.dtype == "float32" for store in self._plan.stores if store.is_float
         )
@@ -350,7 +349,7 @@ class CompressedTable(nn.Module):
             self.register_buffer(f"optimizer_{name}_step", step)
             for number, state in enumerate(values):
                 self.register_buffer(f"optimizer_{name}_{number}", state)
-            if compiled and name not in heads:
+            if compiled:
                 store.requires_grad_(False)
                 in_kernel.append(name)
             elif not known:

@@ -80,6 +80,62 @@ EMBCOMPRESS_INLINE Latent read_latent(float value, float step, const float* bias
     return latent;
 }
 
+// The row that the code in a row of the table of codes stands for; -1: absent. Codes may be
+// damaged: one past its bound is absent, and never a row out of bounds.
+EMBCOMPRESS_INLINE int64_t decode_row(const Lookup& lookup, const Code& code, int64_t id,
+                                      int64_t code_row) {
+    const StoreView& store = lookup.stores[code.store];
+    const uint32_t absent = static_cast<uint32_t>((1ULL << code.bits) - 1);
+    const uint32_t value = unpack_bits(static_cast<const uint8_t*>(store.data), store.bytes,
+                                       code_row * code.width + code.column, code.bits);
+    const int64_t row = static_cast<int64_t>(value) - code.first;
+    if (value != absent && row >= 0 && row < code.size) return row;
+    return value == absent && code.has_otherwise ? address_row(code.otherwise, id) : -1;
+}
+
+// Row of a learned scale; -1 where absent.
+EMBCOMPRESS_INLINE int64_t scale_row(const Lookup& lookup, const Scale& scale, int64_t id) {
+    const int64_t row = address_row(scale.address, id);
+    return scale.code.store < 0 ? row : decode_row(lookup, scale.code, id, row);
+}
+
+EMBCOMPRESS_INLINE float scale_of(const Lookup& lookup, const Scale& scale, int64_t id) {
+    if (scale.kind == ScaleKind::kNone) return 1.0f;
+    if (scale.kind == ScaleKind::kSign) return hash_sign(id, static_cast<uint64_t>(scale.key));
+    const StoreView& store = lookup.stores[scale.store];
+    const int64_t row = scale_row(lookup, scale, id);
+    if (row < 0) return 0.0f;
+    return load_float(store.data, store.dtype, row * store.width + scale.column);
+}
+
+// Whether the packed rows of a probe are in training, held as float latents.
+inline bool is_latent(const Lookup& lookup, const Probe& probe) {
+    return probe.quantization.bits > 0 && lookup.stores[probe.store].dtype != Dtype::kPacked;
+}
+
+// Column c of a row of latents.
+EMBCOMPRESS_INLINE Latent latent_at(const Lookup& lookup, const Probe& probe, int64_t row,
+                                    int64_t c) {
+    const StoreView& store = lookup.stores[probe.store];
+    const Quantization& q = probe.quantization;
+    const StoreView& scale = lookup.stores[q.scale_store];
+    const int64_t at = (q.per_row ? row * scale.width : 0) + (q.per_column ? c : 0);
+    const float value = load_float(store.data, store.dtype, row * probe.width + c);
+    const float step = load_float(scale.data, scale.dtype, at);
+    if (q.bias_store < 0) return read_latent(value, step, nullptr, q.bits);
+    const StoreView& bias = lookup.stores[q.bias_store];
+    const float shift = load_float(bias.data, bias.dtype, at);
+    return read_latent(value, step, &shift, q.bits);
+}
+
+// Code of column c of a packed row.
+EMBCOMPRESS_INLINE float packed_code_at(const Lookup& lookup, const Probe& probe, int64_t row,
+                                        int64_t c) {
+    const StoreView& store = lookup.stores[probe.store];
+    return static_cast<float>(unpack_bits(static_cast<const uint8_t*>(store.data), store.bytes,
+                                          row * probe.width + c, probe.quantization.bits));
+}
+
 // The rows that a block of ids reads through every probe of a feature. One is made for a thread
 // and used for one feature after another.
 class RowBlock {
@@ -193,44 +249,6 @@ class RowBlock {
         }
     }
 
-    // Code of column c of a packed row.
-    EMBCOMPRESS_INLINE float packed_code(int t, int64_t row, int64_t c) const {
-        const Probe& probe = probes_[t];
-        const StoreView& store = lookup_.stores[probe.store];
-        return static_cast<float>(unpack_bits(static_cast<const uint8_t*>(store.data), store.bytes,
-                                              row * probe.width + c, probe.quantization.bits));
-    }
-
-    // Whether the packed rows of probe t are in training, held as float latents.
-    bool is_latent(int t) const {
-        return probes_[t].quantization.bits > 0 &&
-               lookup_.stores[probes_[t].store].dtype != Dtype::kPacked;
-    }
-
-    // What multiplies the gradients of the step and bias of latents: 1 / sqrt(N * (2^bits - 1)),
-    // N numbers to a step (Esser et al., "Learned step size quantization", section 2.2).
-    float damping(int t) const {
-        const Probe& probe = probes_[t];
-        const StoreView& store = lookup_.stores[probe.store];
-        const StoreView& scale = lookup_.stores[probe.quantization.scale_store];
-        const int64_t numbers = (store.rows / scale.rows) * (store.width / scale.width);
-        const int64_t last = (1LL << probe.quantization.bits) - 1;
-        return static_cast<float>(1.0 / std::sqrt(static_cast<double>(numbers * last)));
-    }
-
-    // Column c of a row of latents.
-    EMBCOMPRESS_INLINE Latent latent(int t, int64_t row, int64_t c) const {
-        return latent(probes_[t], lookup_.stores[probes_[t].store], row, c);
-    }
-
-    // Row of the learned scale of probe t for id number i; -1 where absent or padding.
-    EMBCOMPRESS_INLINE int64_t scale_row(int t, int i) const {
-        if (ids_[i] < 0) return -1;
-        const Scale& scale = probes_[t].scale;
-        const int64_t row = address_row(scale.address, ids_[i]);
-        return scale.code.store < 0 ? row : decode(scale.code, ids_[i], row);
-    }
-
   private:
     bool is_converted(const Probe& probe) const {
         return lookup_.stores[probe.store].dtype != Dtype::kFloat32 || probe.quantization.bits > 0;
@@ -300,39 +318,14 @@ class RowBlock {
 
     EMBCOMPRESS_INLINE void decode(const Code& code, int n, int64_t* rows) const {
         for (int i = 0; i < n; ++i) {
-            if (ids_[i] >= 0) rows[i] = decode(code, ids_[i], rows[i]);
+            if (ids_[i] >= 0) rows[i] = decode_row(lookup_, code, ids_[i], rows[i]);
         }
-    }
-
-    // The row that the code in a row of the table of codes stands for; -1: absent. Codes may be
-    // damaged: one past its bound is absent, and never a row out of bounds.
-    EMBCOMPRESS_INLINE int64_t decode(const Code& code, int64_t id, int64_t code_row) const {
-        const StoreView& store = lookup_.stores[code.store];
-        const uint32_t absent = static_cast<uint32_t>((1ULL << code.bits) - 1);
-        const uint32_t value = unpack_bits(static_cast<const uint8_t*>(store.data), store.bytes,
-                                           code_row * code.width + code.column, code.bits);
-        const int64_t row = static_cast<int64_t>(value) - code.first;
-        if (value != absent && row >= 0 && row < code.size) return row;
-        return value == absent && code.has_otherwise ? address_row(code.otherwise, id) : -1;
-    }
-
-    EMBCOMPRESS_INLINE Latent latent(const Probe& probe, const StoreView& store, int64_t row,
-                                     int64_t c) const {
-        const Quantization& q = probe.quantization;
-        const StoreView& scale = lookup_.stores[q.scale_store];
-        const int64_t at = (q.per_row ? row * scale.width : 0) + (q.per_column ? c : 0);
-        const float value = load_float(store.data, store.dtype, row * probe.width + c);
-        const float step = load_float(scale.data, scale.dtype, at);
-        if (q.bias_store < 0) return read_latent(value, step, nullptr, q.bits);
-        const StoreView& bias = lookup_.stores[q.bias_store];
-        const float shift = load_float(bias.data, bias.dtype, at);
-        return read_latent(value, step, &shift, q.bits);
     }
 
     void load_row(const Probe& probe, const StoreView& store, int64_t row, float* out) const {
         const int64_t width = probe.width;
         if (store.dtype != Dtype::kPacked && probe.quantization.bits > 0) {
-            for (int64_t c = 0; c < width; ++c) out[c] = latent(probe, store, row, c).value;
+            for (int64_t c = 0; c < width; ++c) out[c] = latent_at(lookup_, probe, row, c).value;
             return;
         }
         if (store.dtype != Dtype::kPacked) {
@@ -365,18 +358,8 @@ class RowBlock {
     void find_scales(int t, int n) {
         const Scale& scale = probes_[t].scale;
         float* values = scales_.data() + t * kBlock;
-        if (scale.kind == ScaleKind::kSign) {
-            for (int i = 0; i < n; ++i) {
-                values[i] = hash_sign(ids_[i], static_cast<uint64_t>(scale.key));
-            }
-            return;
-        }
-        const StoreView& store = lookup_.stores[scale.store];
         for (int i = 0; i < n; ++i) {
-            const int64_t row = scale_row(t, i);
-            values[i] = row < 0
-                            ? 0.0f
-                            : load_float(store.data, store.dtype, row * store.width + scale.column);
+            values[i] = ids_[i] < 0 ? 0.0f : scale_of(lookup_, scale, ids_[i]);
         }
     }
 

@@ -79,7 +79,6 @@ class Program:
         self.parts: list[Program] = []
         if ops.is_available() and all(map(can_encode, plans)):
             self._encode()
-        self._has_heads = any(plan.head is not None for plan in plans)
         self._has_maxima = plans[0].pool == "max"
         self._has_vectors = plans[0].pool in ("none", "max")  # for every id, and no bags yet
         self._sparse = options.sparse
@@ -88,7 +87,7 @@ class Program:
         self._is_plain = (
             self._encoded is not None
             and len(plans) == 1
-            and not (self._dense or self._has_heads or self._has_vectors)
+            and not (self._dense or self._has_vectors)
             and self._dtype == torch.float32
         )
 
@@ -254,8 +253,6 @@ class Program:
                 # The kernel says that something is wrong; the check says what, and raises it.
                 self._check(bags.complete())
             raise
-        if self._has_heads:
-            pooled = self._apply_heads(encoded, stores, pooled)
         if self._has_maxima:
             bags = bags.complete()
             if not bags.checked:
@@ -263,18 +260,6 @@ class Program:
             pooled = pool_bags(self.plans[0], pooled, bags)
         # Rounded once, at the end.
         return pooled if self._dtype == torch.float32 else pooled.to(self._dtype)
-
-    def _apply_heads(
-        self, encoded: EncodedPlans, stores: Sequence[Stores], pooled: Tensor
-    ) -> Tensor:
-        """Apply heads, which come after pooling where that is linear."""
-        parts = []
-        for plan, each, column in zip(self.plans, stores, encoded.columns, strict=True):
-            part = pooled[:, column : column + plan.width]
-            if plan.head is not None:
-                part = F.linear(part, each[plan.head.weight].float())
-            parts.append(part)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     # -- the reference
 

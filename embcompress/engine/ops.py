@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from embcompress.engine.encoding import head_stores
+
 
 def _load() -> bool:
     """Load the extension, which registers its operators; warn if it is there but will not load."""
@@ -168,17 +170,19 @@ def _store_gradients(ctx: Any, arguments: tuple[Any, ...]) -> list[Tensor]:
     if not ctx.sparse:
         return torch.ops.embcompress.lookup_backward(*arguments, ctx.wanted)
     parts = torch.ops.embcompress.lookup_backward_sparse(*arguments, ctx.wanted)
-    stores = arguments[1]
-    return [
-        torch.sparse_coo_tensor(
-            rows[None],
-            values,
-            stores[number].shape,
-            is_coalesced=True,
-            check_invariants=False,
-        )
-        for number, rows, values in zip(ctx.wanted, parts[::2], parts[1::2], strict=True)
-    ]
+    stores, heads = arguments[1], head_stores(arguments[5])
+    gradients = []
+    for number, rows, values in zip(ctx.wanted, parts[::2], parts[1::2], strict=True):
+        shape = stores[number].shape
+        if number in heads:  # every bag touches all of it
+            gradients.append(values if len(values) else values.new_zeros(shape))
+        else:
+            gradients.append(
+                torch.sparse_coo_tensor(
+                    rows[None], values, shape, is_coalesced=True, check_invariants=False
+                )
+            )
+    return gradients
 
 
 class _Lookup(torch.autograd.Function):
