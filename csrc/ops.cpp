@@ -93,7 +93,8 @@ void check_packed_store(const StoreView& store, int64_t rows, int64_t width, int
 
 void check_quantization(const Lookup& lookup, const Probe& probe, int64_t rows) {
     const Quantization& q = probe.quantization;
-    STD_TORCH_CHECK(q.bits >= 1 && q.bits <= 8, "encoding: values of ", q.bits, " bits");
+    STD_TORCH_CHECK(q.bits == 1 || q.bits == 2 || q.bits == 4 || q.bits == 8,
+                    "encoding: values of ", q.bits, " bits");
     const StoreView& store = store_at(lookup, probe.store);
     if (store.dtype == Dtype::kPacked) {
         check_packed_store(store, rows, probe.width, q.bits);
@@ -464,8 +465,8 @@ void lookup_backward_update(Tensor grad, std::vector<Tensor> stores, Tensor ids,
     const Optimizer optimizer = read_optimizer(settings, kind);
     std::vector<Updated> updated;
     for (size_t k = 0; k < wanted.size(); ++k) {
-        updated.push_back(read_updated(what, optimizer, stores[wanted[k]], wanted[k], k, first,
-                                       second, steps));
+        updated.push_back(
+            read_updated(what, optimizer, stores[wanted[k]], wanted[k], k, first, second, steps));
     }
     StoreGradients gradients(what, floats(gradient), wanted, threads());
     check_ids(gradients.prepare());

@@ -7,9 +7,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "contributions.h"
-#include "gradients.h"
-#include "sorted_rows.h"
+#include "reducer.h"
 
 namespace embcompress {
 namespace {
@@ -20,257 +18,6 @@ constexpr int64_t kShortestPiece = 1024;
 constexpr int64_t kMostPieces = 16;
 constexpr int64_t kSmallGradient = 16384;  // numbers
 constexpr int64_t kUpdatesPerThread = 512;
-
-// How the entries of a use become what is added to a row.
-struct Source {
-    Use use;
-    const Feature* feature;
-    const Probe* probe;
-    int64_t first;             // position of the feature's first id
-    std::vector<float> added;  // (ids, width), where the use is no row: what each id adds
-    int64_t width;
-    int64_t column;  // of the row, where the width begins
-    bool is_product;
-    bool has_coefficients;
-};
-
-struct StoreGradient {
-    StoreView store;
-    int64_t number;
-    std::vector<Source> sources;  // uses whose rows are sorted
-    std::vector<Source> summed;   // uses that are added up in pieces of the batch
-    std::vector<float> sums;      // (rows, width) where there are any
-    std::vector<uint8_t> touched;  // (rows,) likewise
-    SortedRows sorted;
-    const Probe* latents = nullptr;  // a probe of the store, where it is held as latents
-    bool has_products = false;
-
-    int64_t width() const { return store.width; }
-};
-
-// Gradients of latents go straight through, inside the codes' range.
-EMBCOMPRESS_INLINE void mask_row(const Lookup& lookup, const StoreGradient& gradient, int64_t row,
-                                 float* values) {
-    if (gradient.latents == nullptr) return;
-    for (int64_t c = 0; c < gradient.width(); ++c) {
-        if (!latent_at(lookup, *gradient.latents, row, c).inside) values[c] = 0.0f;
-    }
-}
-
-// Where the gradients of the rows of a task go, one after another.
-class Destination {
-  public:
-    Destination(const Lookup& lookup, const StoreGradient& gradient, const GradientSink& sink,
-                int64_t first_row)
-        : lookup_(lookup), gradient_(gradient), sink_(sink), next_(first_row) {
-        if (sink.updated != nullptr) own_.resize(gradient.width());
-    }
-
-    // Where the gradient of a row is added up, and whether it starts from nothing.
-    EMBCOMPRESS_INLINE float* start(int64_t row) {
-        row_ = row;
-        if (sink_.dense != nullptr) return sink_.dense + row * gradient_.width();
-        float* target = sink_.updated != nullptr ? own_.data()
-                                                 : sink_.values + next_ * gradient_.width();
-        // Uses may add to some columns only.
-        if (!starts_from_nothing()) std::fill(target, target + gradient_.width(), 0.0f);
-        if (sink_.rows != nullptr) sink_.rows[next_] = row;
-        ++next_;
-        return target;
-    }
-    bool starts_from_nothing() const {
-        return sink_.dense == nullptr && gradient_.sources.size() == 1 &&
-               gradient_.sources[0].width == gradient_.width();
-    }
-    EMBCOMPRESS_INLINE void prefetch(int64_t row) const {
-        if (sink_.updated != nullptr) sink_.updated->prefetch(row);
-    }
-    EMBCOMPRESS_INLINE void finish(float* target) {
-        mask_row(lookup_, gradient_, row_, target);
-        if (sink_.updated != nullptr) sink_.updated->update(row_, target);
-    }
-
-  private:
-    const Lookup& lookup_;
-    const StoreGradient& gradient_;
-    const GradientSink& sink_;
-    int64_t next_;
-    int64_t row_ = 0;
-    std::vector<float> own_;
-};
-
-// Some entries: what each adds to its row, as factors of a product, and the number before it.
-struct Entries {
-    int count;
-    int64_t rows[kBlock];
-    int32_t sources[kBlock];
-    int64_t positions[kBlock];
-    float coefficients[kBlock];
-    std::vector<const float*> factors;  // kBlock of each
-};
-
-class Reducer {
-  public:
-    Reducer(const OutputGradient& output, int64_t most_probes)
-        : output_(output), lookup_(output.lookup()), block_(output.lookup()) {
-        entries_.factors.resize(kBlock * most_probes);
-    }
-
-    // Adds up entries [begin, end), whole rows.
-    EMBCOMPRESS_INLINE void reduce_inline(const StoreGradient& gradient, int64_t begin, int64_t end,
-                                          Destination& destination) {
-        float* target = nullptr;
-        int64_t row = -1;
-        bool start = false;
-        for (int64_t at = begin; at < end; at += entries_.count) {
-            load(gradient, at, end, &destination);
-            for (int i = 0; i < entries_.count;) {
-                const int last = end_of_run(gradient, i);
-                if (entries_.rows[i] != row) {
-                    if (target != nullptr) destination.finish(target);
-                    row = entries_.rows[i];
-                    target = destination.start(row);
-                    start = destination.starts_from_nothing();
-                }
-                pool_run(gradient.sources[entries_.sources[i]], i, last, start, target);
-                start = false;
-                i = last;
-            }
-        }
-        if (target != nullptr) destination.finish(target);
-    }
-
-    // Adds up entries [begin, end) of one row.
-    EMBCOMPRESS_INLINE void add_inline(const StoreGradient& gradient, int64_t begin, int64_t end,
-                                       float* target) {
-        for (int64_t at = begin; at < end; at += entries_.count) {
-            load(gradient, at, end, nullptr);
-            for (int i = 0; i < entries_.count;) {
-                const int last = end_of_run(gradient, i);
-                pool_run(gradient.sources[entries_.sources[i]], i, last, false, target);
-                i = last;
-            }
-        }
-    }
-
-    // Adds ids [begin, end) of the source's feature, in the order of the batch, to the rows that
-    // they touch. False for an id outside the vocabulary.
-    EMBCOMPRESS_INLINE bool add_batch_inline(const StoreGradient& gradient, const Source& source,
-                                             int64_t begin, int64_t end, float* sums,
-                                             uint8_t* touched) {
-        bool valid = true;
-        for (int64_t at = begin; at < end; at += kBlock) {
-            const int n = static_cast<int>(std::min<int64_t>(kBlock, end - at));
-            int64_t rows[kBlock];
-            block_.use(*source.feature);
-            valid &= touched_rows(lookup_, source.use, source.first + at, n, block_, rows);
-            int count = 0;
-            for (int i = 0; i < n; ++i) {
-                if (rows[i] < 0) continue;
-                entries_.rows[count] = rows[i];
-                entries_.positions[count++] = source.first + at + i;
-            }
-            entries_.count = count;
-            for (int i = 0; i < count; ++i) load_entry(source, i);
-            if (source.is_product) load_factors(source);
-            for (int i = 0; i < count; ++i) {
-                touched[entries_.rows[i]] = 1;
-                pool_run(source, i, i + 1, false, sums + entries_.rows[i] * gradient.width());
-            }
-        }
-        return valid;
-    }
-
-  private:
-    // Entries of one row and one use.
-    EMBCOMPRESS_INLINE int end_of_run(const StoreGradient& gradient, int begin) const {
-        int end = begin + 1;
-        const bool alike = gradient.sources.size() == 1;
-        while (end < entries_.count && entries_.rows[end] == entries_.rows[begin] &&
-               (alike || entries_.sources[end] == entries_.sources[begin])) {
-            ++end;
-        }
-        return end;
-    }
-
-    // Loads entries from `begin` on: a block, or fewer where the uses of a product change.
-    EMBCOMPRESS_INLINE void load(const StoreGradient& gradient, int64_t begin, int64_t end,
-                                 const Destination* destination) {
-        const int most = static_cast<int>(std::min<int64_t>(kBlock, end - begin));
-        int count = 0;
-        for (; count < most; ++count) {
-            const int64_t row = gradient.sorted.row(begin + count);
-            const int32_t use = static_cast<int32_t>(gradient.sorted.use(begin + count));
-            if (gradient.has_products && count > 0 && use != entries_.sources[0]) break;
-            const Source& source = gradient.sources[use];
-            entries_.rows[count] = row;
-            entries_.sources[count] = use;
-            entries_.positions[count] = source.first + gradient.sorted.position(begin + count);
-            output_.prefetch_sample(entries_.positions[count]);
-            const bool is_new = count == 0 || row != entries_.rows[count - 1];
-            if (destination != nullptr && is_new) destination->prefetch(row);
-        }
-        entries_.count = count;
-        for (int i = 0; i < count; ++i) load_entry(gradient.sources[entries_.sources[i]], i);
-        const Source& source = gradient.sources[entries_.sources[0]];
-        if (source.is_product) load_factors(source);
-    }
-
-    EMBCOMPRESS_INLINE void load_entry(const Source& source, int i) {
-        const int64_t position = entries_.positions[i];
-        if (source.use.role != Role::kRows) {
-            entries_.factors[i] = source.added.data() + (position - source.first) * source.width;
-            entries_.coefficients[i] = 1.0f;
-            return;
-        }
-        const int64_t feature = source.use.feature, sample = output_.sample(feature, position);
-        const bool concat = source.feature->combine == Combine::kConcat;
-        const float* mine = output_.of_sample(feature, sample) + (concat ? source.probe->column : 0);
-        for (int64_t c = 0; c < std::min(source.width, kPrefetchFloats); c += 16) {
-            __builtin_prefetch(mine + c);
-        }
-        entries_.factors[i] = mine;
-        if (!source.has_coefficients) return;
-        float coefficient = output_.coefficient(feature, position, sample);
-        if (source.probe->scale.kind != ScaleKind::kNone) {
-            coefficient *= scale_of(lookup_, source.probe->scale, lookup_.id(position));
-        }
-        entries_.coefficients[i] = coefficient;
-    }
-
-    // The rows that the entries' rows are multiplied by, and their scales.
-    EMBCOMPRESS_INLINE void load_factors(const Source& source) {
-        const int count = entries_.count;
-        int64_t ids[kBlock];
-        for (int i = 0; i < count; ++i) ids[i] = lookup_.id(entries_.positions[i]);
-        block_.use(*source.feature);
-        block_.set_ids(ids, count);
-        const float** factors = entries_.factors.data();
-        for (int u = 0; u < block_.num_probes(); ++u) {
-            if (u == source.use.probe) continue;
-            factors += kBlock;
-            block_.find_rows(u, count);
-            block_.find_pointers(u, count);
-            std::copy(block_.pointers(u), block_.pointers(u) + count, factors);
-            if (!block_.scaled()) continue;
-            for (int i = 0; i < count; ++i) entries_.coefficients[i] *= block_.scales(u)[i];
-        }
-    }
-
-    EMBCOMPRESS_INLINE void pool_run(const Source& source, int begin, int end, bool start,
-                                     float* target) const {
-        const int factors = source.is_product ? static_cast<int>(source.feature->num_probes) : 1;
-        const ProbeRows rows{entries_.factors.data(), nullptr, factors};
-        const float* weights = source.has_coefficients ? entries_.coefficients : nullptr;
-        pool_probes<true>(rows, {begin, end, weights, start, 0, target + source.column},
-                          source.width);
-    }
-
-    const OutputGradient& output_;
-    const Lookup& lookup_;
-    RowBlock block_;
-    Entries entries_;
-};
 
 EMBCOMPRESS_CLONES void reduce_rows(Reducer& reducer, const StoreGradient& gradient, int64_t begin,
                                     int64_t end, Destination& destination) {
@@ -288,12 +35,25 @@ EMBCOMPRESS_CLONES bool add_batch(Reducer& reducer, const StoreGradient& gradien
     return reducer.add_batch_inline(gradient, source, begin, end, sums, touched);
 }
 
-EMBCOMPRESS_CLONES void update_range(const Updated& store, const int64_t* rows,
-                                     const float* values, int64_t begin, int64_t end) {
+EMBCOMPRESS_CLONES void update_range(const Updated& store, const int64_t* rows, const float* values,
+                                     int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
         if (i + 8 < end) store.prefetch(rows[i + 8]);
         store.update(rows[i], values + i * store.width);
     }
+}
+
+// Whether the entries of a source read rows of a store while they are added up.
+bool reads(const Lookup& lookup, const Source& source, int64_t store) {
+    for (int64_t t = 0; t < source.feature->num_probes; ++t) {
+        const Probe& probe = lookup.probes[source.feature->first_probe + t];
+        if (!source.is_product && t != source.use.probe) continue;
+        const Quantization& q = probe.quantization;
+        if (t != source.use.probe && probe.store == store) return true;
+        if (probe.scale.kind == ScaleKind::kWeight && probe.scale.store == store) return true;
+        if (q.bits > 0 && (q.scale_store == store || q.bias_store == store)) return true;
+    }
+    return false;
 }
 
 // A piece of the batch of one use, and what it adds to the whole store.
@@ -357,10 +117,9 @@ Source StoreGradients::State::source_of(const Use& use) const {
         return source;
     }
     source.width = source.probe->width;
-    source.is_product =
-        source.feature->combine == Combine::kMul && source.feature->num_probes > 1;
-    source.has_coefficients = output.has_coefficients(use.feature) ||
-                              source.probe->scale.kind != ScaleKind::kNone;
+    source.is_product = source.feature->combine == Combine::kMul && source.feature->num_probes > 1;
+    source.has_coefficients =
+        output.has_coefficients(use.feature) || source.probe->scale.kind != ScaleKind::kNone;
     for (int64_t t = 0; source.is_product && t < source.feature->num_probes; ++t) {
         const Probe& other = lookup.probes[source.feature->first_probe + t];
         source.has_coefficients |= other.scale.kind != ScaleKind::kNone;
@@ -382,8 +141,8 @@ void StoreGradients::State::add_store(int64_t number) {
         if (use.role == Role::kRows && is_latent(lookup, *source.probe)) {
             gradient.latents = source.probe;
         }
-        const bool is_summed = use.role == Role::kHead ||
-                               (use.role == Role::kRows ? is_small : rows == 1);
+        const bool is_summed =
+            use.role == Role::kHead || (use.role == Role::kRows ? is_small : rows == 1);
         (is_summed ? gradient.summed : gradient.sources).push_back(source);
         gradient.has_products |= source.is_product;
     }
@@ -424,8 +183,10 @@ void StoreGradients::State::add_pieces() {
     for (StoreGradient& gradient : stores) {
         for (const Source& source : gradient.summed) {
             const bool is_head = source.use.role == Role::kHead;
-            const int64_t count = is_head ? lookup.batch : ids_of(lookup, source.use.feature).size();
-            const int64_t length = std::max(kShortestPiece, (count + kMostPieces - 1) / kMostPieces);
+            const int64_t count =
+                is_head ? lookup.batch : ids_of(lookup, source.use.feature).size();
+            const int64_t length =
+                std::max(kShortestPiece, (count + kMostPieces - 1) / kMostPieces);
             for (int64_t at = 0; at < count; at += length) {
                 pieces.push_back({&gradient, &source, at, std::min(at + length, count), {}, {}});
             }
@@ -515,9 +276,8 @@ void StoreGradients::State::sort() {
 }
 
 // A row of very many entries: pieces in parallel, then their sum in order.
-void StoreGradients::State::reduce_huge(const StoreGradient& gradient,
-                                        const SortedRows::Task& task, Destination& destination,
-                                        Reducer& reducer) {
+void StoreGradients::State::reduce_huge(const StoreGradient& gradient, const SortedRows::Task& task,
+                                        Destination& destination, Reducer& reducer) {
     const int64_t pieces = (task.end - task.begin + kPiece - 1) / kPiece, width = gradient.width();
     std::vector<float> partial(pieces * width);
     const int parts = static_cast<int>(std::min<int64_t>(num_threads, pieces));
@@ -616,23 +376,15 @@ int64_t StoreGradients::num_touched(size_t k) const {
     return std::count(gradient.touched.begin(), gradient.touched.end(), 1);
 }
 
+// Sums are delivered when all else has been read; entries read factors, scales and steps before.
 bool StoreGradients::may_update(size_t k) const {
     const Lookup& lookup = state_->lookup;
-    const int64_t number = state_->stores[k].number;
+    const StoreGradient& mine = state_->stores[k];
     for (const StoreGradient& other : state_->stores) {
         // Tables may hold one tensor as two stores.
-        if (other.number != number && other.store.data == state_->stores[k].store.data) return false;
-    }
-    for (int64_t f = 0; f < lookup.header.num_features; ++f) {
-        const Feature& feature = lookup.features[f];
-        for (int64_t t = 0; t < feature.num_probes; ++t) {
-            const Probe& probe = lookup.probes[feature.first_probe + t];
-            const Quantization& q = probe.quantization;
-            const bool is_factor = feature.combine == Combine::kMul && feature.num_probes > 1;
-            const bool is_scale =
-                probe.scale.kind == ScaleKind::kWeight && probe.scale.store == number;
-            const bool is_step = q.bits > 0 && (q.scale_store == number || q.bias_store == number);
-            if ((is_factor && probe.store == number) || is_scale || is_step) return false;
+        if (other.number != mine.number && other.store.data == mine.store.data) return false;
+        for (const Source& source : other.sources) {
+            if (mine.sums.empty() && reads(lookup, source, mine.number)) return false;
         }
     }
     return true;

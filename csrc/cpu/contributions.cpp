@@ -78,7 +78,8 @@ EMBCOMPRESS_INLINE bool add_contributions_inline(const OutputGradient& gradient,
     const Lookup& lookup = gradient.lookup();
     const int64_t first = ids_of(lookup, use.feature).begin;
     block.use(lookup.features[use.feature]);
-    const float damping = use.role == Role::kScale ? 1.0f : damping_of(lookup, probe_of(lookup, use));
+    const float damping =
+        use.role == Role::kScale ? 1.0f : damping_of(lookup, probe_of(lookup, use));
     int64_t touched[kBlock];
     bool valid = true;
     for (int64_t position = begin; position < end; position += kBlock) {
@@ -111,8 +112,8 @@ EMBCOMPRESS_CLONES bool add_contributions_to(const OutputGradient& gradient, con
 EMBCOMPRESS_CLONES void add_outer(const Product& product) { multiply(product); }
 
 // Gradient of the per-sample weights of one feature: its vector times the output's gradient.
-EMBCOMPRESS_CLONES bool weights_range(const OutputGradient& gradient, int64_t number,
-                                      int64_t begin, int64_t end, float* out) {
+EMBCOMPRESS_CLONES bool weights_range(const OutputGradient& gradient, int64_t number, int64_t begin,
+                                      int64_t end, float* out) {
     const Lookup& lookup = gradient.lookup();
     const Feature& feature = lookup.features[number];
     RowBlock block(lookup, feature);

@@ -256,8 +256,7 @@ bool pool_samples(const Lookup& lookup, RowBlock& rows, const Heads& heads, int6
         float* first_out = out + begin * stride + lookup.features[f].out_column;
         const int64_t first = f * lookup.batch + begin, last = f * lookup.batch + end;
         if (heads.has(f)) {
-            valid &=
-                pool_and_map(lookup, rows, heads.columns(f), first, last, pooled, first_out);
+            valid &= pool_and_map(lookup, rows, heads.columns(f), first, last, pooled, first_out);
         } else {
             valid &= pool_bags(lookup, rows, first, last, first_out, stride);
         }

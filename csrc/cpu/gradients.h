@@ -32,8 +32,8 @@ class StoreGradients {
     // Rows of wanted store number k that have a gradient.
     int64_t num_touched(size_t k) const;
 
-    // Whether wanted store number k may be updated while gradients are added up, because none of
-    // them is read from it: it is no factor of a product, no scale and no step.
+    // Whether wanted store number k may be updated by `reduce`, because what else is added up there
+    // does not read it.
     bool may_update(size_t k) const;
 
     // Adds up the gradients; a sink for each wanted store.

@@ -44,8 +44,8 @@ void OutputGradient::find_samples(int num_threads) {
     parallel(parts, [&](int part) {
         for (int64_t bag = bags * part / parts; bag < bags * (part + 1) / parts; ++bag) {
             const uint32_t sample = static_cast<uint32_t>(bag % lookup_.batch);
-            std::fill(samples_.get() + lookup_.offset(bag), samples_.get() + lookup_.offset(bag + 1),
-                      sample);
+            std::fill(samples_.get() + lookup_.offset(bag),
+                      samples_.get() + lookup_.offset(bag + 1), sample);
         }
     });
 }
@@ -58,7 +58,8 @@ void OutputGradient::find_reciprocals(int num_threads) {
         for (int64_t bag = bags * part / parts; bag < bags * (part + 1) / parts; ++bag) {
             const int64_t padding = lookup_.features[bag / lookup_.batch].padding_idx;
             int64_t count = lookup_.offset(bag + 1) - lookup_.offset(bag);
-            for (int64_t p = lookup_.offset(bag); padding >= 0 && p < lookup_.offset(bag + 1); ++p) {
+            for (int64_t p = lookup_.offset(bag); padding >= 0 && p < lookup_.offset(bag + 1);
+                 ++p) {
                 count -= lookup_.id(p) == padding;
             }
             reciprocals_[bag] = 1.0f / static_cast<float>(std::max<int64_t>(count, 1));

@@ -9,11 +9,6 @@
 
 namespace embcompress {
 
-#if defined(__GNUC__) && !defined(__clang__)
-// Vectors are only ever passed between functions that are inlined.
-#pragma GCC diagnostic ignored "-Wpsabi"
-#endif
-
 // `kLanes` floats in registers. A vector extension of GCC and clang: it becomes whatever the
 // target has, and rounds as scalars do.
 template <int kLanes>

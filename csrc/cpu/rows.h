@@ -3,21 +3,9 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <limits>
 
-#include "lookup.h"
-
-// One build runs on every x86-64 machine: the kernels are compiled for three instruction sets and
-// the loader picks. Elsewhere the compiler's own target is used.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
-    !defined(__SANITIZE_ADDRESS__)
-#define EMBCOMPRESS_CLONES \
-    __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define EMBCOMPRESS_CLONES
-#endif
+#include "convert.h"
 
 namespace embcompress {
 
@@ -25,116 +13,6 @@ constexpr int kBlock = 128;
 // Lines of a row that are prefetched; the hardware follows a longer row by itself.
 constexpr int64_t kPrefetchFloats = 64;
 constexpr int64_t kSmallStore = 32 << 10;
-
-EMBCOMPRESS_INLINE float half_to_float(uint16_t half) {
-    const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
-    const uint32_t magnitude = half & 0x7FFF;
-    uint32_t bits;
-    if (magnitude >= 0x7C00) {  // infinities and NaN
-        bits = sign | 0x7F800000 | (magnitude & 0x3FF) << 13;
-    } else if (magnitude >= 0x400) {
-        bits = sign | ((magnitude << 13) + 0x38000000);
-    } else {  // subnormal: exact in float32
-        const float value = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
-        std::memcpy(&bits, &value, sizeof(bits));
-        bits |= sign;
-    }
-    float result;
-    std::memcpy(&result, &bits, sizeof(result));
-    return result;
-}
-
-EMBCOMPRESS_INLINE float bfloat_to_float(uint16_t value) {
-    const uint32_t bits = static_cast<uint32_t>(value) << 16;
-    float result;
-    std::memcpy(&result, &bits, sizeof(result));
-    return result;
-}
-
-EMBCOMPRESS_INLINE float load_float(const void* data, Dtype dtype, int64_t index) {
-    if (dtype == Dtype::kFloat32) return static_cast<const float*>(data)[index];
-    const uint16_t value = static_cast<const uint16_t*>(data)[index];
-    return dtype == Dtype::kFloat16 ? half_to_float(value) : bfloat_to_float(value);
-}
-
-// A number of a row that is trained to be packed: where it lies among the codes, the nearest code,
-// and the value of that.
-struct Latent {
-    float position;
-    float code;
-    float value;
-    bool inside;  // of the codes' range: within half a step of its code
-};
-
-// The same operations as in embcompress/engine/quantization.py, so the same bits.
-EMBCOMPRESS_INLINE Latent read_latent(float value, float step, const float* bias, int64_t bits) {
-    const float last = static_cast<float>((1 << bits) - 1), middle = last / 2;
-    const float divisor = step == 0.0f ? std::numeric_limits<float>::min() : step;
-    Latent latent;
-    latent.position = bias == nullptr ? value / divisor + middle : (value - *bias) / divisor;
-    latent.inside = latent.position >= -0.5f && latent.position <= last + 0.5f;
-    // In this order a position that is NaN stays one.
-    const float clamped = std::min(std::max(latent.position, 0.0f), last);
-    latent.code = std::nearbyint(clamped);
-    latent.value = bias == nullptr ? step * (latent.code - middle) : step * latent.code + *bias;
-    return latent;
-}
-
-// The row that the code in a row of the table of codes stands for; -1: absent. Codes may be
-// damaged: one past its bound is absent, and never a row out of bounds.
-EMBCOMPRESS_INLINE int64_t decode_row(const Lookup& lookup, const Code& code, int64_t id,
-                                      int64_t code_row) {
-    const StoreView& store = lookup.stores[code.store];
-    const uint32_t absent = static_cast<uint32_t>((1ULL << code.bits) - 1);
-    const uint32_t value = unpack_bits(static_cast<const uint8_t*>(store.data), store.bytes,
-                                       code_row * code.width + code.column, code.bits);
-    const int64_t row = static_cast<int64_t>(value) - code.first;
-    if (value != absent && row >= 0 && row < code.size) return row;
-    return value == absent && code.has_otherwise ? address_row(code.otherwise, id) : -1;
-}
-
-// Row of a learned scale; -1 where absent.
-EMBCOMPRESS_INLINE int64_t scale_row(const Lookup& lookup, const Scale& scale, int64_t id) {
-    const int64_t row = address_row(scale.address, id);
-    return scale.code.store < 0 ? row : decode_row(lookup, scale.code, id, row);
-}
-
-EMBCOMPRESS_INLINE float scale_of(const Lookup& lookup, const Scale& scale, int64_t id) {
-    if (scale.kind == ScaleKind::kNone) return 1.0f;
-    if (scale.kind == ScaleKind::kSign) return hash_sign(id, static_cast<uint64_t>(scale.key));
-    const StoreView& store = lookup.stores[scale.store];
-    const int64_t row = scale_row(lookup, scale, id);
-    if (row < 0) return 0.0f;
-    return load_float(store.data, store.dtype, row * store.width + scale.column);
-}
-
-// Whether the packed rows of a probe are in training, held as float latents.
-inline bool is_latent(const Lookup& lookup, const Probe& probe) {
-    return probe.quantization.bits > 0 && lookup.stores[probe.store].dtype != Dtype::kPacked;
-}
-
-// Column c of a row of latents.
-EMBCOMPRESS_INLINE Latent latent_at(const Lookup& lookup, const Probe& probe, int64_t row,
-                                    int64_t c) {
-    const StoreView& store = lookup.stores[probe.store];
-    const Quantization& q = probe.quantization;
-    const StoreView& scale = lookup.stores[q.scale_store];
-    const int64_t at = (q.per_row ? row * scale.width : 0) + (q.per_column ? c : 0);
-    const float value = load_float(store.data, store.dtype, row * probe.width + c);
-    const float step = load_float(scale.data, scale.dtype, at);
-    if (q.bias_store < 0) return read_latent(value, step, nullptr, q.bits);
-    const StoreView& bias = lookup.stores[q.bias_store];
-    const float shift = load_float(bias.data, bias.dtype, at);
-    return read_latent(value, step, &shift, q.bits);
-}
-
-// Code of column c of a packed row.
-EMBCOMPRESS_INLINE float packed_code_at(const Lookup& lookup, const Probe& probe, int64_t row,
-                                        int64_t c) {
-    const StoreView& store = lookup.stores[probe.store];
-    return static_cast<float>(unpack_bits(static_cast<const uint8_t*>(store.data), store.bytes,
-                                          row * probe.width + c, probe.quantization.bits));
-}
 
 // The rows that a block of ids reads through every probe of a feature. One is made for a thread
 // and used for one feature after another.
@@ -148,7 +26,7 @@ class RowBlock {
             for (int64_t t = 0; t < feature.num_probes; ++t) {
                 const Probe& probe = lookup.probes[feature.first_probe + t];
                 widest = std::max(widest, probe.width);
-                width += is_converted(probe) ? probe.width : 0;
+                width += is_converted(probe) ? room_for(probe) : 0;
             }
             most = std::max(most, feature.num_probes);
             converted = std::max(converted, width);
@@ -157,7 +35,8 @@ class RowBlock {
         pointers_.resize(most * kBlock);
         scales_.assign(most * kBlock, 1.0f);
         zeros_.assign(widest, 0.0f);
-        buffer_.resize(converted * kBlock);
+        buffer_.resize(converted);
+        steps_.resize(2 * steps_room(widest));
         buffers_.resize(most);
     }
 
@@ -173,7 +52,7 @@ class RowBlock {
         float* buffer = buffer_.data();
         for (int t = 0; t < count_; ++t) {
             buffers_[t] = buffer;
-            if (is_converted(probes_[t])) buffer += probes_[t].width * kBlock;
+            if (is_converted(probes_[t])) buffer += room_for(probes_[t]);
             scaled_ |= probes_[t].scale.kind != ScaleKind::kNone;
         }
     }
@@ -236,8 +115,8 @@ class RowBlock {
             float* buffer = buffers_[t];
             for (int i = 0; i < n; ++i) {
                 pointers[i] = rows[i] < 0 ? zeros_.data() : buffer + i * probe.width;
-                if (rows[i] >= 0) load_row(probe, store, rows[i], buffer + i * probe.width);
             }
+            convert_rows(lookup_, probe, rows, n, steps_.data(), buffer);
         }
         if (probe.scale.kind != ScaleKind::kNone) find_scales(t, n);
     }
@@ -253,6 +132,8 @@ class RowBlock {
     bool is_converted(const Probe& probe) const {
         return lookup_.stores[probe.store].dtype != Dtype::kFloat32 || probe.quantization.bits > 0;
     }
+
+    static int64_t room_for(const Probe& probe) { return probe.width * kBlock + kUnpacked; }
 
     template <typename Id>
     EMBCOMPRESS_INLINE bool check_ids(const Id* ids, int n) {
@@ -322,39 +203,6 @@ class RowBlock {
         }
     }
 
-    void load_row(const Probe& probe, const StoreView& store, int64_t row, float* out) const {
-        const int64_t width = probe.width;
-        if (store.dtype != Dtype::kPacked && probe.quantization.bits > 0) {
-            for (int64_t c = 0; c < width; ++c) out[c] = latent_at(lookup_, probe, row, c).value;
-            return;
-        }
-        if (store.dtype != Dtype::kPacked) {
-            const uint16_t* data = static_cast<const uint16_t*>(store.data) + row * width;
-            if (store.dtype == Dtype::kFloat16) {
-                for (int64_t c = 0; c < width; ++c) out[c] = half_to_float(data[c]);
-            } else {
-                for (int64_t c = 0; c < width; ++c) out[c] = bfloat_to_float(data[c]);
-            }
-            return;
-        }
-        const Quantization& q = probe.quantization;
-        const StoreView& scale = lookup_.stores[q.scale_store];
-        const float zero = static_cast<float>((1 << q.bits) - 1) / 2;
-        const int64_t base = q.per_row ? row * scale.width : 0;
-        for (int64_t c = 0; c < width; ++c) {
-            const int64_t at = base + (q.per_column ? c : 0);
-            const float code = static_cast<float>(unpack_bits(
-                static_cast<const uint8_t*>(store.data), store.bytes, row * width + c, q.bits));
-            const float step = load_float(scale.data, scale.dtype, at);
-            if (q.bias_store < 0) {
-                out[c] = step * (code - zero);
-            } else {
-                const StoreView& bias = lookup_.stores[q.bias_store];
-                out[c] = step * code + load_float(bias.data, bias.dtype, at);
-            }
-        }
-    }
-
     void find_scales(int t, int n) {
         const Scale& scale = probes_[t].scale;
         float* values = scales_.data() + t * kBlock;
@@ -375,6 +223,7 @@ class RowBlock {
     std::vector<float> scales_;
     std::vector<float> buffer_;  // rows that are not float32, converted
     std::vector<float*> buffers_;
+    std::vector<float> steps_;  // and biases, of a row
     std::vector<float> zeros_;
 };
 

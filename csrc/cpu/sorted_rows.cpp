@@ -12,7 +12,9 @@ namespace {
 // Below this many ids a thread costs more than it gives.
 constexpr int64_t kIdsPerThread = 4096;
 constexpr int64_t kIdsPerBucket = 512;
-constexpr int kMostBucketBits = 11;
+// Each bucket is written at its own place: with more of them these do not stay in the first-level
+// cache.
+constexpr int kMostBucketBits = 9;
 constexpr int64_t kEntriesPerTask = 1024;
 constexpr int kRadixBits = 8;
 // Fewer entries than this are sorted by insertion.
@@ -42,8 +44,8 @@ EMBCOMPRESS_INLINE bool for_each_row(const Lookup& lookup, const Use& use, int64
     return valid;
 }
 
-EMBCOMPRESS_CLONES bool count_rows(const Lookup& lookup, const Use& use, int64_t begin,
-                                   int64_t end, RowBlock& block, int shift, int64_t* counts) {
+EMBCOMPRESS_CLONES bool count_rows(const Lookup& lookup, const Use& use, int64_t begin, int64_t end,
+                                   RowBlock& block, int shift, int64_t* counts) {
     return for_each_row(lookup, use, begin, end, block,
                         [&](int64_t, int64_t row) { ++counts[row >> shift]; });
 }
@@ -109,8 +111,7 @@ struct SortedRows::Chunks {
     }
 };
 
-void SortedRows::choose_bits(const Lookup& lookup, const std::vector<Use>& uses,
-                             int64_t num_rows) {
+void SortedRows::choose_bits(const Lookup& lookup, const std::vector<Use>& uses, int64_t num_rows) {
     int64_t longest = 1;
     for (const Use& use : uses) {
         const int64_t size = ids_of(lookup, use.feature).size();
@@ -122,8 +123,9 @@ void SortedRows::choose_bits(const Lookup& lookup, const std::vector<Use>& uses,
     row_bits_ = bits_for(static_cast<uint64_t>(num_rows));
     row_shift_ = position_bits_ + use_bits;
     if (row_shift_ + row_bits_ > 64) {
-        throw std::runtime_error("the batch and the store are too large for one backward pass: "
-                                 "split the batch");
+        throw std::runtime_error(
+            "the batch and the store are too large for one backward pass: "
+            "split the batch");
     }
     use_mask_ = (1ULL << use_bits) - 1;
     position_mask_ = position_bits_ == 64 ? ~0ULL : (1ULL << position_bits_) - 1;
@@ -134,9 +136,9 @@ void SortedRows::choose_bits(const Lookup& lookup, const std::vector<Use>& uses,
 bool SortedRows::sort(const Lookup& lookup, const std::vector<Use>& uses, int64_t num_rows,
                       int num_threads) {
     choose_bits(lookup, uses, num_rows);
-    const Chunks chunks{lookup, uses, total_,
-                        static_cast<int>(std::clamp<int64_t>(total_ / kIdsPerThread, 1,
-                                                             std::max(num_threads, 1)))};
+    const Chunks chunks{
+        lookup, uses, total_,
+        static_cast<int>(std::clamp<int64_t>(total_ / kIdsPerThread, 1, std::max(num_threads, 1)))};
     const int64_t buckets = 1LL << bucket_bits_;
     const int shift = row_bits_ - bucket_bits_;
     std::vector<int64_t> places(chunks.count * buckets);
