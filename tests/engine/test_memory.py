@@ -96,7 +96,7 @@ def test_sparse_gradients(method: str) -> None:
 @pytest.mark.parametrize("method", ["hash", "qr"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad", "adam"])
 def test_fused_updates(method: str, optimizer: str) -> None:
-    """Neither the store's gradient exists nor that of all touched rows, only one row's at a time."""
+    """Neither the gradient of the store nor that of all touched rows ever exists."""
     above, _, output, touched = measure(method, "sum", "dense", optimizer)
     assert output <= above <= 1.1 * (output + IDS * BYTES_AN_ID)
     assert above < 0.5 * touched
