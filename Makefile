@@ -38,6 +38,8 @@ $(VENV)/.torch: $(VENV)/.python
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py constraints.txt $(CSRC)
 	$(RUN)/pip install -q -c constraints.txt "setuptools>=77" wheel
 	$(RUN)/pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	@$(RUN)/python -c "from embcompress.engine import ops; print('The compiled CPU engine is built.' \
+	    if ops.is_available() else 'No C++ compiler was found: lookups run in pure torch.')"
 	@touch $@
 
 sweep: setup ## which of the methods loses least, on the synthetic click log, in minutes

@@ -253,9 +253,11 @@ def _level(
     smallest = total(at_level(0))
     if smallest > budget_bytes:
         names = ", ".join(sorted({method.name for method in methods}))
+        dense = sum(table.dense_bytes for table in tables)
         raise BudgetError(
             f"{len(tables)} tables cannot take {budget_bytes} bytes with {names}; the smallest "
-            f"budget they can meet is {smallest} bytes",
+            f"budget they can meet is {smallest} bytes ({100 * smallest / dense:.3g}% of the dense "
+            "tables)",
             smallest,
         )
     level = _highest(0, budget_bytes, lambda level: total(at_level(level)) <= budget_bytes)

@@ -34,8 +34,8 @@ def check_finite(values: Tensor) -> None:
     if not values.isfinite().all():
         row, column = (~values.isfinite()).nonzero()[0].tolist()
         raise ValueError(
-            f"row {row}, column {column} of the table is {values[row, column].item()}, which "
-            "low-precision codes cannot hold; repair the table, or leave it uncompressed"
+            f"row {row}, column {column} of the table is {values[row, column].item()}, which a "
+            "compressed table cannot approximate; repair it, or leave the table uncompressed"
         )
 
 

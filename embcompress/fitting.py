@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from embcompress.calibration import check_finite
 from embcompress.engine import Bags, lookup
 from embcompress.initialization import initialize_stores
 from embcompress.plan import LookupPlan, Weight
@@ -89,7 +90,11 @@ def fit_stores(
 
     Returns:
         All stores; those that nothing reads keep their start values.
+
+    Raises:
+        ValueError: numbers that are NaN or infinite.
     """
+    check_finite(weight)
     plan = plan.with_pool("none").with_dtypes(
         {s.name: "float32" for s in plan.stores if s.is_float}
     )

@@ -11,6 +11,7 @@ there is something to see.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -113,4 +114,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ec.BudgetError) as error:  # a path or a budget that cannot be
+        sys.exit(f"error: {error}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 
 import numpy as np
 import torch
@@ -70,6 +71,9 @@ def main() -> None:
     parser.add_argument("--distillation-rate", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    methods = options.methods.split(",")
+    if unknown := sorted(set(methods) - set(ec.methods())):
+        parser.error(f"unknown methods {unknown}; known methods: {', '.join(ec.methods())}")
     torch.set_num_threads(1)
     settings = TrainingSettings()
     log = load_click_log(options.data)
@@ -84,7 +88,7 @@ def main() -> None:
     size = ec.memory(model).total
     print(f"full      {size:>9,} bytes  test AUC {before.auc:.4f}")
     rng = np.random.default_rng(options.seed)
-    for method in options.methods.split(","):
+    for method in methods:
         try:
             small, report = compressed(model, method, options.budget, counts)
         except ec.BudgetError as error:
@@ -92,12 +96,16 @@ def main() -> None:
             small, report = compressed(model, method, str(error.smallest), counts)
         print(report)
         score = evaluate(ec.deploy(copy.deepcopy(small)), log, split.test)
-        print(f"{method:8}  {report.after:>9,} bytes  test AUC {score.auc:.4f} as it is", end="")
+        print(f"{method:8}  {report.after:>9,} bytes  test AUC {score.auc:.4f}", end="")
+        print(f" ({score.auc - before.auc:+.4f}) as it is", end="")
         rows = rng.permutation(split.train)
         distill_epoch(small, model, log, rows, options.distillation_rate)
         score = evaluate(ec.deploy(small), log, split.test)
-        print(f", {score.auc:.4f} after one more epoch")
+        print(f", {score.auc:.4f} ({score.auc - before.auc:+.4f}) after one more epoch")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ec.BudgetError) as error:  # a path or a budget that cannot be
+        sys.exit(f"error: {error}")

@@ -56,6 +56,15 @@ def test_the_reported_error_is_the_error(method: str, table: torch.Tensor) -> No
     assert f"error {change.error:.1%}" in str(report)
 
 
+@pytest.mark.parametrize("method", sorted({*FITTED} - {"auto", "pruned"}))  # pruned keeps rows
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_numbers_that_are_not_finite_are_refused(method: str, bad: float) -> None:
+    table = torch.randn(ROWS, WIDTH)
+    table[7, 3] = bad
+    with pytest.raises(ValueError, match=r"row 7, column 3 of the table is (nan|-inf)"):
+        ec.Embedding.from_pretrained(table, method=method, budget="40%")
+
+
 def test_hashed_rows_are_weighted_means(table: torch.Tensor, counts: torch.Tensor) -> None:
     hashed = ec.Embedding.from_pretrained(table, method="hash", budget="10%", counts=counts)
     rows = hashed.weight.shape[0]
@@ -107,13 +116,27 @@ def test_what_cannot_be_fitted_is_an_error(table: torch.Tensor) -> None:
     module = ec.Embedding(ROWS, WIDTH, method="hash", budget="10%")
     with pytest.raises(ValueError, match=r"weight has shape \(3, 8\)"):
         module.fit_(table[:3])
-    with pytest.raises(ValueError, match="share a store"):
-        ec.compress(
-            nn.ModuleList([nn.Embedding(50, 4), nn.Embedding(60, 4)]),
-            method="unified",
-            budget="20%",
-            keep_weights=True,
+
+
+def test_unified_tables_are_fitted_apart(table: torch.Tensor) -> None:
+    def model() -> nn.ModuleList:
+        return nn.ModuleList(
+            [nn.Embedding.from_pretrained(table[:rows].clone(), False) for rows in (ROWS, 50)]
         )
+
+    compressed = model()
+    report = ec.compress(compressed, method="unified", budget="40%", keep_weights=True)
+    large, small = compressed
+    assert 0.9 * report.budget < ec.memory(compressed).total == report.after <= report.budget
+    assert large.weight is not small.weight and len(large.weight) == 8 * len(small.weight)
+    assert all(change.error is not None and change.error < 0.9 for change in report.tables)
+
+    class Sharing(ec.Unified):
+        def for_trained_tables(self) -> ec.Unified:
+            return self
+
+    with pytest.raises(ValueError, match="share a store"):
+        ec.compress(model(), method=Sharing(), budget="40%", keep_weights=True)
 
 
 # ------------------------------------------------------------------------ product quantization

@@ -77,7 +77,7 @@ def test_low_bit(bits: int) -> None:
     code = (module.weight / module.scale + middle).round().clamp(0, 2**bits - 1)
     expected = (module.scale * (code - middle)) @ module.projection.T
     torch.testing.assert_close(module(IDS), expected)
-    assert len(code.unique()) > 2**bits / 3  # most codes are in use
+    assert len(code.unique()) > 2**bits / 4  # the codes of a normal distribution's middle
 
 
 def test_gradients_are_damped_by_the_numbers_of_a_step() -> None:

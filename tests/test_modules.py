@@ -294,6 +294,8 @@ def test_bad_constructor_arguments() -> None:
         ec.EmbeddingBag(0, 4)
     with pytest.raises(ValueError, match="padding_idx must be in"):
         bag("hash", padding_idx=ROWS)
+    with pytest.raises(ValueError, match="seed must be an integer, got 'x'"):
+        bag("hash", seed="x")
     with pytest.raises(ValueError, match="mode must be"):
         bag("hash", mode="median")
 

@@ -43,6 +43,8 @@ class TableSpec:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ValueError(f"seed must be an integer, got {self.seed!r}")
         if self.num_embeddings >= 2**63:
             raise ValueError(f"num_embeddings must be below 2**63, got {self.num_embeddings}")
         if not self.queries > 0:
@@ -119,7 +121,8 @@ class Method(ABC):
         the factors for products and projections.
 
         Raises:
-            ValueError: the method cannot start from a trained table.
+            ValueError: the method cannot start from a trained table, or the table has numbers
+                that are NaN or infinite.
         """
         from embcompress.fitting import fit_stores, new_stores
 

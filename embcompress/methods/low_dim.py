@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from embcompress.calibration import check_finite
 from embcompress.fitting import principal_directions
 from embcompress.methods import register
 from embcompress.methods.base import Method, TableSpec
@@ -45,7 +46,12 @@ class LowDim(Method):
         )
 
     def fit(self, table: TableSpec, plan: LookupPlan, weight: Tensor) -> dict[str, Tensor]:
-        """The best approximation of that rank, by the singular vectors of the table."""
+        """The best approximation of that rank, by the singular vectors of the table.
+
+        Raises:
+            ValueError: numbers that are NaN or infinite.
+        """
+        check_finite(weight)
         rank = plan.store("weight").width
         directions = principal_directions(weight.detach(), rank, table.counts)
         return {"weight": weight.detach() @ directions, "projection": directions}

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from embcompress.calibration import check_finite
 from embcompress.fitting import principal_directions
 from embcompress.methods import register
 from embcompress.methods.base import JointMethod, TableSpec
@@ -151,7 +152,11 @@ class MixedDim(JointMethod):
         """The best approximation of every block by itself, by its singular vectors.
 
         Rows that ids share are fitted by least squares.
+
+        Raises:
+            ValueError: numbers that are NaN or infinite.
         """
+        check_finite(weight)
         if plan.head is None:
             return {plan.stores[0].name: weight.detach()}
         if isinstance(plan.probes[0].address, Hash):

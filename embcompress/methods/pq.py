@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from embcompress.calibration import check_finite
 from embcompress.clustering import cluster
 from embcompress.code_learning import CodeLearning
 from embcompress.engine.reference import hash_bucket
@@ -134,7 +135,12 @@ class ProductQuantization(JointMethod):
             key += width
 
     def fit(self, table: TableSpec, plan: LookupPlan, weight: Tensor) -> dict[str, Tensor]:
-        """K-means of every part; see :func:`embcompress.clustering.cluster`."""
+        """K-means of every part; see :func:`embcompress.clustering.cluster`.
+
+        Raises:
+            ValueError: numbers that are NaN or infinite.
+        """
+        check_finite(weight)
         layout = ProductLayout.of(plan)
         vectors = weight.detach().float().cpu()
         stores: dict[str, Tensor] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from embcompress.methods import register
@@ -35,21 +35,22 @@ class Unified(JointMethod):
         chunk: columns of the store; it divides every table's width. None: a quarter of the
             widths' greatest common divisor, or a half or the whole where that is no integer.
         probes: ``"width"`` or ``"vocabulary"``.
-        group: tables with the same group, method and seed share a store.
+        group: tables with the same group, method and seed share a store. None: each has one of
+            its own, in proportion to its dense size; so trained tables are approximated.
     """
 
     name: ClassVar[str] = "unified"
     chunk: int | None = None
     probes: str = "width"
-    group: str = "unified"
+    group: str | None = "unified"
 
     def __post_init__(self) -> None:
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {self.chunk}")
         if self.probes not in ("width", "vocabulary"):
             raise ValueError(f"probes must be 'width' or 'vocabulary', got {self.probes!r}")
-        if not self.group:
-            raise ValueError("group must not be empty")
+        if self.group == "":
+            raise ValueError("group must not be empty; None keeps the tables' stores apart")
 
     def columns(self, tables: Sequence[TableSpec]) -> int:
         """Columns of the store for these tables.
@@ -80,8 +81,18 @@ class Unified(JointMethod):
 
     def group_plans(self, tables: Sequence[TableSpec], size: int) -> list[LookupPlan]:
         chunk = self.columns(tables)
-        store = Store("weight", size, chunk, tables[0].dtype, shared=self.group)
-        return [self._plan(table, store, self._probes(table, tables, chunk)) for table in tables]
+        numbers = [table.num_embeddings * table.embedding_dim for table in tables]
+        plans = []
+        for table, own in zip(tables, numbers, strict=True):
+            if self.group is None:
+                store = Store("weight", max(1, size * own // sum(numbers)), chunk, table.dtype)
+            else:
+                store = Store("weight", size, chunk, tables[0].dtype, shared=self.group)
+            plans.append(self._plan(table, store, self._probes(table, tables, chunk)))
+        return plans
+
+    def for_trained_tables(self) -> JointMethod:
+        return replace(self, group=None)
 
     def _plan(self, table: TableSpec, store: Store, probes: int) -> LookupPlan:
         width = probes * store.width
