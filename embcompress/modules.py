@@ -93,14 +93,15 @@ class CompressedTable(nn.Module):
                 values = torch.empty(store.rows, store.width, device=device, dtype=dtype)
             else:
                 values = torch.zeros(store.bytes, device=device, dtype=torch.uint8)
-            self._hold(store.name, values)
+            self.hold(store.name, values)
 
-    def _hold(self, name: str, values: Tensor) -> None:
+    def hold(self, name: str, values: Tensor) -> None:
         """Make floats a parameter, packed numbers a buffer, of that name."""
         if name in self._parameters or name in self._buffers:
             delattr(self, name)
         if values.is_floating_point():
-            self.register_parameter(name, nn.Parameter(values))
+            parameter = values if isinstance(values, nn.Parameter) else nn.Parameter(values)
+            self.register_parameter(name, parameter)
         else:
             self.register_buffer(name, values)
 
@@ -308,7 +309,7 @@ class CompressedTable(nn.Module):
         if self.fused_rule is not None:
             self._drop_optimizer()
         for name in self.latents():
-            self._hold(name, packed[name])
+            self.hold(name, packed[name])
 
     def _drop_optimizer(self) -> None:
         for name in [name for name in self._buffers if name.startswith("optimizer_")]:
@@ -426,11 +427,11 @@ class CompressedTable(nn.Module):
             if saved.is_floating_point() and not own.is_floating_point():
                 dtype = _training_dtype(self._plan, store)
                 shape = (store.rows, store.width)
-                self._hold(store.name, torch.empty(shape, dtype=dtype, device=own.device))
+                self.hold(store.name, torch.empty(shape, dtype=dtype, device=own.device))
             elif own.is_floating_point() and not saved.is_floating_point():
                 if self.fused_rule is not None:
                     self._drop_optimizer()
-                self._hold(
+                self.hold(
                     store.name, torch.empty(store.bytes, dtype=torch.uint8, device=own.device)
                 )
 
