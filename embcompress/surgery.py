@@ -411,7 +411,7 @@ def swap_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) 
     for parent in list(model.modules()):
         # Not named_children(): it names a module once, however many names lead to it.
         for name, child in list(parent._modules.items()):
-            if child in replacements:
+            if child is not None and child in replacements:
                 setattr(parent, name, replacements[child])
 
 

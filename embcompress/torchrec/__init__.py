@@ -21,9 +21,10 @@ from embcompress.torchrec.collections import (
 from embcompress.torchrec.conversion import LoweringReport, lift, lower
 from embcompress.torchrec.lowered import LoweredEmbeddingBagCollection, LoweredEmbeddingCollection
 from embcompress.torchrec.sharding import distribute, planner_constraints
-from embcompress.torchrec.traffic import TrafficReport, traffic
+from embcompress.torchrec.traffic import Batch, TrafficReport, traffic
 
 __all__ = [
+    "Batch",
     "CompressedEmbeddingBagCollection",
     "CompressedEmbeddingCollection",
     "LoweredEmbeddingBagCollection",

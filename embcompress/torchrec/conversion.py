@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from embcompress.surgery import swap_modules
 from embcompress.text_table import text_table
 from embcompress.torchrec.collections import (
     COMPRESSED,
+    Compressed,
     CompressedEmbeddingBagCollection,
     CompressedEmbeddingCollection,
     configs_of,
@@ -29,13 +30,14 @@ from embcompress.torchrec.lowered import (
     LoweredEmbeddingCollection,
 )
 from embcompress.torchrec.lowering import (
-    LogicalTable,
     Lowering,
+    PhysicalTable,
     code_stores,
     lower_plans,
     replicated_stores,
     why_not,
 )
+from embcompress.torchrec.traffic import Batch, TrafficReport, physical_traffic, traffic
 
 _SAMPLE = 4096
 
@@ -46,63 +48,75 @@ class LoweredTable:
 
     Attributes:
         name: path of its collection, and its name there.
-        lookup: ``"pooled"``, ``"unpooled"`` or ``"data-parallel"`` (not lowered).
-        physical: TorchRec's tables that it reads.
-        sharded: bytes of these; a table that several read counts for the first.
-        replicated: bytes of what every process holds: heads, codes, shared scales, or all of a
-            table that was not lowered.
-        note: why it was not lowered.
+        lookup: ``"pooled"`` or ``"unpooled"`` by TorchRec, or ``"engine"``: by this library's,
+            data-parallel.
+        sharded: TorchRec's tables that it reads, which can be sharded.
+        replicated: bytes of what every process holds: heads, codes, shared scales and small
+            tables.
+        note: why the engine runs it.
     """
 
     name: str
     lookup: str
-    physical: tuple[str, ...]
-    sharded: int
+    sharded: tuple[PhysicalTable, ...]
     replicated: int
     note: str = ""
 
 
 @dataclass(frozen=True)
 class LoweringReport:
-    """What :func:`lower` did; prints as a table."""
+    """What :func:`lower` did, and what that means for communication; prints as a table.
 
-    tables: tuple[LoweredTable, ...] = field(default_factory=tuple)
+    Attributes:
+        tables: the tables of the model.
+        traffic: bytes that a process sends in a step, before and after.
+    """
+
+    tables: tuple[LoweredTable, ...]
+    traffic: TrafficReport
 
     def __str__(self) -> str:
-        header = ("table", "lookup", "TorchRec's tables", "can be sharded", "replicated", "note")
+        header = ("table", "lookup", "TorchRec's tables", "their bytes", "replicated", "note")
         rows = [
             (
                 table.name,
                 table.lookup,
-                ", ".join(table.physical),
-                format_bytes(table.sharded),
+                ", ".join(each.name for each in table.sharded),
+                format_bytes(sum(each.bytes for each in table.sharded)),
                 format_bytes(table.replicated),
                 table.note,
             )
             for table in self.tables
         ]
-        return text_table(header, rows)
+        return f"{text_table(header, rows)}\n\n{self.traffic}"
 
 
-def lower(model: nn.Module) -> LoweringReport:
+def lower(
+    model: nn.Module, batch: Batch, *, data_parallel_bytes: int | None = None
+) -> LoweringReport:
     """Turn the compressed collections of a model into plain tables of TorchRec's, in place.
 
     Ids become rows before TorchRec's lookup and rows become vectors behind it, so that
     ``DistributedModelParallel``, its planner and its sharders see ordinary
     ``EmbeddingBagCollection`` and ``EmbeddingCollection`` modules. Heads, tables of codes and
-    scales that all rows share stay with the model, and are replicated. A table that cannot be
-    lowered runs data-parallel by this library's engine, and the report says why.
+    scales that all rows share stay with the model and are replicated, and so do small tables: those
+    of which sending the whole gradient takes fewer bytes than exchanging ids and vectors
+    (:func:`embcompress.torchrec.traffic`). A table of which nothing remains to be sharded, or which
+    cannot be lowered, is run by this library's engine, data-parallel.
 
-    The model goes on to hold the same parameters, but for tables whose width is no multiple of 4:
-    these are padded. Create optimizers after this call. Quantized tables must be in training: their
-    latents are lowered.
+    The model goes on to hold the same parameters, but for TorchRec's tables whose width is no
+    multiple of 4: these are padded. Create optimizers after this call. Quantized tables must be in
+    training: their latents are lowered.
 
     Args:
         model: with collections that :func:`embcompress.compress` made.
+        batch: what a process will look up, which decides what is small.
+        data_parallel_bytes: tables of up to so many bytes are small, and no others, whatever is
+            sent; 0 gives everything to TorchRec.
 
     Raises:
-        ValueError: there is none, the model is one itself, its tables have a fused optimizer, or
-            codes are on the meta device, where they have no values.
+        ValueError: there is no such collection, the model is one itself, its tables have a fused
+            optimizer, or codes are on the meta device, where they have no values.
     """
     found = {path: each for path, each in model.named_modules() if isinstance(each, COMPRESSED)}
     if not found:
@@ -111,22 +125,37 @@ def lower(model: nn.Module) -> LoweringReport:
         raise ValueError("the model is itself a collection; put it into a module")
     _check(found)
     owners = _owners(found)
+
+    def is_small(table: PhysicalTable) -> bool:
+        if data_parallel_bytes is not None:
+            return table.bytes <= data_parallel_bytes
+        return physical_traffic(batch, table).placement == "data-parallel"
+
     report: list[LoweredTable] = []
     replacements: dict[nn.Module, nn.Module] = {}
     for path, collection in found.items():
-        tables = logical_tables(collection)
-        modules = modules_of(collection)
-        reasons = {t.name: _reason(t, modules[t.name], collection, owners) for t in tables}
-        chosen = [table for table in tables if not reasons[table.name]]
-        weighted = isinstance(collection, CompressedEmbeddingBagCollection) and (
-            collection.is_weighted()
-        )
-        lowering = lower_plans(chosen, weighted)
-        report += _describe(path, tables, lowering, reasons)
-        if chosen:
+        reasons = _reasons(collection, owners)
+        lowering = _lower_large(collection, reasons, is_small)
+        report += _describe(path, collection, lowering, reasons)
+        if lowering.tables:
             replacements[collection] = _lowered(collection, lowering)
     swap_modules(model, replacements)
-    return LoweringReport(tuple(report))
+    return LoweringReport(tuple(report), traffic(model, batch))
+
+
+def _lower_large(
+    collection: Compressed, reasons: dict[str, str], is_small: Callable[[PhysicalTable], bool]
+) -> Lowering:
+    """Lower the tables without a reason not to, and add the reason of those that are all small."""
+    weighted = isinstance(collection, CompressedEmbeddingBagCollection) and collection.is_weighted()
+    tables = [table for table in logical_tables(collection) if not reasons[table.name]]
+    physical = lower_plans(tables, weighted).physical
+    small = {table.name for table in physical if is_small(table)}
+    large = {name for table in physical if table.name not in small for name, _ in table.sources}
+    for table in tables:
+        if table.name not in large:
+            reasons[table.name] = "small"
+    return lower_plans([table for table in tables if table.name in large], weighted, small)
 
 
 def lift(model: nn.Module) -> None:
@@ -147,7 +176,7 @@ def lift(model: nn.Module) -> None:
 # ----------------------------------------------------------------------------------- collections
 
 
-def _lowered(collection: nn.Module, lowering: Lowering) -> nn.Module:
+def _lowered(collection: Compressed, lowering: Lowering) -> nn.Module:
     deviations = {
         config.name: _deviation(modules_of(collection)[config.name], config)
         for config in configs_of(collection)
@@ -201,7 +230,7 @@ def _lifted(collection: nn.Module) -> nn.Module:
 # ---------------------------------------------------------------------------------------- reasons
 
 
-def _check(found: Mapping[str, nn.Module]) -> None:
+def _check(found: Mapping[str, Compressed]) -> None:
     for path, collection in found.items():
         for name, table in modules_of(collection).items():
             if table.fused_rule is not None:
@@ -217,7 +246,7 @@ def _check(found: Mapping[str, nn.Module]) -> None:
                 )
 
 
-def _owners(found: Mapping[str, nn.Module]) -> dict[tuple[str, int], set[nn.Module]]:
+def _owners(found: Mapping[str, Compressed]) -> dict[tuple[str, int], set[nn.Module]]:
     """The collections that hold each storage."""
     owners: dict[tuple[str, int], set[nn.Module]] = {}
     for collection in found.values():
@@ -226,45 +255,38 @@ def _owners(found: Mapping[str, nn.Module]) -> dict[tuple[str, int], set[nn.Modu
     return owners
 
 
-def _reason(
-    table: LogicalTable,
-    module: CompressedTable,
-    collection: nn.Module,
-    owners: Mapping[tuple[str, int], set[nn.Module]],
-) -> str:
-    """Why a table is not lowered; empty if it is."""
-    stores = module.stores()
-    floats = [tensor for tensor in stores.values() if tensor.is_floating_point()]
-    if any(owners[storage_key(tensor)] != {collection} for tensor in floats):
-        return "another collection shares its rows"
-    packed = [
-        store.name
-        for store in table.plan.stores
-        if store.quantization is not None and not stores[store.name].is_floating_point()
-    ]
-    if packed:
-        return "its rows are packed; TorchRec trains float rows"
-    return why_not(table.plan)
+def _reasons(
+    collection: Compressed, owners: Mapping[tuple[str, int], set[nn.Module]]
+) -> dict[str, str]:
+    """Why each table cannot be lowered; empty if it can."""
+    modules = modules_of(collection)
+    reasons = {}
+    for table in logical_tables(collection):
+        stores = modules[table.name].stores()
+        floats = {name: tensor for name, tensor in stores.items() if tensor.is_floating_point()}
+        quantized = {s.name for s in table.plan.stores if s.quantization is not None}
+        if any(owners[storage_key(tensor)] != {collection} for tensor in floats.values()):
+            reasons[table.name] = "another collection shares its rows"
+        elif not quantized <= set(floats):
+            reasons[table.name] = "its rows are packed, and TorchRec trains float rows"
+        else:
+            reasons[table.name] = why_not(table.plan)
+    return reasons
 
 
 def _describe(
-    path: str, tables: list[LogicalTable], lowering: Lowering, reasons: Mapping[str, str]
+    path: str, collection: Compressed, lowering: Lowering, reasons: Mapping[str, str]
 ) -> list[LoweredTable]:
     rows = []
-    for table in tables:
+    for table in logical_tables(collection):
         name = f"{path}: {table.name}"
         if reasons[table.name]:
-            size = table.plan.bytes
-            rows.append(LoweredTable(name, "data-parallel", (), 0, size, reasons[table.name]))
+            rows.append(LoweredTable(name, "engine", (), table.plan.bytes, reasons[table.name]))
             continue
         own = [p for p in lowering.physical if any(n == table.name for n, _ in p.sources)]
-        rows.append(
-            LoweredTable(
-                name,
-                "pooled" if table.name in lowering.pooled else "unpooled",
-                tuple(physical.name for physical in own),
-                sum(physical.bytes for physical in own if physical.sources[0][0] == table.name),
-                sum(store.bytes for store in replicated_stores(table.plan)),
-            )
-        )
+        sharded = tuple(each for each in own if not each.is_small)
+        replicated = sum(store.bytes for store in replicated_stores(table.plan))
+        replicated += sum(each.bytes for each in own if each.is_small)
+        lookup = "pooled" if table.name in lowering.pooled else "unpooled"
+        rows.append(LoweredTable(name, lookup, sharded, replicated))
     return rows

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import (
     BaseEmbeddingConfig,
@@ -62,6 +63,7 @@ class LoweredTables(nn.Module):
     Attributes:
         lowering: as given.
         readers: what is replicated, by table: heads, codes and shared scales.
+        small: modules of the physical tables that are replicated, by name.
         pooled: TorchRec's collection of the tables that it pools, or None.
         unpooled: TorchRec's collections of the others, by their width.
     """
@@ -82,29 +84,39 @@ class LoweredTables(nn.Module):
             own = {s.name: stores[s.name] for s in replicated_stores(table.plan)}
             std = deviations[table.name]
             self.readers[table.name] = reader(table.plan, lowering.reads(table), own, std)
-        summed = [each for each in lowering.physical if each.pooled]
+        self.small = nn.ModuleDict(
+            {t.name: _small_module(t) for t in lowering.physical if t.is_small}
+        )
+        summed = self._held(pooled=True)
         self.pooled: EmbeddingBagCollection | None = None
         if summed:
             configs = [_config(EmbeddingBagConfig, each, lowering, deviations) for each in summed]
             self.pooled = EmbeddingBagCollection(configs, lowering.is_weighted, device)
         self.unpooled = nn.ModuleDict()
-        for width in sorted({each.columns for each in lowering.physical if not each.pooled}):
-            own_tables = [p for p in lowering.physical if not p.pooled and p.columns == width]
+        for width in sorted({each.columns for each in self._held(pooled=False)}):
+            own_tables = [each for each in self._held(pooled=False) if each.columns == width]
             rows = [_config(EmbeddingConfig, each, lowering, deviations) for each in own_tables]
             self.unpooled[str(width)] = EmbeddingCollection(rows, device)
         self._take_rows(tables)
 
     # -- tables of TorchRec's
 
+    def _held(self, *, pooled: bool) -> list[PhysicalTable]:
+        """The tables that TorchRec holds, and pools or not."""
+        return [t for t in self.lowering.physical if not t.is_small and t.pooled == pooled]
+
     def physical(self) -> Iterator[tuple[PhysicalTable, nn.Module]]:
-        """TorchRec's tables and the modules that hold their weights."""
+        """Physical tables and the modules that hold their weights."""
         for table in self.lowering.physical:
-            if table.pooled:
+            if table.is_small:
+                yield table, self.small[table.name]
+            elif table.pooled:
                 assert self.pooled is not None
                 yield table, self.pooled.embedding_bags[table.name]
             else:
                 collection = self.unpooled[str(table.columns)]
-                yield table, collection.embeddings[table.name]  # type: ignore[index,union-attr]
+                assert isinstance(collection.embeddings, nn.ModuleDict)
+                yield table, collection.embeddings[table.name]
 
     @torch.no_grad()
     def _take_rows(self, tables: Mapping[str, CompressedTable]) -> None:
@@ -174,13 +186,18 @@ class LoweredTables(nn.Module):
         """All reads of one kind in one call of TorchRec's; sharded ones overlap."""
         waiting: list[Any] = []
         if self.pooled is not None:
-            names = [f for each in self.lowering.physical if each.pooled for f in each.features]
+            names = [feature for each in self._held(pooled=True) for feature in each.features]
             waiting.append(self.pooled(_keyed(names, requests, self.lowering.is_weighted)))
         for width, collection in self.unpooled.items():
-            own = [p for p in self.lowering.physical if not p.pooled and str(p.columns) == width]
+            own = [each for each in self._held(pooled=False) if str(each.columns) == width]
             names = [feature for each in own for feature in each.features]
             waiting.append(collection(_keyed(names, requests, False)))
-        answers: dict[str, Tensor] = {}
+        answers = {
+            feature: _read_small(self.small[table.name], requests[feature])
+            for table in self.lowering.physical
+            if table.is_small
+            for feature in table.features
+        }
         for each in waiting:
             result = each.wait() if hasattr(each, "wait") else each
             if isinstance(result, KeyedTensor):
@@ -190,14 +207,34 @@ class LoweredTables(nn.Module):
         return answers
 
 
+def _small_module(table: PhysicalTable) -> nn.Module:
+    """A module for a replicated table; its weight is taken from the compressed table."""
+    rows, width = table.store.rows, table.store.width
+    if not table.pooled:
+        return nn.Embedding(rows, width, device="meta")
+    return nn.EmbeddingBag(rows, width, mode="sum", include_last_offset=True, device="meta")
+
+
+def _read_small(module: nn.Module, jagged: Jagged) -> Tensor:
+    """A row for each request, or their sums over the bags."""
+    if isinstance(module, nn.Embedding):
+        return module(jagged.rows).float()
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    offsets = F.pad(jagged.lengths.cumsum(0), (1, 0))
+    weights = None if jagged.weights is None else jagged.weights.to(weight.dtype)
+    return module(jagged.rows, offsets, weights).float()
+
+
 def _keyed(
     names: Sequence[str], requests: Mapping[str, Jagged], weighted: bool
 ) -> KeyedJaggedTensor:
     own = [requests[name] for name in names]
+    weights = [each.weights for each in own if each.weights is not None]
     return KeyedJaggedTensor(
         keys=list(names),
         values=torch.cat([each.rows for each in own]),
-        weights=torch.cat([each.weights for each in own]) if weighted else None,
+        weights=torch.cat(weights) if weighted else None,
         lengths=torch.cat([each.lengths for each in own]),
     )
 

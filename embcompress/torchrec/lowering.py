@@ -13,7 +13,7 @@ their reads are not pooled, and this library's code combines them where the ids 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -72,6 +72,7 @@ class PhysicalTable:
         model_features: the feature of the model that each of them stems from.
         queries: for each of them, rows that an id of the feature reads.
         sources: (table, store name) of everything that it stands for; several where shared.
+        is_small: held by the model itself and replicated, rather than by TorchRec.
     """
 
     name: str
@@ -81,10 +82,13 @@ class PhysicalTable:
     model_features: tuple[str, ...]
     queries: tuple[int, ...]
     sources: tuple[tuple[str, str], ...]
+    is_small: bool = False
 
     @property
     def columns(self) -> int:
-        """Width with padding: a multiple of :data:`COLUMN_MULTIPLE`."""
+        """Width, in TorchRec's tables with padding to a multiple of :data:`COLUMN_MULTIPLE`."""
+        if self.is_small:
+            return self.store.width
         return -(-self.store.width // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
 
     @property
@@ -217,15 +221,18 @@ def feature_of(table: str, feature: str, number: int) -> str:
 def _physical_name(table: LogicalTable, store: Store) -> str:
     if table.plan.is_dense:
         return table.name
-    return store.shared or f"{table.name}/{store.name}"
+    return f"shared/{store.shared}" if store.shared else f"{table.name}/{store.name}"
 
 
-def lower_plans(tables: Sequence[LogicalTable], is_weighted: bool) -> Lowering:
+def lower_plans(
+    tables: Sequence[LogicalTable], is_weighted: bool, small: Container[str] = ()
+) -> Lowering:
     """Lower the plans of a collection.
 
     Args:
         tables: each of which can be lowered (:func:`why_not`).
         is_weighted: whether the ids have weights.
+        small: names of physical tables that the model holds itself.
     """
     pooled = _pooled_tables(tables)
     weighted = is_weighted or any(needs_weights(t.plan) for t in tables if t.name in pooled)
@@ -236,7 +243,7 @@ def lower_plans(tables: Sequence[LogicalTable], is_weighted: bool) -> Lowering:
             for number, read in enumerate(lowering.reads(table)):
                 name = _physical_name(table, table.plan.store(read.store))
                 entries.setdefault(name, []).append(_Entry(table, feature, read, number))
-    physical = [_physical(name, own, pooled) for name, own in entries.items()]
+    physical = [_physical(name, own, pooled, name in small) for name, own in entries.items()]
     return replace(lowering, physical=tuple(physical))
 
 
@@ -250,7 +257,9 @@ class _Entry:
     number: int
 
 
-def _physical(name: str, entries: Sequence[_Entry], pooled: frozenset[str]) -> PhysicalTable:
+def _physical(
+    name: str, entries: Sequence[_Entry], pooled: frozenset[str], is_small: bool
+) -> PhysicalTable:
     first = entries[0]
     is_pooled = first.table.name in pooled
     return PhysicalTable(
@@ -261,6 +270,7 @@ def _physical(name: str, entries: Sequence[_Entry], pooled: frozenset[str]) -> P
         model_features=tuple(e.feature for e in entries),
         queries=tuple(len(e.read.probes) if is_pooled else 1 for e in entries),
         sources=tuple(dict.fromkeys((e.table.name, e.read.store) for e in entries)),
+        is_small=is_small,
     )
 
 

@@ -14,7 +14,7 @@ from embcompress.engine.quantization import fake_quantize, gradient_scale
 from embcompress.engine.reference import address_rows, mix64, pool_bags
 from embcompress.initialization import initialize_stores
 from embcompress.plan import Address, Code, LookupPlan, Probe, Sign, Store, Weight
-from embcompress.torchrec.lowering import Read
+from embcompress.torchrec.lowering import Read, Role
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,10 @@ class PooledReader(TableReader):
             columns.append(rows + probe.offset)
             present.append(is_present)
             if weights is not None:
-                signed = isinstance(probe.scale, Sign)
-                factors.append(weights * hash_sign(ids, probe.scale.key) if signed else weights)
+                scale = probe.scale
+                factors.append(
+                    weights * hash_sign(ids, scale.key) if isinstance(scale, Sign) else weights
+                )
         rows = torch.stack(columns, dim=1).reshape(-1)
         own = torch.stack(factors, dim=1).reshape(-1) if factors else None
         lengths = lengths * count
@@ -249,6 +251,8 @@ def draw_store(tensor: Tensor, plan: LookupPlan, store: str, std: float) -> Tens
         tensor: some rows of the store; columns beyond its width become zero.
         std: standard deviation that all stores together give the vectors.
     """
+    if tensor.numel() == 0:  # a process without rows has a tensor without columns
+        return tensor
     width = plan.store(store).width
     others = {each.name: torch.empty(1) for each in plan.stores}
     initialize_stores(plan, {**others, store: tensor[:, :width]}, std)
@@ -262,7 +266,7 @@ def hash_sign(ids: Tensor, key: int) -> Tensor:
     return torch.where(mix64(ids ^ signed_key) < 0, -1.0, 1.0)
 
 
-_ROLES = ("rows", "weight", "scale", "bias")
+_ROLES: tuple[Role, ...] = ("rows", "weight", "scale", "bias")
 
 
 def _as_parameter(tensor: Tensor) -> nn.Parameter:

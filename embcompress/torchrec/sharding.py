@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -11,52 +10,38 @@ from torchrec.distributed.planner import ParameterConstraints
 from torchrec.distributed.types import ShardingType
 
 from embcompress.torchrec.lowered import LoweredTables
-from embcompress.torchrec.traffic import traffic
+from embcompress.torchrec.traffic import Batch
+
+#: How TorchRec may divide tables that it does not pool: its data-parallel ones go through
+#: FBGEMM's dense kernel, which sums over bags on the CPU whatever it is asked for.
+_UNPOOLED_SHARDING = [
+    ShardingType.TABLE_WISE.value,
+    ShardingType.ROW_WISE.value,
+    ShardingType.COLUMN_WISE.value,
+]
 
 
-def planner_constraints(
-    model: nn.Module,
-    *,
-    world_size: int,
-    batch_size: int,
-    pooling_factors: Mapping[str, float] | None = None,
-    data_parallel_bytes: int | None = None,
-) -> dict[str, ParameterConstraints]:
+def planner_constraints(model: nn.Module, batch: Batch) -> dict[str, ParameterConstraints]:
     """Constraints for ``torchrec.distributed.planner.EmbeddingShardingPlanner``.
 
-    Tables for which sending gradients of the whole table takes fewer bytes than exchanging ids
-    and vectors (:func:`embcompress.torchrec.traffic`) are placed data-parallel; about the others
-    the planner decides. It learns how many rows an example reads from each.
+    They say how many rows an example reads from each table, and leave the choice to the planner,
+    but for one: tables that are not pooled are not data-parallel (those that should be are with
+    the model already, see :func:`embcompress.torchrec.lower`).
 
     Args:
         model: that :func:`embcompress.torchrec.lower` has lowered.
-        world_size, batch_size, pooling_factors: as in :func:`embcompress.torchrec.traffic`.
-        data_parallel_bytes: place tables of up to so many bytes data-parallel, and no others,
-            whatever is sent. 0 leaves everything to the planner.
+        batch: of the processes.
 
     Returns:
         By the name of TorchRec's table.
     """
-    report = traffic(
-        model, world_size=world_size, batch_size=batch_size, pooling_factors=pooling_factors
-    )
-    factors = pooling_factors or {}
     lowered = [each for each in model.modules() if isinstance(each, LoweredTables)]
-    tables = [table for each in lowered for table in each.lowering.physical]
-    sharded = {
-        each.table
-        for each in report.after
-        if (
-            each.placement == "sharded"
-            if data_parallel_bytes is None
-            else each.bytes > data_parallel_bytes
-        )
-    }
+    tables = [table for each in lowered for table in each.lowering.physical if not table.is_small]
     return {
         table.name: ParameterConstraints(
-            sharding_types=None if table.name in sharded else [ShardingType.DATA_PARALLEL.value],
+            sharding_types=None if table.pooled else _UNPOOLED_SHARDING,
             pooling_factors=[
-                factors.get(feature, 1.0) * count
+                batch.ids(feature) / batch.size * count
                 for feature, count in zip(table.model_features, table.queries, strict=True)
             ],
         )

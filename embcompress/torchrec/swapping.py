@@ -84,7 +84,8 @@ def _as_table(module: nn.Module, name: str) -> CompressedTable:
         return module
     weight = module.weight
     assert isinstance(module, _PLAIN) and isinstance(weight, Tensor)
-    plan = full_plan(TableSpec(*weight.shape, name, dtype=dtype_name(weight.dtype)))
+    rows, width = weight.shape
+    plan = full_plan(TableSpec(rows, width, name, dtype=dtype_name(weight.dtype)))
     table: CompressedTable
     if isinstance(module, nn.EmbeddingBag):
         pool: Pool = "mean" if module.mode == "mean" else "sum"

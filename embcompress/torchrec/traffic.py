@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import nn
@@ -28,22 +28,25 @@ class Traffic:
         bytes: of the table.
         exchanged: where its rows are divided among the processes.
         reduced: where every process holds them all.
+        is_replicated: whether the model holds it, so that only the second remains.
     """
 
     table: str
     bytes: int
     exchanged: int
     reduced: int
+    is_replicated: bool = False
 
     @property
     def placement(self) -> Placement:
-        """The one that sends less."""
-        return "data-parallel" if self.reduced <= self.exchanged else "sharded"
+        """The one that sends less, where there is a choice."""
+        cheaper = self.is_replicated or self.reduced <= self.exchanged
+        return "data-parallel" if cheaper else "sharded"
 
     @property
     def sent(self) -> int:
         """Bytes that this placement sends."""
-        return min(self.reduced, self.exchanged)
+        return self.reduced if self.placement == "data-parallel" else self.exchanged
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,8 @@ class TrafficReport:
 
     Attributes:
         before: for the float32 tables that the model stands for, by their own names.
-        after: for TorchRec's tables.
-        replicated: for heads, shared scales, and tables that were not lowered.
+        after: for physical tables.
+        replicated: for heads, shared scales, and tables that this library's engine runs.
     """
 
     before: tuple[Traffic, ...] = field(default_factory=tuple)
@@ -81,13 +84,13 @@ class TrafficReport:
             f"{text_table(header, rows)}\n"
             f"a process sends {format_bytes(self.sent_before)} a step before, "
             f"{format_bytes(self.sent)} after, of which {format_bytes(self.replicated)} for heads, "
-            "scales and tables that were not lowered"
+            "scales and tables that the engine runs"
         )
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The batches of the processes.
+    """The batches of a training run, as far as they decide what is sent.
 
     Attributes:
         world_size: processes.
@@ -102,7 +105,7 @@ class Batch:
     def __post_init__(self) -> None:
         if self.world_size < 1 or self.size < 1:
             raise ValueError(
-                f"world_size and batch_size must be at least 1, got {self.world_size}, {self.size}"
+                f"world_size and size must be at least 1, got {self.world_size} and {self.size}"
             )
 
     @property
@@ -124,13 +127,7 @@ class Batch:
         return Traffic(name, size, round(self.share * sent), round(2 * self.share * size))
 
 
-def traffic(
-    model: nn.Module,
-    *,
-    world_size: int,
-    batch_size: int,
-    pooling_factors: Mapping[str, float] | None = None,
-) -> TrafficReport:
+def traffic(model: nn.Module, batch: Batch) -> TrafficReport:
     """Estimate what a process sends in a training step of a lowered model.
 
     Of the rows that a process reads, a share of (world_size − 1) / world_size is elsewhere. For
@@ -142,11 +139,8 @@ def traffic(
 
     Args:
         model: that :func:`embcompress.torchrec.lower` has lowered, sharded or not.
-        world_size: processes.
-        batch_size: examples of one process.
-        pooling_factors: ids of an example by feature; 1 where not given.
+        batch: of the processes.
     """
-    batch = Batch(world_size, batch_size, pooling_factors or {})
     before: list[Traffic] = []
     after: list[Traffic] = []
     replicated: set[nn.Parameter] = set()
@@ -154,7 +148,7 @@ def traffic(
         if isinstance(collection, LoweredTables):
             lowering = collection.lowering
             before += [_dense_traffic(batch, table) for table in lowering.tables]
-            after += [_physical_traffic(batch, table) for table in lowering.physical]
+            after += [physical_traffic(batch, table) for table in lowering.physical]
             replicated.update(collection.readers.parameters())
         elif isinstance(collection, COMPRESSED):  # all of it, or what was not lowered of one
             before += [_dense_traffic(batch, table) for table in logical_tables(collection)]
@@ -171,10 +165,12 @@ def _dense_traffic(batch: Batch, table: LogicalTable) -> Traffic:
     return batch.traffic(table.name, plan.dense_bytes, plan.embedding_dim, ids, vectors)
 
 
-def _physical_traffic(batch: Batch, table: PhysicalTable) -> Traffic:
+def physical_traffic(batch: Batch, table: PhysicalTable) -> Traffic:
+    """Of a physical table."""
     rows = sum(
         batch.ids(feature) * count
         for feature, count in zip(table.model_features, table.queries, strict=True)
     )
     vectors = batch.size * len(table.features) if table.pooled else rows
-    return batch.traffic(table.name, table.bytes, table.columns, rows, vectors)
+    sent = batch.traffic(table.name, table.bytes, table.columns, rows, vectors)
+    return replace(sent, is_replicated=table.is_small)
