@@ -20,8 +20,8 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from embcompress.collection import EmbeddingBagCollection
+from embcompress.lowering.tables import LogicalTable
 from embcompress.modules import CompressedTable, Embedding, EmbeddingBag
-from embcompress.torchrec.lowering import LogicalTable
 
 
 def select_features(features: KeyedJaggedTensor, names: Sequence[str]) -> KeyedJaggedTensor:

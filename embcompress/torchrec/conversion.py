@@ -11,6 +11,14 @@ from torch import nn
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from embcompress.budget import format_bytes
+from embcompress.lowering.tables import (
+    Lowering,
+    PhysicalTable,
+    code_stores,
+    lower_plans,
+    replicated_stores,
+    why_not,
+)
 from embcompress.memory import storage_key
 from embcompress.modules import CompressedTable, Embedding, EmbeddingBag, tie_shared_stores
 from embcompress.surgery import swap_modules
@@ -28,14 +36,6 @@ from embcompress.torchrec.lowered import (
     LOWERED,
     LoweredEmbeddingBagCollection,
     LoweredEmbeddingCollection,
-)
-from embcompress.torchrec.lowering import (
-    Lowering,
-    PhysicalTable,
-    code_stores,
-    lower_plans,
-    replicated_stores,
-    why_not,
 )
 from embcompress.torchrec.traffic import Batch, TrafficReport, physical_traffic, traffic
 

@@ -24,6 +24,19 @@ from torchrec.modules.embedding_modules import (
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from embcompress.engine import Bags
+from embcompress.lowering.readers import (
+    Jagged,
+    PooledReader,
+    TableReader,
+    UnpooledReader,
+    draw_store,
+)
+from embcompress.lowering.tables import (
+    Lowering,
+    PhysicalTable,
+    feature_of,
+    replicated_stores,
+)
 from embcompress.modules import CompressedTable
 from embcompress.torchrec.collections import (
     CompressedEmbeddingBagCollection,
@@ -33,19 +46,6 @@ from embcompress.torchrec.collections import (
     output_names,
     select_features,
     with_vectors,
-)
-from embcompress.torchrec.lowering import (
-    Lowering,
-    PhysicalTable,
-    feature_of,
-    replicated_stores,
-)
-from embcompress.torchrec.reading import (
-    Jagged,
-    PooledReader,
-    TableReader,
-    UnpooledReader,
-    draw_store,
 )
 
 ConfigType = TypeVar("ConfigType", bound=BaseEmbeddingConfig)

@@ -9,10 +9,10 @@ from typing import Literal
 from torch import nn
 
 from embcompress.budget import format_bytes
+from embcompress.lowering.tables import LogicalTable, PhysicalTable
 from embcompress.text_table import text_table
 from embcompress.torchrec.collections import COMPRESSED, logical_tables
 from embcompress.torchrec.lowered import LoweredTables
-from embcompress.torchrec.lowering import LogicalTable, PhysicalTable
 
 Placement = Literal["data-parallel", "sharded"]
 _INTEGER_BYTES = 8

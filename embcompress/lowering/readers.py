@@ -13,8 +13,8 @@ from embcompress.engine import Bags, check_ids
 from embcompress.engine.quantization import fake_quantize, gradient_scale
 from embcompress.engine.reference import address_rows, mix64, pool_bags
 from embcompress.initialization import initialize_stores
+from embcompress.lowering.tables import Read, Role
 from embcompress.plan import Address, Code, LookupPlan, Probe, Sign, Store, Weight
-from embcompress.torchrec.lowering import Read, Role
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,13 @@ class Jagged:
     rows: Tensor
     lengths: Tensor
     weights: Tensor | None = None
+
+    def total_weights(self) -> Tensor:
+        """(B,) float32 sums of the bags' weights."""
+        if self.weights is None:
+            return self.lengths.float()
+        bag = torch.repeat_interleave(self.lengths)
+        return self.weights.new_zeros(len(self.lengths)).index_add(0, bag, self.weights).float()
 
 
 class TableReader(nn.Module):

@@ -128,11 +128,17 @@ def _shared_steps(plan: LookupPlan, store: Store) -> tuple[str, ...]:
 
 def is_pooled(plan: LookupPlan) -> bool:
     """Whether every step up to the sum over the bag is one that TorchRec can take."""
+    return is_summed(plan) and all(
+        plan.store(probe.store).quantization is None for probe in plan.probes
+    )
+
+
+def is_summed(plan: LookupPlan) -> bool:
+    """Whether a bag is a sum of rows, times known numbers, up to the head."""
     return (
         plan.pool in ("sum", "mean")
         and (plan.combine != "mul" or len(plan.probes) == 1)
         and not any(isinstance(probe.scale, Weight) for probe in plan.probes)
-        and all(plan.store(probe.store).quantization is None for probe in plan.probes)
     )
 
 
