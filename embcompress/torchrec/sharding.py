@@ -12,21 +12,23 @@ from torchrec.distributed.types import ShardingType
 from embcompress.torchrec.lowered import LoweredTables
 from embcompress.torchrec.traffic import Batch
 
-#: How TorchRec may divide tables that it does not pool: its data-parallel ones go through
-#: FBGEMM's dense kernel, which sums over bags on the CPU whatever it is asked for.
-_UNPOOLED_SHARDING = [
+#: All but data-parallel.
+_SHARDING_TYPES = [
     ShardingType.TABLE_WISE.value,
-    ShardingType.ROW_WISE.value,
     ShardingType.COLUMN_WISE.value,
+    ShardingType.ROW_WISE.value,
+    ShardingType.TABLE_ROW_WISE.value,
+    ShardingType.TABLE_COLUMN_WISE.value,
+    ShardingType.GRID_SHARD.value,
 ]
 
 
 def planner_constraints(model: nn.Module, batch: Batch) -> dict[str, ParameterConstraints]:
     """Constraints for ``torchrec.distributed.planner.EmbeddingShardingPlanner``.
 
-    They say how many rows an example reads from each table, and leave the choice to the planner,
-    but for one: tables that are not pooled are not data-parallel (those that should be are with
-    the model already, see :func:`embcompress.torchrec.lower`).
+    They say how many rows an example reads from each table, and that the table is to be divided:
+    what is better replicated is so already (:func:`embcompress.torchrec.lower`). How to divide
+    it is the planner's choice.
 
     Args:
         model: that :func:`embcompress.torchrec.lower` has lowered.
@@ -39,7 +41,7 @@ def planner_constraints(model: nn.Module, batch: Batch) -> dict[str, ParameterCo
     tables = [table for each in lowered for table in each.lowering.physical if not table.is_small]
     return {
         table.name: ParameterConstraints(
-            sharding_types=None if table.pooled else _UNPOOLED_SHARDING,
+            sharding_types=_SHARDING_TYPES,
             pooling_factors=[
                 batch.ids(feature) / batch.size * count
                 for feature, count in zip(table.model_features, table.queries, strict=True)
