@@ -70,6 +70,7 @@ class CompressedTable(nn.Module):
         settings: the method with its settings, or None where the name is no method's.
         fused_rule: the fused optimizer, or None.
         updated_in_kernel: names of the stores that the engine updates in its backward pass.
+        start_deviation: standard deviation of the vectors that :meth:`reset_parameters` gives.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class CompressedTable(nn.Module):
         self.options = options
         self.fused_rule: UpdateRule | None = None
         self.updated_in_kernel: tuple[str, ...] = ()
+        self.start_deviation = 1.0
         self._set_plan(plan)
         for store in plan.stores:
             if store.is_float or (store.quantization is not None and not deployed):
@@ -190,12 +192,17 @@ class CompressedTable(nn.Module):
         known = not isinstance(method, str) or method in methods()
         self.settings = resolve_method(method) if known else None
 
-    def reset_parameters(self, std: float = 1.0) -> None:
+    def reset_parameters(self, std: float | None = None) -> None:
         """Draw all stores anew, so that the vectors have mean 0 and this standard deviation.
 
         Random numbers come from torch's global generator. A full table is drawn as torch does.
+
+        Args:
+            std: None: the deviation of the last call, 1 before there was one.
         """
-        initialize_stores(self._plan, self.stores(), std)
+        if std is not None:
+            self.start_deviation = std
+        initialize_stores(self._plan, self.stores(), self.start_deviation)
         if self._plan.is_dense and self.padding_idx is not None:
             with torch.no_grad():
                 self.stores()[self._plan.stores[0].name][self.padding_idx].zero_()

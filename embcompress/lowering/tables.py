@@ -213,6 +213,10 @@ class Lowering:
     is_weighted: bool
     physical: tuple[PhysicalTable, ...]
 
+    def plan(self, name: str) -> LookupPlan:
+        """The plan of the table of that name."""
+        return next(table.plan for table in self.tables if table.name == name)
+
     def reads(self, table: LogicalTable) -> tuple[Read, ...]:
         """The reads of a table, the same for each of its features."""
         pooled = table.name in self.pooled

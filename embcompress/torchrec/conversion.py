@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from embcompress.budget import format_bytes
 from embcompress.lowering.tables import (
@@ -28,7 +27,6 @@ from embcompress.torchrec.collections import (
     Compressed,
     CompressedEmbeddingBagCollection,
     CompressedEmbeddingCollection,
-    configs_of,
     logical_tables,
     modules_of,
 )
@@ -136,6 +134,7 @@ def lower(
     for path, collection in found.items():
         reasons = _reasons(collection, owners)
         lowering = _lower_large(collection, reasons, is_small)
+        _check_engine_tables(path, collection, reasons)
         report += _describe(path, collection, lowering, reasons)
         if lowering.tables:
             replacements[collection] = _lowered(collection, lowering)
@@ -177,10 +176,7 @@ def lift(model: nn.Module) -> None:
 
 
 def _lowered(collection: Compressed, lowering: Lowering) -> nn.Module:
-    deviations = {
-        config.name: _deviation(modules_of(collection)[config.name], config)
-        for config in configs_of(collection)
-    }
+    deviations = {name: _deviation(table) for name, table in modules_of(collection).items()}
     new: nn.Module
     if isinstance(collection, CompressedEmbeddingBagCollection):
         new = LoweredEmbeddingBagCollection(collection, lowering, deviations)
@@ -190,12 +186,11 @@ def _lowered(collection: Compressed, lowering: Lowering) -> nn.Module:
     return new.train(collection.training)
 
 
-def _deviation(table: CompressedTable, config: BaseEmbeddingConfig) -> float:
-    """Standard deviation of the table's vectors; on the meta device, that of TorchRec's config."""
+def _deviation(table: CompressedTable) -> float:
+    """Standard deviation of the table's vectors, or on the meta device of those it would draw."""
     device = next(iter(table.stores().values())).device
     if device.type == "meta":
-        width = config.get_weight_init_max() - config.get_weight_init_min()
-        return float(width) / 12**0.5
+        return table.start_deviation
     count = min(_SAMPLE, table.num_embeddings)
     ids = torch.arange(count, device=device) * (table.num_embeddings // count)
     std = float(table.vectors(ids).double().std(correction=0))
@@ -244,6 +239,17 @@ def _check(found: Mapping[str, Compressed]) -> None:
                     f"table {name!r} of {path} has codes on the meta device, where they have no "
                     "values; build the model on a real device, or choose a method without codes"
                 )
+
+
+def _check_engine_tables(path: str, collection: Compressed, reasons: Mapping[str, str]) -> None:
+    for name, table in modules_of(collection).items():
+        on_meta = next(iter(table.stores().values())).device.type == "meta"
+        if reasons[name] and on_meta and any(store.shared for store in table.plan.stores):
+            raise ValueError(
+                f"table {name!r} of {path} shares a store on the meta device and is run by the "
+                "engine; DistributedModelParallel would make one for each table. Build the model "
+                "on a real device"
+            )
 
 
 def _owners(found: Mapping[str, Compressed]) -> dict[tuple[str, int], set[nn.Module]]:

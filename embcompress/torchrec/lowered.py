@@ -38,6 +38,7 @@ from embcompress.lowering.tables import (
     replicated_stores,
 )
 from embcompress.modules import CompressedTable
+from embcompress.plan import LookupPlan
 from embcompress.torchrec.collections import (
     CompressedEmbeddingBagCollection,
     CompressedEmbeddingCollection,
@@ -85,7 +86,11 @@ class LoweredTables(nn.Module):
             std = deviations[table.name]
             self.readers[table.name] = reader(table.plan, lowering.reads(table), own, std)
         self.small = nn.ModuleDict(
-            {t.name: _small_module(t) for t in lowering.physical if t.is_small}
+            {
+                each.name: _small_table(each, lowering, tables, deviations)
+                for each in lowering.physical
+                if each.is_small
+            }
         )
         summed = self._held(pooled=True)
         self.pooled: EmbeddingBagCollection | None = None
@@ -193,7 +198,7 @@ class LoweredTables(nn.Module):
             names = [feature for each in own for feature in each.features]
             waiting.append(collection(_keyed(names, requests, False)))
         answers = {
-            feature: _read_small(self.small[table.name], requests[feature])
+            feature: self.small[table.name](requests[feature])
             for table in self.lowering.physical
             if table.is_small
             for feature in table.features
@@ -207,23 +212,42 @@ class LoweredTables(nn.Module):
         return answers
 
 
-def _small_module(table: PhysicalTable) -> nn.Module:
-    """A module for a replicated table; its weight is taken from the compressed table."""
-    rows, width = table.store.rows, table.store.width
-    if not table.pooled:
-        return nn.Embedding(rows, width, device="meta")
-    return nn.EmbeddingBag(rows, width, mode="sum", include_last_offset=True, device="meta")
+class SmallTable(nn.Module):
+    """A physical table that every process holds whole.
 
+    Args:
+        plan: of a table that reads it.
+        store: name of the store.
+        pooled: whether rows are summed over bags.
+        weight: the (rows, width) store.
+        std: standard deviation of the vectors that start values give.
+    """
 
-def _read_small(module: nn.Module, jagged: Jagged) -> Tensor:
-    """A row for each request, or their sums over the bags."""
-    if isinstance(module, nn.Embedding):
-        return module(jagged.rows).float()
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    offsets = F.pad(jagged.lengths.cumsum(0), (1, 0))
-    weights = None if jagged.weights is None else jagged.weights.to(weight.dtype)
-    return module(jagged.rows, offsets, weights).float()
+    def __init__(
+        self, plan: LookupPlan, store: str, pooled: bool, weight: nn.Parameter, std: float
+    ) -> None:
+        super().__init__()
+        self._plan, self._store, self._pooled, self._std = plan, store, pooled, std
+        self.weight = weight
+
+    def reset_parameters(self) -> None:
+        """Draw start values."""
+        draw_store(self.weight, self._plan, self._store, self._std)
+
+    def forward(self, jagged: Jagged) -> Tensor:
+        """A row for each request, or their sums over the bags; float32."""
+        if not self._pooled:
+            return F.embedding(jagged.rows, self.weight).float()
+        offsets = F.pad(jagged.lengths.cumsum(0), (1, 0))
+        weights = None if jagged.weights is None else jagged.weights.to(self.weight.dtype)
+        return F.embedding_bag(
+            jagged.rows,
+            self.weight,
+            offsets,
+            mode="sum",
+            per_sample_weights=weights,
+            include_last_offset=True,
+        ).float()
 
 
 def _keyed(
@@ -239,6 +263,18 @@ def _keyed(
     )
 
 
+def _small_table(
+    table: PhysicalTable,
+    lowering: Lowering,
+    tables: Mapping[str, CompressedTable],
+    deviations: Mapping[str, float],
+) -> SmallTable:
+    name, store = table.sources[0]
+    weight = tables[name].stores()[store]
+    assert isinstance(weight, nn.Parameter)
+    return SmallTable(lowering.plan(name), store, table.pooled, weight, deviations[name])
+
+
 def _config(
     kind: type[ConfigType],
     table: PhysicalTable,
@@ -247,14 +283,13 @@ def _config(
 ) -> ConfigType:
     """TorchRec's config of a physical table; it draws start values as the plan wants them."""
     name, store = table.sources[0]
-    plan = next(each.plan for each in lowering.tables if each.name == name)
     return kind(
         num_embeddings=table.store.rows,
         embedding_dim=table.columns,
         name=table.name,
         data_type=_DATA_TYPES[table.dtype],
         feature_names=list(table.features),
-        init_fn=partial(draw_store, plan=plan, store=store, std=deviations[name]),
+        init_fn=partial(draw_store, plan=lowering.plan(name), store=store, std=deviations[name]),
     )
 
 

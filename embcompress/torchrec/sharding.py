@@ -61,9 +61,8 @@ def distribute(model: nn.Module, **arguments: Any) -> DistributedModelParallel:
         model: that :func:`embcompress.torchrec.lower` has lowered.
         arguments: of ``DistributedModelParallel``.
     """
-    values = {
-        name: tensor for name, tensor in model.state_dict().items() if tensor.device.type != "meta"
-    }
+    state = model.state_dict()
+    values = {name: tensor for name, tensor in state.items() if tensor.device.type != "meta"}
     sharded = DistributedModelParallel(model, **arguments)
-    sharded.load_state_dict(values)
+    sharded.load_state_dict(values, strict=len(values) == len(state))
     return sharded

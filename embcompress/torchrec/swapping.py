@@ -6,6 +6,8 @@ by ours, which holds them.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
@@ -66,16 +68,28 @@ def compressed_collections(model: nn.Module) -> dict[nn.Module, nn.Module]:
 def _compressed(collection: nn.Module) -> nn.Module:
     new: nn.Module
     tables = {name: _as_table(table, name) for name, table in tables_of(collection).items()}
+    configs = _configs(collection)
+    for config in configs:
+        if next(tables[config.name].parameters()).device.type == "meta":
+            # What TorchRec would have drawn: uniform numbers between these.
+            width = config.get_weight_init_max() - config.get_weight_init_min()
+            tables[config.name].start_deviation = width / 12**0.5
     if isinstance(collection, EmbeddingBagCollection):
-        configs, weighted = collection.embedding_bag_configs(), collection.is_weighted()
+        weighted = collection.is_weighted()
         bags = {name: each for name, each in tables.items() if isinstance(each, EmbeddingBag)}
         new = CompressedEmbeddingBagCollection(configs, bags, weighted)
     else:
         assert isinstance(collection, EmbeddingCollection)
         rows = {name: each for name, each in tables.items() if isinstance(each, Embedding)}
-        configs = collection.embedding_configs()
         new = CompressedEmbeddingCollection(configs, rows, collection.need_indices())
     return new.train(collection.training)
+
+
+def _configs(collection: nn.Module) -> list[Any]:
+    if isinstance(collection, EmbeddingBagCollection):
+        return list(collection.embedding_bag_configs())
+    assert isinstance(collection, EmbeddingCollection)
+    return list(collection.embedding_configs())
 
 
 def _as_table(module: nn.Module, name: str) -> CompressedTable:
