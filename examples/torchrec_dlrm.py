@@ -55,7 +55,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=256, help="of each process")
     parser.add_argument("--learning-rate", type=float, default=0.02)
     parser.add_argument("--planned-processes", type=int, default=2, metavar="N",
-                        help="what is small is decided for so many, as it was for --load")  # fmt: skip
+                        help="decide for so many what is small; as for --load")  # fmt: skip
     parser.add_argument("--data-parallel-bytes", type=int, metavar="N",
                         help="tables of up to so many bytes are small; 0: none")  # fmt: skip
     parser.add_argument("--load", type=Path, help="a checkpoint to go on from")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import (
     BaseEmbeddingConfig,
@@ -24,8 +25,8 @@ from embcompress.lowering.tables import LogicalTable
 from embcompress.modules import CompressedTable, Embedding, EmbeddingBag
 
 
-def select_features(features: KeyedJaggedTensor, names: Sequence[str]) -> KeyedJaggedTensor:
-    """The named features, in this order; a name may occur more than once.
+def by_feature(features: KeyedJaggedTensor, names: Sequence[str]) -> dict[str, JaggedTensor]:
+    """The named features, each by itself.
 
     Raises:
         ValueError: a feature is missing, or the features have different batch sizes.
@@ -36,14 +37,10 @@ def select_features(features: KeyedJaggedTensor, names: Sequence[str]) -> KeyedJ
             "the features have different batch sizes, which compressed collections do not take; "
             "expand them to one batch size first"
         )
-    keys = features.keys()
-    if list(names) == keys:
-        return features
-    position = {key: number for number, key in enumerate(keys)}
-    missing = [name for name in names if name not in position]
+    missing = sorted(set(names) - set(features.keys()))
     if missing:
-        raise ValueError(f"features lacks {missing}; it has {keys}")
-    return features.permute([position[name] for name in names])
+        raise ValueError(f"features lacks {missing}; it has {features.keys()}")
+    return features.to_dict()
 
 
 def feature_names(configs: Sequence[BaseEmbeddingConfig]) -> list[str]:
@@ -56,18 +53,10 @@ def output_names(configs: Sequence[BaseEmbeddingConfig]) -> list[str]:
     return [name for names in get_embedding_names_by_table(list(configs)) for name in names]
 
 
-def bag_weights(features: KeyedJaggedTensor, is_weighted: bool) -> Tensor | None:
-    """The weights of a weighted collection's ids; TorchRec's others ignore them.
-
-    Raises:
-        ValueError: there are none.
-    """
-    if not is_weighted:
-        return None
-    weights = features.weights_or_none()
-    if weights is None:
+def check_weights(features: KeyedJaggedTensor, is_weighted: bool) -> None:
+    """Refuse ids without weights in a weighted collection; TorchRec's others ignore weights."""
+    if is_weighted and features.weights_or_none() is None:
         raise ValueError("the collection is weighted (is_weighted=True) and the features are not")
-    return weights
 
 
 class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
@@ -133,9 +122,13 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
                 a table that pools by the mean.
             IndexError: an id outside its table.
         """
-        features = select_features(features, self._feature_names)
-        weights = bag_weights(features, self._is_weighted)
-        pooled = self.tables(features.values(), features.offsets(), weights)
+        check_weights(features, self._is_weighted)
+        jagged = by_feature(features, self._feature_names)
+        parts = [jagged[name] for name in self._feature_names]
+        ids = torch.cat([part.values() for part in parts])
+        offsets = F.pad(torch.cat([part.lengths() for part in parts]).cumsum(0), (1, 0))
+        weights = torch.cat([p.weights() for p in parts]) if self._is_weighted else None
+        pooled = self.tables(ids, offsets, weights)
         return KeyedTensor(self._output_names, self._widths, pooled.float())
 
 
@@ -194,12 +187,12 @@ class CompressedEmbeddingCollection(EmbeddingCollectionInterface):
             ValueError: a feature is missing, or batch sizes differ.
             IndexError: an id outside its table.
         """
-        by_feature = select_features(features, sorted(set(self._feature_names))).to_dict()
+        jagged = by_feature(features, self._feature_names)
         output = {}
         for config, names in zip(self._configs, self._names_by_table, strict=True):
             table = self.embeddings[config.name]
             for feature, name in zip(config.feature_names, names, strict=True):
-                ids = by_feature[feature]
+                ids = jagged[feature]
                 output[name] = with_vectors(ids, table(ids.values()), self._need_indices)
         return output
 

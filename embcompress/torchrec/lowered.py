@@ -42,10 +42,10 @@ from embcompress.plan import LookupPlan
 from embcompress.torchrec.collections import (
     CompressedEmbeddingBagCollection,
     CompressedEmbeddingCollection,
-    bag_weights,
+    by_feature,
+    check_weights,
     feature_names,
     output_names,
-    select_features,
     with_vectors,
 )
 
@@ -336,15 +336,14 @@ class LoweredEmbeddingBagCollection(EmbeddingBagCollectionInterface):
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """As :meth:`CompressedEmbeddingBagCollection.forward`."""
-        names = sorted(set(feature_names(self._configs)))
-        features = select_features(features, names)
-        weights = bag_weights(features, self._is_weighted)
-        if weights is not None and weights.requires_grad:
+        check_weights(features, self._is_weighted)
+        jagged = by_feature(features, feature_names(self._configs))
+        if self._is_weighted and features.weights().requires_grad:
             raise ValueError(
                 "the weights require a gradient, which TorchRec's exchange does not hand back; "
                 "detach them, or do not lower this collection"
             )
-        vectors = self.lowered(features.to_dict(), self._is_weighted)
+        vectors = self.lowered(jagged, self._is_weighted)
         if self.local is not None:
             vectors.update(_by_table(self.local, self.local(features)))
         keys = [f"{f}@{config.name}" for config in self._configs for f in config.feature_names]
@@ -391,9 +390,8 @@ class LoweredEmbeddingCollection(EmbeddingCollectionInterface):
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         """As :meth:`CompressedEmbeddingCollection.forward`."""
-        features = select_features(features, sorted(set(feature_names(self._configs))))
-        by_feature = features.to_dict()
-        vectors = self.lowered(by_feature, False)
+        jagged = by_feature(features, feature_names(self._configs))
+        vectors = self.lowered(jagged, False)
         if self.local is not None:
             local = self.local(features)
             for config, names in zip(
@@ -405,7 +403,7 @@ class LoweredEmbeddingCollection(EmbeddingCollectionInterface):
         for config, names in zip(self._configs, self._names_by_table, strict=True):
             for feature, name in zip(config.feature_names, names, strict=True):
                 own = vectors[f"{feature}@{config.name}"]
-                output[name] = with_vectors(by_feature[feature], own, self._need_indices)
+                output[name] = with_vectors(jagged[feature], own, self._need_indices)
         return output
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import ParameterConstraints
 from torchrec.distributed.types import ShardingType
@@ -60,9 +62,30 @@ def distribute(model: nn.Module, **arguments: Any) -> DistributedModelParallel:
     Args:
         model: that :func:`embcompress.torchrec.lower` has lowered.
         arguments: of ``DistributedModelParallel``.
+
+    Raises:
+        ValueError: on a CPU, unpooled tables by FBGEMM's dense kernel, which pools there whatever
+            it is asked for: shard them, and give them an optimizer in the backward pass.
     """
-    state = model.state_dict()
-    values = {name: tensor for name, tensor in state.items() if tensor.device.type != "meta"}
+    values = model.state_dict()
     sharded = DistributedModelParallel(model, **arguments)
-    sharded.load_state_dict(values, strict=len(values) == len(state))
+    _check_kernels(sharded)
+    drawn = sharded.state_dict()
+    on_meta = [name for name, tensor in values.items() if tensor.device.type == "meta"]
+    sharded.load_state_dict({**values, **{name: drawn[name] for name in on_meta}})
     return sharded
+
+
+def _check_kernels(sharded: DistributedModelParallel) -> None:
+    if sharded.device.type != "cpu":
+        return
+    for path, tables in sharded.plan.plan.items():
+        if not isinstance(sharded.module.get_submodule(path), ShardedEmbeddingCollection):
+            continue
+        for name, placement in tables.items():
+            if placement.compute_kernel == EmbeddingComputeKernel.DENSE.value:
+                raise ValueError(
+                    f"table {name!r} of {path} is not pooled and has the dense kernel, which pools "
+                    "on a CPU; take planner_constraints, and apply_optimizer_in_backward before "
+                    "the plan is made"
+                )

@@ -11,11 +11,13 @@ from __future__ import annotations
 import copy
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torchrec
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
@@ -25,7 +27,8 @@ import embcompress as ec
 import embcompress.torchrec as et
 from tests.torchrec.model import Model, batch, loss, sharding_plan
 
-BATCH, STEPS, RATE = 16, 20, 0.5
+BATCH, STEPS = 16, 20
+RATES = {"sgd": 0.5, "rowwise_adagrad": 0.02}
 METHODS: dict[str, Callable[[str], ec.Method]] = {
     "hash": lambda group: ec.Hashing(),
     "multihash": lambda group: ec.MultiHash(),
@@ -61,7 +64,7 @@ def run(
     if own:
         rule = torch.optim.SGD if optimizer == "sgd" else torchrec.optim.RowWiseAdagrad
         more = {} if optimizer == "sgd" else {"eps": 1e-8}
-        apply_optimizer_in_backward(rule, own, {"lr": RATE, **more})
+        apply_optimizer_in_backward(rule, own, {"lr": RATES[optimizer], **more})
     sharded = et.distribute(model, plan=sharding_plan(model, PLACEMENTS[placement][0]))
 
     def distances() -> dict[str, float]:
@@ -69,6 +72,7 @@ def run(
         expected.load_state_dict(alone.state_dict(), strict=False)  # optimizer state is left over
         return _distances(sharded.state_dict(), lowered(expected, placement).state_dict())
 
+    start = copy.deepcopy(alone)
     steps = _steps(alone, sharded, optimizer, is_weighted)
     first, after_one = next(steps), distances()
     values = [first, *steps]
@@ -80,9 +84,13 @@ def run(
         "weighted": is_weighted,
         "values": max(values),
         # A step of SGD is the gradient times the rate.
-        "gradients": max(after_one.values()) / RATE if optimizer == "sgd" else None,
+        "gradients": max(after_one.values()) / RATES[optimizer] if optimizer == "sgd" else None,
         "weights": max(after.values()),
         "tensors": len(after),
+        "moved": min(
+            float((p - q).detach().abs().max())
+            for p, q in zip(alone.parameters(), start.parameters(), strict=True)
+        ),
     }
 
 
@@ -99,15 +107,18 @@ def _torchrec_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for module in found for parameter in module.parameters()]
 
 
-def _steps(alone: nn.Module, sharded: nn.Module, optimizer: str, is_weighted: bool) -> Any:
+def _steps(
+    alone: nn.Module, sharded: nn.Module, optimizer: str, is_weighted: bool
+) -> Iterator[float]:
     """Train step by step; yields how far the outputs are apart before each update."""
+    rate = RATES[optimizer]
     if optimizer != "sgd":
-        ec.fuse_optimizer(alone, optimizer, lr=RATE, eps=1e-8)
+        ec.fuse_optimizer(alone, optimizer, lr=rate, eps=1e-8)
     rest = [p for p in alone.parameters() if p.requires_grad]
-    first = torch.optim.SGD(rest, lr=RATE)
+    first = torch.optim.SGD(rest, lr=rate)
     in_backward = {id(p) for p in sharded.parameters() if hasattr(p, "_in_backward_optimizers")}
     own = [p for p in sharded.parameters() if id(p) not in in_backward and p.requires_grad]
-    second = torch.optim.SGD(own, lr=RATE)
+    second = torch.optim.SGD(own, lr=rate)
     half = slice(dist.get_rank() * BATCH // 2, (dist.get_rank() + 1) * BATCH // 2)
     for step in range(STEPS):
         whole, labels = batch(step, BATCH, is_weighted=is_weighted)
@@ -139,18 +150,92 @@ def _distances(sharded: dict[str, Any], expected: dict[str, Tensor]) -> dict[str
     return distances
 
 
+def checkpoints(method: str, folder: str) -> dict[str, Any]:
+    """Save a sharded model, load it in one process, save it there, and load that sharded."""
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    half = slice(dist.get_rank() * BATCH // 2, (dist.get_rank() + 1) * BATCH // 2)
+    part, whole = batch(0, BATCH, half)[0], batch(0, BATCH)[0]
+    sharded = _sharded(method)
+    with torch.no_grad():
+        expected = sharded(part)
+    dcp.save({"model": sharded.state_dict()}, checkpoint_id=f"{folder}/{method}/two")
+
+    alone = lowered(_disturbed(compressed(method), generator), "row_wise")
+    state = {"model": alone.state_dict()}
+    dcp.load(state, checkpoint_id=f"{folder}/{method}/two", no_dist=True)
+    alone.load_state_dict(state["model"])
+    with torch.no_grad():
+        from_two_to_one = (alone(whole)[half] - expected).abs().max()
+    if dist.get_rank() == 0:
+        dcp.save(
+            {"model": alone.state_dict()}, checkpoint_id=f"{folder}/{method}/one", no_dist=True
+        )
+    dist.barrier()
+
+    again = _sharded(method, generator)
+    state = {"model": again.state_dict()}
+    dcp.load(state, checkpoint_id=f"{folder}/{method}/one")
+    again.load_state_dict(state["model"])
+    et.lift(alone)
+    with torch.no_grad():
+        from_one_to_two = (again(part) - expected).abs().max()
+        lifted = (alone(whole)[half] - expected).abs().max()
+    return {
+        "method": method,
+        "from_two_to_one": float(from_two_to_one),
+        "from_one_to_two": float(from_one_to_two),
+        "lifted": float(lifted),
+    }
+
+
+def _disturbed(model: nn.Module, generator: torch.Generator) -> nn.Module:
+    """The model with other values."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(generator=generator)
+    return model
+
+
+def _sharded(method: str, generator: torch.Generator | None = None) -> nn.Module:
+    model = compressed(method)
+    if generator is not None:
+        _disturbed(model, generator)
+    model = lowered(model, "row_wise")
+    apply_optimizer_in_backward(torch.optim.SGD, _torchrec_parameters(model), {"lr": 0.1})
+    return et.distribute(model, plan=sharding_plan(model, "row_wise"))
+
+
+def cases() -> list[dict[str, Any]]:
+    """Training runs of all methods and placements."""
+    products = ("qr",)
+    results = []
+    for placement in ("row_wise", "data_parallel", "engine"):
+        for method in METHODS:
+            if placement != "data_parallel" or method not in products:
+                results.append(run(method, placement))
+    results += [run(method, "mixed") for method in ("qr", "pq")]
+    results += [
+        run("multihash", "row_wise", is_weighted=True),
+        run("qr", "mixed", is_weighted=True),
+    ]
+    results += [run(m, "row_wise", optimizer="rowwise_adagrad") for m in ("hash", "multihash")]
+    return results
+
+
 def main() -> None:
+    """Run everything; the first process writes what all of them saw."""
+    target = Path(sys.argv[1])
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    results = [run(method, placement) for method in METHODS for placement in PLACEMENTS]
-    results.append(run("multihash", "row_wise", is_weighted=True))
-    results.append(run("qr", "mixed", is_weighted=True))
-    results += [run(m, "row_wise", optimizer="rowwise_adagrad") for m in ("hash", "multihash")]
+    own = {
+        "training": cases(),
+        "checkpoints": [checkpoints(method, str(target.parent)) for method in ("qr", "low_dim")],
+    }
     every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, results)
+    dist.all_gather_object(every, own)
     if dist.get_rank() == 0:
-        with open(sys.argv[1], "w", encoding="utf-8") as file:
-            json.dump([result for each in every for result in each], file)
+        merged = {name: [each for part in every for each in part[name]] for name in own}
+        target.write_text(json.dumps(merged), encoding="utf-8")
     dist.destroy_process_group()
 
 
