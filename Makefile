@@ -47,8 +47,9 @@ $(VENV)/.torchrec: $(VENV)/.installed
 	@{ $(RUN)/pip install -q -c constraints.txt $(TORCHREC_NEEDS) \
 	    && $(RUN)/pip install -q -c constraints.txt --no-deps torchrec \
 	    && $(RUN)/python -W ignore -c "import torchrec"; } >$(VENV)/torchrec.log 2>&1 \
-	    || echo "note: TorchRec was not installed ($(VENV)/torchrec.log), its tests are skipped;" \
-	        "remove $@ to try again"
+	    || { $(RUN)/pip uninstall -q -y torchrec fbgemm-gpu-cpu >/dev/null 2>&1; \
+	        echo "note: TorchRec was not installed ($(VENV)/torchrec.log), its tests are skipped;" \
+	            "remove $@ to try again"; }
 	@touch $@
 
 sweep: setup ## which of the methods loses least, on the synthetic click log, in minutes
