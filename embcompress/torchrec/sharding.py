@@ -11,7 +11,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import ParameterConstraints
 from torchrec.distributed.types import ShardingType
 
-from embcompress.torchrec.lowered import LoweredTables
+from embcompress.torchrec.tables import LoweredTables
 from embcompress.torchrec.traffic import Batch
 
 #: All but data-parallel.

@@ -12,7 +12,7 @@ from embcompress.budget import format_bytes
 from embcompress.lowering.tables import LogicalTable, PhysicalTable
 from embcompress.text_table import text_table
 from embcompress.torchrec.collections import COMPRESSED, logical_tables
-from embcompress.torchrec.lowered import LoweredTables
+from embcompress.torchrec.tables import LoweredTables
 
 Placement = Literal["data-parallel", "sharded"]
 _INTEGER_BYTES = 8

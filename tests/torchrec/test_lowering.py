@@ -19,7 +19,7 @@ import embcompress as ec  # noqa: E402
 import embcompress.torchrec as et  # noqa: E402
 from embcompress.engine.reference import lookup_reference  # noqa: E402
 from embcompress.lowering.tables import LogicalTable, lower_plans, why_not  # noqa: E402
-from embcompress.torchrec.lowered import LoweredTables  # noqa: E402
+from embcompress.torchrec.tables import LoweredTables  # noqa: E402
 from tests.plan_cases import make_case  # noqa: E402
 from tests.torchrec.model import Model, batch, loss, sharding_plan  # noqa: E402
 
