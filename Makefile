@@ -3,6 +3,7 @@
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
     $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
 TORCH_VERSION ?= 2.13.0
+TORCHREC_NEEDS := fbgemm-gpu-cpu pyre-extensions tensordict torchmetrics tqdm
 VENV := .venv
 RUN := $(VENV)/bin
 CSRC := $(shell find csrc -type f 2>/dev/null)
@@ -17,7 +18,7 @@ SWEEP_OUT ?= sweep-results/synthetic
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-setup: $(VENV)/.installed ## a virtual environment with torch and everything else
+setup: $(VENV)/.installed $(VENV)/.torchrec ## a virtual environment with torch and everything else
 
 $(VENV)/.python:
 	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.10 found; set PYTHON=/path/to/python3"; exit 1; }
@@ -40,6 +41,17 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py constraints.txt $(CSR
 	$(RUN)/pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
 	@$(RUN)/python -c "from embcompress.engine import ops; print('The compiled CPU engine is built.' \
 	    if ops.is_available() else 'No C++ compiler was found: lookups run in pure torch.')"
+	@touch $@
+
+# TorchRec asks for fbgemm-gpu by name, where fbgemm-gpu-cpu does as well: hence --no-deps. It goes
+# with one version of torch (docs/torchrec.md), and everything else works without it.
+$(VENV)/.torchrec: $(VENV)/.installed
+	@{ $(RUN)/pip install -q -c constraints.txt $(TORCHREC_NEEDS) \
+	    && $(RUN)/pip install -q -c constraints.txt --no-deps torchrec \
+	    && $(RUN)/python -W ignore -c "import torchrec"; } >$(VENV)/torchrec.log 2>&1 \
+	    || { $(RUN)/pip uninstall -q -y torchrec fbgemm-gpu-cpu >/dev/null 2>&1; \
+	        echo "note: TorchRec was not installed ($(VENV)/torchrec.log), its tests are skipped;" \
+	            "remove $@ to try again"; }
 	@touch $@
 
 sweep: setup ## which of the methods loses least, on the synthetic click log, in minutes

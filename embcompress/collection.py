@@ -115,9 +115,28 @@ class EmbeddingBagCollection(nn.Module):
                 resolved.fill(spec, plan, bag.stores())
             self.embedding_bags[table.name] = bag
         tie_shared_stores(self._bags_of_tables())
-        self._tables_of_features = {
-            feature: table.name for table in tables for feature in table.feature_names
-        }
+        self._set_features(
+            {feature: table.name for table in tables for feature in table.feature_names}
+        )
+
+    @classmethod
+    def from_tables(
+        cls, tables: Mapping[str, EmbeddingBag], features: Mapping[str, str]
+    ) -> EmbeddingBagCollection:
+        """A collection of tables that there are already.
+
+        Args:
+            tables: by name; no dots.
+            features: the table's name of each feature, in the order of the features.
+        """
+        collection = cls.__new__(cls)
+        nn.Module.__init__(collection)
+        collection.embedding_bags = nn.ModuleDict(tables)
+        collection._set_features(features)
+        return collection
+
+    def _set_features(self, features: Mapping[str, str]) -> None:
+        self._tables_of_features = dict(features)
         # Here, not at the first call: a compiler would take the first call for a special case.
         self._encoded = self._encode(self._bags_of_features())
 

@@ -70,6 +70,7 @@ class CompressedTable(nn.Module):
         settings: the method with its settings, or None where the name is no method's.
         fused_rule: the fused optimizer, or None.
         updated_in_kernel: names of the stores that the engine updates in its backward pass.
+        start_deviation: standard deviation of the vectors that :meth:`reset_parameters` gives.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class CompressedTable(nn.Module):
         self.options = options
         self.fused_rule: UpdateRule | None = None
         self.updated_in_kernel: tuple[str, ...] = ()
+        self.start_deviation = 1.0
         self._set_plan(plan)
         for store in plan.stores:
             if store.is_float or (store.quantization is not None and not deployed):
@@ -93,14 +95,15 @@ class CompressedTable(nn.Module):
                 values = torch.empty(store.rows, store.width, device=device, dtype=dtype)
             else:
                 values = torch.zeros(store.bytes, device=device, dtype=torch.uint8)
-            self._hold(store.name, values)
+            self.hold(store.name, values)
 
-    def _hold(self, name: str, values: Tensor) -> None:
+    def hold(self, name: str, values: Tensor) -> None:
         """Make floats a parameter, packed numbers a buffer, of that name."""
         if name in self._parameters or name in self._buffers:
             delattr(self, name)
         if values.is_floating_point():
-            self.register_parameter(name, nn.Parameter(values))
+            parameter = values if isinstance(values, nn.Parameter) else nn.Parameter(values)
+            self.register_parameter(name, parameter)
         else:
             self.register_buffer(name, values)
 
@@ -189,12 +192,17 @@ class CompressedTable(nn.Module):
         known = not isinstance(method, str) or method in methods()
         self.settings = resolve_method(method) if known else None
 
-    def reset_parameters(self, std: float = 1.0) -> None:
+    def reset_parameters(self, std: float | None = None) -> None:
         """Draw all stores anew, so that the vectors have mean 0 and this standard deviation.
 
         Random numbers come from torch's global generator. A full table is drawn as torch does.
+
+        Args:
+            std: None: the deviation of the last call, 1 before there was one.
         """
-        initialize_stores(self._plan, self.stores(), std)
+        if std is not None:
+            self.start_deviation = std
+        initialize_stores(self._plan, self.stores(), self.start_deviation)
         if self._plan.is_dense and self.padding_idx is not None:
             with torch.no_grad():
                 self.stores()[self._plan.stores[0].name][self.padding_idx].zero_()
@@ -308,7 +316,7 @@ class CompressedTable(nn.Module):
         if self.fused_rule is not None:
             self._drop_optimizer()
         for name in self.latents():
-            self._hold(name, packed[name])
+            self.hold(name, packed[name])
 
     def _drop_optimizer(self) -> None:
         for name in [name for name in self._buffers if name.startswith("optimizer_")]:
@@ -425,11 +433,11 @@ class CompressedTable(nn.Module):
             if saved.is_floating_point() and not own.is_floating_point():
                 dtype = _training_dtype(self._plan, store)
                 shape = (store.rows, store.width)
-                self._hold(store.name, torch.empty(shape, dtype=dtype, device=own.device))
+                self.hold(store.name, torch.empty(shape, dtype=dtype, device=own.device))
             elif own.is_floating_point() and not saved.is_floating_point():
                 if self.fused_rule is not None:
                     self._drop_optimizer()
-                self._hold(
+                self.hold(
                     store.name, torch.empty(store.bytes, dtype=torch.uint8, device=own.device)
                 )
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from types import ModuleType
 from typing import cast
 
 import torch
@@ -133,10 +136,11 @@ def compress(
     """Swap the embedding tables of a model for compressed ones, in place.
 
     Finds ``nn.Embedding``, ``nn.EmbeddingBag`` and this library's uncompressed tables anywhere
-    in the model. Tables that share a weight stay tied. The new tables start from random values
-    with the standard deviation of the old ones, or with ``keep_weights`` from the old ones
-    themselves: train the model afterwards, and create its optimizer after this call. Nothing is
-    changed if an error is raised.
+    in the model, and TorchRec's collections, which become those of :mod:`embcompress.torchrec`
+    (before the model is sharded). Tables that share a weight stay tied. The new tables start from
+    random values with the standard deviation of the old ones, or with ``keep_weights`` from the
+    old ones themselves: train the model afterwards, and create its optimizer after this call.
+    Nothing is changed if an error is raised.
 
     Args:
         model: a module that contains tables.
@@ -163,6 +167,12 @@ def compress(
         raise ValueError(
             "model is itself a table, which cannot be swapped in place; create "
             "ec.Embedding or ec.EmbeddingBag with method= and budget= instead"
+        )
+    torchrec = _torchrec()
+    if torchrec is not None and isinstance(model, torchrec.COLLECTIONS):
+        raise ValueError(
+            "model is itself a collection, which cannot be swapped in place; put it into a module, "
+            "such as nn.ModuleDict({'tables': collection})"
         )
     candidates = _find_candidates(model)
     if not candidates:
@@ -193,9 +203,18 @@ def compress(
         error = _fit_error(candidate, spec, next(iter(built.values()))) if keep_weights else None
         changes.append(_changed(candidate, plan, shared, error))
     tie_shared_stores(new for new in replacements.values() if isinstance(new, CompressedTable))
-    _swap(model, replacements)
+    swap_modules(model, replacements)
+    if torchrec is not None:
+        swap_modules(model, torchrec.compressed_collections(model))
     explanations = _explain(list(specs.values()), methods, allocated)
     return CompressionReport(tuple(changes), limit, explanations)
+
+
+def _torchrec() -> ModuleType | None:
+    """What there is to do about TorchRec's collections; None where no model can have any."""
+    if "torchrec.modules.embedding_modules" not in sys.modules:
+        return None
+    return importlib.import_module("embcompress.torchrec.swapping")
 
 
 def _explain(
@@ -224,9 +243,11 @@ def _find_candidates(model: nn.Module) -> list[_Candidate]:
         group = groups.setdefault(storage_key(weight), _Candidate({}, weight))
         group.modules[module] = names
     owners = _parameter_owners(model)
+    torchrec = _torchrec()
+    refused = {} if torchrec is None else torchrec.refusals(model)
     for key, group in groups.items():
         # A parametrized weight is computed anew at every access, and nothing owns it.
-        group.refusal = _refusal(group, owners.get(key, []))
+        group.refusal = _refusal(group, owners.get(key, []), refused)
     return list(groups.values())
 
 
@@ -255,15 +276,24 @@ def _parameter_owners(model: nn.Module) -> dict[tuple[str, int], list[tuple[nn.M
     return owners
 
 
-def _refusal(group: _Candidate, owners: list[tuple[nn.Module, str]]) -> str:
-    """Why the tables of a group cannot be swapped; empty if they can."""
+def _refusal(
+    group: _Candidate, owners: list[tuple[nn.Module, str]], refused: Mapping[nn.Module, str]
+) -> str:
+    """Why the tables of a group cannot be swapped; empty if they can.
+
+    ``refused`` are tables that cannot for what they are in.
+    """
     outside = [name for module, name in owners if module not in group.modules]
     if outside:
         return f"tied to {', '.join(outside)}"
     shapes = {tuple(_dense_weight(module).shape) for module in group.modules}
     if len(shapes) > 1:
         return "tied to a table of another shape"
-    reasons = [reason for module in group.modules if (reason := _module_refusal(module))]
+    reasons = [
+        reason
+        for module in group.modules
+        if (reason := refused.get(module) or _module_refusal(module))
+    ]
     return reasons[0] if reasons else ""
 
 
@@ -376,11 +406,12 @@ def _start_deviation(weight: Tensor) -> float:
     return std if 0 < std < float("inf") else _FALLBACK_STD
 
 
-def _swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+def swap_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put modules in the place of others, wherever in the model these are."""
     for parent in list(model.modules()):
         # Not named_children(): it names a module once, however many names lead to it.
         for name, child in list(parent._modules.items()):
-            if child in replacements:
+            if child is not None and child in replacements:
                 setattr(parent, name, replacements[child])
 
 
