@@ -87,6 +87,8 @@ class SweepSettings:
         threads: of torch inside an operator. The models here are small: more threads gain next
             to nothing on an idle machine, and wait for each other on a busy one. Not a part of
             a run's key.
+        plan_seconds: for a method that chooses its settings by short trainings on training rows,
+            after so long it begins no further one. Not a part of a run's key.
     """
 
     data: tuple[str, ...]
@@ -95,6 +97,7 @@ class SweepSettings:
     seeds: tuple[int, ...] = (0,)
     training: TrainingSettings = TrainingSettings()
     threads: int = 1
+    plan_seconds: float = 100.0
 
     def __post_init__(self) -> None:
         for name in ("data", "methods", "budgets", "seeds"):

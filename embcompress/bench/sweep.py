@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from embcompress.bench.display import SweepDisplay
 from embcompress.bench.environment import environment, torch_threads
+from embcompress.bench.planning import try_candidates
 from embcompress.bench.records import Record, RecordFile, only_writer
 from embcompress.bench.settings import Run, SweepSettings, jsonable
 from embcompress.bench.training import (
@@ -28,6 +29,7 @@ from embcompress.data.load import load_click_log
 from embcompress.memory import MemoryReport, memory
 from embcompress.models import DLRM
 from embcompress.modules import EmbeddingBag
+from embcompress.planner.trials import Candidate
 
 RESULTS, IMPOSSIBLE = "results.jsonl", "impossible.jsonl"
 
@@ -44,6 +46,7 @@ class Sweep:
         self.results = RecordFile(directory / RESULTS)
         self.impossible = RecordFile(directory / IMPOSSIBLE)
         self._counts: dict[str, Tensor] = {}
+        self._tried: dict[str, list[Candidate]] = {}  # by run
         self._counted: tuple[object, ...] = ()  # what the counts are of
 
     def _is_done(self, run: Run) -> bool:
@@ -86,6 +89,10 @@ class Sweep:
         scores = test_scores(best, log, split.test)
         size = _checked_memory(run, deployed(best, best.best_epoch))
         record = _result_record(run, log, best, trials, size, lookup)
+        record["candidates"] = [
+            {"settings": str(c.method), "passes": c.passes, "auc": c.auc}
+            for c in self._tried.pop(run.key)
+        ]
         record["auc"], record["logloss"] = (
             scores[best.best_epoch].auc,
             finite(scores[best.best_epoch].logloss),
@@ -96,10 +103,15 @@ class Sweep:
 
     def _build(self, run: Run, log: ClickLog) -> DLRM:
         """A new model; the tables know how often each id occurs in the training rows."""
+        rows = _split(run, log).train
         if self._counted != (key := (run.data, run.seed, run.training)):
-            self._counts = count_ids(log, _split(run, log).train)
+            self._counts = count_ids(log, rows)
             self._counted = key
-        return build_model(log, run.training, run.method, run.budget, run.seed, self._counts)
+        details = (run.training, run.method, run.budget, run.seed, self._counts)
+        if run.key not in self._tried:
+            self._tried[run.key] = try_candidates(log, rows, *details, self.settings.plan_seconds)
+        method = self._tried[run.key][0].method
+        return build_model(log, run.training, method, run.budget, run.seed, self._counts)
 
     def _learning_rates(self, run: Run) -> tuple[float, ...]:
         """All of them for the first seed of a cell; its choice for the others."""

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from embcompress.bench.settings import TrainingSettings
 from embcompress.collection import EmbeddingBagCollection, TableConfig
-from embcompress.data.click_log import Batch, ClickLog, Split
+from embcompress.data.click_log import ClickLog, Split
 from embcompress.deployment import deploy
+from embcompress.methods import Method
 from embcompress.models import DLRM
-from embcompress.optimizers import fuse_optimizer, unfused_parameters
+from embcompress.recipe import binary_step, make_optimizer
 from embcompress.training import TrainingProcedure
 
 _EVALUATION_ROWS = 8192
@@ -74,7 +75,7 @@ def count_ids(log: ClickLog, rows: NDArray[np.int64]) -> dict[str, Tensor]:
 def build_model(
     log: ClickLog,
     settings: TrainingSettings,
-    method: str,
+    method: str | Method,
     budget: str,
     seed: int,
     counts: Mapping[str, Tensor] | None = None,
@@ -102,15 +103,6 @@ def build_model(
     collection = EmbeddingBagCollection(tables, method=method, budget=budget, seed=seed)
     collection.reset_parameters(settings.table_std)
     return DLRM(collection, len(log.dense_names))
-
-
-def make_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-    """The optimizer of all runs: Adagrad, for tables and layers alike.
-
-    For the tables it is fused into the backward pass, where a step costs what its batch costs.
-    """
-    fuse_optimizer(model, "adagrad", lr=learning_rate)
-    return torch.optim.Adagrad(unfused_parameters(model), lr=learning_rate)
 
 
 def predict(model: nn.Module, log: ClickLog, rows: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -143,13 +135,6 @@ def evaluate(model: nn.Module, log: ClickLog, rows: NDArray[np.int64]) -> Score:
     return Score(
         float(roc_auc_score(label, probability)), float(log_loss(label, probability, labels=[0, 1]))
     )
-
-
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
-    optimizer.zero_grad(set_to_none=True)
-    logits = model(batch.dense, batch.ids, batch.offsets)
-    nn.functional.binary_cross_entropy_with_logits(logits, batch.label).backward()
-    optimizer.step()
 
 
 def train(
@@ -193,7 +178,8 @@ def _train_epoch(
     model.train()
     started = last = time.perf_counter()
     for start in range(0, len(rows), batch_size):
-        _step(model, optimizer, log.batch(rows[start : start + batch_size]))
+        batch = log.batch(rows[start : start + batch_size])
+        binary_step(optimizer, model(batch.dense, batch.ids, batch.offsets), batch.label)
         procedure.step()
         now = time.perf_counter()
         if observe is not None and now - last > 0.2:

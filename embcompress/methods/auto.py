@@ -26,10 +26,11 @@ from embcompress.plan import (
     Store,
 )
 from embcompress.planner.explanation import Explanation
-from embcompress.planner.frontier import Frontier, Option, frontier
-from embcompress.planner.loss import FLOAT, table_value
+from embcompress.planner.frontier import Choices, Option, tables_frontier
+from embcompress.planner.loss import FLOAT, NARROWNESS
 
 _CHUNK = 1 << 18  # ids
+_NARROWNESS_FACTORS = (1, 4, 12, 40)
 
 
 @register
@@ -37,12 +38,12 @@ _CHUNK = 1 << 18  # ids
 class Auto(JointMethod):
     """The planner's choice: w columns in b bits for every id or for shared rows, P·Q(E[x]).
 
-    All tables have rows of w ≤ d columns. Each has as many bits (1, 2, 4, 8, or floats), as many
-    rows (one an id, or fewer, shared by a hash), and a projection of its own or one that tables
-    share, as its ids are worth, by the closed forms of
-    :mod:`embcompress.planner.loss`: how often each occurs (known counts; else a power law), what
-    few columns and bits lose, what sharing loses. Of all ways to spend the budget it takes the
-    one with the least expected loss. Where w = d there is no projection.
+    Each table has as many columns w ≤ d, bits a number (1, 2, 4, 8, or floats) and rows (one an
+    id, or fewer, shared by a hash), and a projection of its own or one that tables share, as its
+    ids are worth, by the closed forms of :mod:`embcompress.planner.loss`: how often each occurs
+    (known counts; else a power law), what few columns and bits lose, what sharing loses. Of all
+    ways to spend the budget it takes the one with the least expected loss. Where w = d there is
+    no projection.
 
     Memory: Σ ⌈R·w·b/8⌉ bytes for R rows a table, 4·w for the steps of each, 4·d·w for the
     projections.
@@ -51,29 +52,51 @@ class Auto(JointMethod):
 
     Attributes:
         share_projection: whether tables may share a projection.
+        narrowness: what one column of many loses, as a share of what a table's ids tell.
+        chunks: a shared row has this many parts at most, each found by a hash of its own: ids
+            that share one part differ in others (as in :class:`~embcompress.Unified`).
     """
 
     name: ClassVar[str] = "auto"
     share_projection: bool = True
+    narrowness: float = NARROWNESS
+    chunks: int = 4
 
-    def _frontier(self, tables: Sequence[TableSpec]) -> Frontier:
-        values = tuple(table_value(table) for table in tables)
-        dims = tuple(table.embedding_dim for table in tables)
-        # A single table has nothing to share.
-        return frontier(values, dims, self.share_projection and len(tables) > 1)
+    def __post_init__(self) -> None:
+        if not self.narrowness >= 0:
+            raise ValueError(f"narrowness must not be negative, got {self.narrowness}")
+        if self.chunks < 1:
+            raise ValueError(f"chunks must be at least 1, got {self.chunks}")
+
+    def candidates(self) -> Sequence[Auto]:
+        """The same with more or less value put on columns, and with and without chunks.
+
+        How much of what ids tell one column can hold depends on the data more than anything else
+        here does.
+        """
+        return [
+            replace(self, narrowness=factor * self.narrowness, chunks=chunks)
+            for factor in _NARROWNESS_FACTORS
+            for chunks in dict.fromkeys((self.chunks, 1))
+        ]
+
+    @property
+    def choices(self) -> Choices:
+        """What a table may be given."""
+        return Choices(self.share_projection, self.narrowness)
 
     def group_sizes(self, tables: Sequence[TableSpec]) -> range:
-        return range(len(self._frontier(tables)))
+        return range(len(tables_frontier(tables, self.choices)))
 
     def group_plans(self, tables: Sequence[TableSpec], size: int) -> list[LookupPlan]:
-        options = self._frontier(tables).options(size)
-        return [_plan(*each) for each in zip(tables, options, strict=True)]
+        options = tables_frontier(tables, self.choices).options(size)
+        return [_plan(*each, self.chunks) for each in zip(tables, options, strict=True)]
 
     def for_trained_tables(self) -> JointMethod:
         return replace(self, share_projection=False)
 
     def explain(self, tables: Sequence[TableSpec], plans: Sequence[LookupPlan]) -> Explanation:
-        return Explanation.of(self._frontier(tables), tables, plans)
+        return Explanation.of(tables, plans, self.choices)
 
     def fit(self, table: TableSpec, plan: LookupPlan, weight: Tensor) -> dict[str, Tensor]:
         """Quantized leading columns, as of :class:`~embcompress.LowBit`.
@@ -95,23 +118,27 @@ class Auto(JointMethod):
         return LowBit().fit(merged, plan, rows)
 
 
-def _plan(table: TableSpec, option: Option) -> LookupPlan:
+def _plan(table: TableSpec, option: Option, chunks: int) -> LookupPlan:
     n, d, width, rows = table.num_embeddings, table.embedding_dim, option.width, option.rows
+    parts = 1 if rows == n else max(k for k in range(1, chunks + 1) if width % k == 0)
+    shape = (rows * parts, width // parts)
     if option.bits == FLOAT:
-        stores = [Store("weight", rows, width, table.dtype)]
+        stores = [Store("weight", *shape, table.dtype)]
     else:
-        quantization = Quantization("scale")
         stores = [
-            Store("scale", 1, width, table.dtype),
-            Store("weight", rows, width, f"uint{option.bits}", quantization),
+            Store("scale", 1, shape[1], table.dtype),
+            Store("weight", *shape, f"uint{option.bits}", Quantization("scale")),
         ]
     head = None
     if width < d:
         name = f"auto_{d}x{width}" if option.shares else ""
         stores.append(Store("projection", d, width, table.dtype, shared=name))
         head = Linear("projection")
-    address = Digit(1, n) if rows == n else Hash(table.key(0), rows)
-    return LookupPlan(n, d, tuple(stores), (Probe("weight", address),), head=head)
+    addresses = (
+        [Digit(1, n)] if rows == n else [Hash(table.key(part), shape[0]) for part in range(parts)]
+    )
+    probes = tuple(Probe("weight", address) for address in addresses)
+    return LookupPlan(n, d, tuple(stores), probes, "concat" if parts > 1 else "sum", head=head)
 
 
 def _row_means(table: TableSpec, plan: LookupPlan, weight: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from embcompress.methods.base import TableSpec
 from embcompress.plan import LookupPlan, total_bytes
-from embcompress.planner.frontier import Frontier
+from embcompress.planner.frontier import Choices, Option, tables_frontier
 from embcompress.planner.loss import FLOAT, table_value
 from embcompress.text_table import text_table
 
@@ -23,7 +23,7 @@ class TableChoice:
         ids, rows, width, bits: its ids; its rows, their columns, and bits of a number.
         bytes: of rows, steps and a projection of its own.
         value: bits an example that its ids tell (entropy).
-        kept: share of the value that is expected to be left.
+        kept: share of the value that is expected to be left, were all tables as wide.
     """
 
     name: str
@@ -44,58 +44,40 @@ class Explanation:
         tables: what each got, by falling bytes.
         bytes: of all together, the projection included.
         lost: share of the tables' value that is expected to be lost.
-        alternatives: (columns, share lost) of the best plans within the same bytes whose rows
-            have another number of columns; those that do not fit are left out.
+        alternatives: (what, share lost): the best plans within the same bytes under one
+            restriction each; those that do not fit are left out.
         curve: (bytes, share lost) of all plans that no other one beats.
     """
 
     tables: tuple[TableChoice, ...]
     bytes: int
     lost: float
-    alternatives: tuple[tuple[int, float], ...]
+    alternatives: tuple[tuple[str, float], ...]
     curve: tuple[tuple[int, float], ...]
 
     @classmethod
     def of(
-        cls, frontier: Frontier, tables: Sequence[TableSpec], plans: Sequence[LookupPlan]
+        cls, tables: Sequence[TableSpec], plans: Sequence[LookupPlan], choices: Choices
     ) -> Explanation:
-        """The explanation of plans of :class:`embcompress.Auto`."""
+        """The explanation of plans that were taken from these choices' frontier."""
         size = total_bytes(plans)
-        values = [table_value(table).value for table in tables]
-        whole = max(sum(values), 1e-300)
-        point = int((frontier.bytes <= size).sum()) - 1
-        options = frontier.options(max(point, 0))
-        choices = []
-        for table, plan, value, option in zip(tables, plans, values, options, strict=True):
-            store = plan.store("weight")
-            own = sum(s.bytes for s in plan.stores if not s.shared)
-            bits = FLOAT if store.is_float else store.bits
-            kept = 1.0 if plan.is_dense or value == 0 else 1 - option.loss / value
-            choices.append(
-                TableChoice(
-                    table.name,
-                    table.num_embeddings,
-                    store.rows,
-                    store.width,
-                    bits,
-                    own,
-                    value,
-                    kept,
-                )
-            )
+        whole = max(sum(table_value(table).value for table in tables), 1e-300)
+        best = tables_frontier(tables, choices)
+        options = best.options(best.within(size) or 0)
+        chosen = [_choice(*each) for each in zip(tables, plans, options, strict=True)]
+        lost = float(best.loss[best.within(size) or 0]) / whole
         others = []
-        for width, chain in frontier.chains.items():
-            fitting = int((chain.bytes <= size).sum())
-            if fitting and width != int(frontier.width[max(point, 0)]):
-                others.append((width, float(chain.loss[fitting - 1]) / whole))
-        curve = tuple(
-            (int(b), float(loss) / whole)
-            for b, loss in zip(frontier.bytes, frontier.loss, strict=True)
-        )
-        lost = sum(c.value * (1 - c.kept) for c in choices) / whole
-        choices.sort(key=lambda choice: -choice.bytes)
+        for name, restricted in _restrictions(choices):
+            other = tables_frontier(tables, restricted)
+            point = other.within(size)
+            if point is not None:
+                others.append((name, float(other.loss[point]) / whole))
+        curve = [
+            (int(b), float(loss) / whole) for b, loss in zip(best.bytes, best.loss, strict=True)
+        ]
+        chosen.sort(key=lambda choice: -choice.bytes)
         others.sort(key=lambda other: other[1])
-        return cls(tuple(choices), size, lost, tuple(others), curve)
+        return cls(tuple(chosen), size, lost, tuple(others), tuple(curve))
 
     def __str__(self) -> str:
         rows = [
@@ -116,9 +98,7 @@ class Explanation:
             f"{self.bytes:,} bytes, expected to lose {self.lost:.1%} of what the ids tell.\n"
             f"{text_table(header, rows)}\n"
         )
-        tried = ", ".join(
-            f"{width} columns lose {lost:.1%}" for width, lost in self.alternatives[:4]
-        )
+        tried = ", ".join(f"{name} {lost:.1%}" for name, lost in self.alternatives)
         return text + (f"Within the same bytes: {tried}." if tried else "Nothing else fits.")
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
@@ -151,3 +131,30 @@ class Explanation:
         target = Path(path)
         figure.savefig(target)
         return target
+
+
+def _choice(table: TableSpec, plan: LookupPlan, option: Option) -> TableChoice:
+    store, value = plan.store("weight"), table_value(table).value
+    return TableChoice(
+        name=table.name,
+        ids=table.num_embeddings,
+        rows=store.rows,
+        width=store.width,
+        bits=FLOAT if store.is_float else store.bits,
+        bytes=sum(each.bytes for each in plan.stores if not each.shared),
+        value=value,
+        kept=1.0 if plan.is_dense or value == 0 else 1 - option.loss / value,
+    )
+
+
+def _restrictions(choices: Choices) -> list[tuple[str, Choices]]:
+    """What else a person would think of."""
+    narrow = [(f"{w} columns everywhere", replace(choices, widths=(w,))) for w in (2, 4, 8, 16)]
+    coarse = [(f"{b} bits everywhere", replace(choices, bits=(b,))) for b in (1, 2, 4, 8)]
+    return [
+        ("a row for every id", replace(choices, own_rows=True)),
+        ("1 column everywhere", replace(choices, widths=(1,))),
+        *narrow,
+        *coarse,
+        ("floats everywhere", replace(choices, bits=(FLOAT,))),
+    ]

@@ -19,14 +19,15 @@ FLOAT = 32
 #: "Quantizing for minimum distortion", 1960, table II); for 4 bits, where training makes up for
 #: nearly all of it, less.
 QUANTIZATION_LOSS = {1: 0.3634, 2: 0.1188, 4: 0.002, 8: 0.0001, FLOAT: 0.0}
-#: What w of d columns lose, NARROWNESS_LOSS · (1/w - 1/d), in the unit of quantization losses. A
+#: What w of d columns lose is NARROWNESS · (1/w - 1/d), in the unit of quantization losses. A
 #: model that is trained with narrow rows loses much less than the variance they cannot hold. From
 #: AUC on MovieLens-100K, where 1, 2 and 4 columns of 16 lost 0.012, 0.007 and 0.003, and 2 bits
-#: and 1 bit, 0.018 and 0.062 more than 4.
-NARROWNESS_LOSS = 0.075
-#: What w columns lose, SHARED_PROJECTION_LOSS · (1 - 1/w), where the tables of a model have one
-#: projection: their vectors lie in one space of w dimensions. One column has a factor to lose, and
-#: the model's layers have it too. From AUC on MovieLens-100K, 0.002 to 0.003 at 10 %.
+#: and 1 bit, 0.018 and 0.062 more than 4. Other data may need more: see
+#: :mod:`embcompress.planner.search`.
+NARROWNESS = 0.075
+#: What a table loses where its projection is other tables', too: their vectors lie in one space of
+#: w dimensions, in the same directions. From AUC on MovieLens-100K, where it is 0.001 to 0.004 for
+#: 1 to 8 columns in 4 bits, and on 80,000 rows of Criteo's, 0.001 to 0.003.
 SHARED_PROJECTION_LOSS = 0.02
 #: After so many examples half of what there is to know of an id is known.
 _HALF_LEARNED = 4.0
@@ -51,21 +52,6 @@ class TableValue:
     value: float
     rows: tuple[int, ...]
     kept: tuple[float, ...]
-
-
-def narrowness_kept(width: int, widest: int, is_shared: bool) -> float:
-    """Share of a table's value that rows of ``width`` of ``widest`` columns keep.
-
-    Args:
-        is_shared: whether the projection is other tables', too.
-    """
-    kept = 1 - NARROWNESS_LOSS * (1 / width - 1 / widest)
-    return kept * (1 - SHARED_PROJECTION_LOSS * (1 - 1 / width)) if is_shared else kept
-
-
-def quantization_kept(bits: int) -> float:
-    """Share of a table's value that numbers of so many bits keep."""
-    return 1 - QUANTIZATION_LOSS[bits]
 
 
 _KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()
