@@ -20,8 +20,10 @@ class TrainingSettings:
 
     Attributes:
         model: name of the reference model.
-        split: ``"random"`` or ``"time"``.
-        validation, test: shares of the rows.
+        split: ``"random"``, ``"time"``, or ``"prequential"``: one pass in time order, in which
+            every batch is predicted before it is trained on.
+        validation, test: shares of the rows. Of a prequential run these are the predictions that
+            are compared; what comes before them is what may be known of the data beforehand.
         embedding_dim: width of every table.
         epochs: passes over the training rows at most.
         patience: stop after so many epochs without a better validation AUC.
@@ -48,8 +50,10 @@ class TrainingSettings:
         for name in ("embedding_dim", "epochs", "patience", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.split not in ("random", "time"):
-            raise ValueError(f"split must be 'random' or 'time', got {self.split!r}")
+        if self.split not in ("random", "time", "prequential"):
+            raise ValueError(
+                f"split must be 'random', 'time' or 'prequential', got {self.split!r}"
+            )
         if not self.learning_rates or min(self.learning_rates) <= 0:
             raise ValueError(f"learning_rates must be positive, got {self.learning_rates}")
 
@@ -104,6 +108,8 @@ class SweepSettings:
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):
                 raise ValueError(f"{name} must be distinct and not empty, got {list(values)}")
+        if not self.plan_seconds > 0:
+            raise ValueError(f"plan_seconds must be positive, got {self.plan_seconds}")
         if self.threads < 1:
             raise ValueError(f"threads must be at least 1, got {self.threads}")
         for method in self.methods:

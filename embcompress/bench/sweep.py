@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from embcompress.bench.display import SweepDisplay
 from embcompress.bench.environment import environment, torch_threads
 from embcompress.bench.planning import try_candidates
+from embcompress.bench.prequential import train_prequential
 from embcompress.bench.records import Record, RecordFile, only_writer
 from embcompress.bench.settings import Run, SweepSettings, jsonable
 from embcompress.bench.training import (
@@ -32,6 +34,8 @@ from embcompress.modules import EmbeddingBag
 from embcompress.planner.trials import Candidate
 
 RESULTS, IMPOSSIBLE = "results.jsonl", "impossible.jsonl"
+#: So many seeds of a cell try every learning rate: one alone is at the mercy of its noise.
+_TRYING_SEEDS = 2
 
 
 class Sweep:
@@ -81,7 +85,11 @@ class Sweep:
             if trials:
                 model = self._build(run, log)
             observe = display.observer(learning_rate)
-            trained = train(model, log, split, run.training, learning_rate, run.seed, observe)
+            settings = run.training
+            if settings.split == "prequential":
+                trained = train_prequential(model, log, split, settings, learning_rate, observe)
+            else:
+                trained = train(model, log, split, settings, learning_rate, run.seed, observe)
             trials.append({"learning_rate": learning_rate, "auc": trained.best_auc})
             if best is None or trained.best_auc > best.best_auc:
                 best = trained
@@ -114,16 +122,22 @@ class Sweep:
         return build_model(log, run.training, method, run.budget, run.seed, self._counts)
 
     def _learning_rates(self, run: Run) -> tuple[float, ...]:
-        """All of them for the first seed of a cell; its choice for the others."""
-        first = Run(run.data, run.method, run.budget, self.settings.seeds[0], run.training)
-        if run.seed != first.seed and first.key in self.results:
-            return (self.results.records[first.key]["learning_rate"],)
-        return run.training.learning_rates
+        """All of them for the first seeds of a cell; what was best for these, for the others."""
+        first = self.settings.seeds[:_TRYING_SEEDS]
+        keys = [replace(run, seed=seed).key for seed in first]
+        if run.seed in first or not all(key in self.results for key in keys):
+            return run.training.learning_rates
+        tried = [each for key in keys for each in self.results.records[key]["learning_rate_trials"]]
+        scores = {
+            rate: sum(each["auc"] for each in tried if each["learning_rate"] == rate)
+            for rate in run.training.learning_rates
+        }
+        return (max(scores, key=scores.__getitem__),)
 
 
 def _split(run: Run, log: ClickLog) -> Split:
     return log.split(
-        run.training.split,  # type: ignore[arg-type]
+        "random" if run.training.split == "random" else "time",
         seed=run.seed,
         validation=run.training.validation,
         test=run.training.test,

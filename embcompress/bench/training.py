@@ -43,6 +43,8 @@ class Trained:
         validation: score after each epoch.
         states: weights after the first and after the best epoch, by epoch from 1.
         best_epoch: the epoch with the best validation AUC.
+        prequential: of a prequential run, the score of the test rows, each of them predicted
+            before it was trained on.
     """
 
     model: nn.Module
@@ -52,11 +54,22 @@ class Trained:
     best_epoch: int = 0
     train_seconds: float = 0.0
     examples: int = 0
+    prequential: Score | None = None
 
     @property
     def best_auc(self) -> float:
         """Validation AUC of the best epoch."""
         return self.validation[self.best_epoch - 1].auc
+
+    def keep_state(self, epoch: int) -> None:
+        """Keep the weights of the first epoch and of the best so far."""
+        if epoch > 1 and self.validation[-1].auc <= self.best_auc:
+            return
+        state = {key: value.detach().clone() for key, value in self.model.state_dict().items()}
+        if self.best_epoch > 1:
+            del self.states[self.best_epoch]
+        self.states[epoch] = state
+        self.best_epoch = epoch
 
 
 def count_ids(log: ClickLog, rows: NDArray[np.int64]) -> dict[str, Tensor]:
@@ -122,12 +135,20 @@ def evaluate(model: nn.Module, log: ClickLog, rows: NDArray[np.int64]) -> Score:
     Raises:
         ValueError: all rows have the same label: there is no AUC.
     """
+    return score(log.labels[rows], predict(model, log, rows).astype(np.float64))
+
+
+def score(label: NDArray[np.uint8], probability: NDArray[np.float64]) -> Score:
+    """AUC and log-loss of predictions.
+
+    Raises:
+        ValueError: all labels are the same: there is no AUC.
+    """
     from sklearn.metrics import log_loss, roc_auc_score
 
-    label, probability = log.labels[rows], predict(model, log, rows).astype(np.float64)
     if label.min() == label.max():
         raise ValueError(
-            f"all {len(rows)} rows to be evaluated have the label {label[0]}, so there is no AUC; "
+            f"all {len(label)} rows to be evaluated have the label {label[0]}, so there is no AUC; "
             "use more rows, or another split"
         )
     if not np.isfinite(probability).all():  # a learning rate too far: the worst score there is
@@ -158,7 +179,7 @@ def train(
         trained.train_seconds += time.perf_counter() - started
         trained.examples += len(rows)
         trained.validation.append(evaluate(model, log, split.validation))
-        _keep_state(trained, epoch)
+        trained.keep_state(epoch)
         if epoch - trained.best_epoch >= settings.patience:
             break
     procedure.close()
@@ -188,17 +209,6 @@ def _train_epoch(
             last = now
 
 
-def _keep_state(trained: Trained, epoch: int) -> None:
-    """Keep the weights of the first epoch and of the best so far."""
-    if epoch > 1 and trained.validation[-1].auc <= trained.best_auc:
-        return
-    state = {key: value.detach().clone() for key, value in trained.model.state_dict().items()}
-    if trained.best_epoch > 1:
-        del trained.states[trained.best_epoch]
-    trained.states[epoch] = state
-    trained.best_epoch = epoch
-
-
 def deployed(trained: Trained, epoch: int) -> nn.Module:
     """A copy of the model as it was after that epoch, as it would be served."""
     # load_state_dict takes the plans out of its argument's copy, not out of the model.
@@ -209,8 +219,10 @@ def deployed(trained: Trained, epoch: int) -> nn.Module:
 def test_scores(trained: Trained, log: ClickLog, rows: NDArray[np.int64]) -> dict[int, Score]:
     """Test scores of the deployed model after the first and the best epoch.
 
-    This is the one look at the test rows.
+    This is the one look at the test rows; a prequential run has scored them on its way.
     """
+    if trained.prequential is not None:
+        return {trained.best_epoch: trained.prequential}
     return {epoch: evaluate(deployed(trained, epoch), log, rows) for epoch in trained.states}
 
 
