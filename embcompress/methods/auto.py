@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -12,11 +12,15 @@ from torch import Tensor
 from embcompress.calibration import calibrate
 from embcompress.engine.reference import address_rows
 from embcompress.fitting import principal_directions
+from embcompress.importance import strongest
 from embcompress.latents import pack_latents
 from embcompress.methods import register
 from embcompress.methods.base import JointMethod, TableSpec
 from embcompress.methods.low_bit import LowBit
+from embcompress.packing import pack_codes
 from embcompress.plan import (
+    Code,
+    Combine,
     Digit,
     Hash,
     Linear,
@@ -26,8 +30,9 @@ from embcompress.plan import (
     Store,
 )
 from embcompress.planner.explanation import Explanation
-from embcompress.planner.frontier import Choices, Option, tables_frontier
+from embcompress.planner.frontier import tables_frontier
 from embcompress.planner.loss import FLOAT, NARROWNESS
+from embcompress.planner.options import Choices, Option
 
 _CHUNK = 1 << 18  # ids
 _NARROWNESS_FACTORS = (1, 4, 12, 40)
@@ -55,12 +60,15 @@ class Auto(JointMethod):
         narrowness: what one column of many loses, as a share of what a table's ids tell.
         chunks: a shared row has this many parts at most, each found by a hash of its own: ids
             that share one part differ in others (as in :class:`~embcompress.Unified`).
+        hot: whether, where counts are known, the ids that occur most may have columns of their
+            own beside the others'.
     """
 
     name: ClassVar[str] = "auto"
     share_projection: bool = True
     narrowness: float = NARROWNESS
     chunks: int = 4
+    hot: bool = True
 
     def __post_init__(self) -> None:
         if not self.narrowness >= 0:
@@ -83,7 +91,7 @@ class Auto(JointMethod):
     @property
     def choices(self) -> Choices:
         """What a table may be given."""
-        return Choices(self.share_projection, self.narrowness)
+        return Choices(self.share_projection, self.narrowness, self.hot)
 
     def group_sizes(self, tables: Sequence[TableSpec]) -> range:
         return range(len(tables_frontier(tables, self.choices)))
@@ -93,7 +101,18 @@ class Auto(JointMethod):
         return [_plan(*each, self.chunks) for each in zip(tables, options, strict=True)]
 
     def for_trained_tables(self) -> JointMethod:
-        return replace(self, share_projection=False)
+        return replace(self, share_projection=False, hot=False)
+
+    def fill(self, table: TableSpec, plan: LookupPlan, stores: Mapping[str, Tensor]) -> None:
+        """Codes: the number of their row for the ids that occur most, absent for the others."""
+        if "codes" not in stores or stores["codes"].device.type == "meta":
+            return
+        assert table.counts is not None  # without, no id is known to be hot
+        bits = plan.store("codes").bits
+        codes = torch.full((table.num_embeddings,), 2**bits - 1)
+        hot = strongest(table.counts.cpu(), plan.store("hot").rows)
+        codes[hot] = torch.arange(len(hot))
+        stores["codes"].copy_(pack_codes(codes, bits))
 
     def explain(self, tables: Sequence[TableSpec], plans: Sequence[LookupPlan]) -> Explanation:
         return Explanation.of(tables, plans, self.choices)
@@ -121,24 +140,33 @@ class Auto(JointMethod):
 def _plan(table: TableSpec, option: Option, chunks: int) -> LookupPlan:
     n, d, width, rows = table.num_embeddings, table.embedding_dim, option.width, option.rows
     parts = 1 if rows == n else max(k for k in range(1, chunks + 1) if width % k == 0)
-    shape = (rows * parts, width // parts)
-    if option.bits == FLOAT:
-        stores = [Store("weight", *shape, table.dtype)]
-    else:
-        stores = [
-            Store("scale", 1, shape[1], table.dtype),
-            Store("weight", *shape, f"uint{option.bits}", Quantization("scale")),
-        ]
+    stores = _values("weight", "scale", (rows * parts, width // parts), option.bits, table.dtype)
+    addresses = (
+        [Digit(1, n)]
+        if rows == n
+        else [Hash(table.key(part), rows * parts) for part in range(parts)]
+    )
+    probes: list[Probe] = [Probe("weight", address) for address in addresses]
+    if (hot := option.hot) is not None:
+        stores.append(Store("codes", n, 1, f"uint{hot.ids.bit_length()}"))
+        stores += _values("hot", "hot_scale", (hot.ids, hot.columns), hot.bits, table.dtype)
+        probes.append(Probe("hot", Code("codes", hot.ids, Digit(1, n))))
+        width += hot.columns
     head = None
-    if width < d:
+    if width != d or hot is not None:
         name = f"auto_{d}x{width}" if option.shares else ""
         stores.append(Store("projection", d, width, table.dtype, shared=name))
         head = Linear("projection")
-    addresses = (
-        [Digit(1, n)] if rows == n else [Hash(table.key(part), shape[0]) for part in range(parts)]
-    )
-    probes = tuple(Probe("weight", address) for address in addresses)
-    return LookupPlan(n, d, tuple(stores), probes, "concat" if parts > 1 else "sum", head=head)
+    combine: Combine = "concat" if len(probes) > 1 else "sum"
+    return LookupPlan(n, d, tuple(stores), tuple(probes), combine, head=head)
+
+
+def _values(name: str, scale: str, shape: tuple[int, int], bits: int, dtype: str) -> list[Store]:
+    """A store of rows, and the steps of its numbers."""
+    if bits == FLOAT:
+        return [Store(name, *shape, dtype)]
+    quantized = Store(name, *shape, f"uint{bits}", Quantization(scale))
+    return [Store(scale, 1, shape[1], dtype), quantized]
 
 
 def _row_means(table: TableSpec, plan: LookupPlan, weight: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from embcompress.methods.base import TableSpec
 from embcompress.plan import LookupPlan, total_bytes
-from embcompress.planner.frontier import Choices, Option, tables_frontier
+from embcompress.planner.frontier import tables_frontier
 from embcompress.planner.loss import FLOAT, table_value
+from embcompress.planner.options import Choices, Option
 from embcompress.text_table import text_table
 
 
