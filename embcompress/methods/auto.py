@@ -91,14 +91,14 @@ class Auto(JointMethod):
     @property
     def choices(self) -> Choices:
         """What a table may be given."""
-        return Choices(self.share_projection, self.narrowness, self.hot)
+        return Choices(self.share_projection, self.narrowness, self.hot, self.chunks)
 
     def group_sizes(self, tables: Sequence[TableSpec]) -> range:
         return range(len(tables_frontier(tables, self.choices)))
 
     def group_plans(self, tables: Sequence[TableSpec], size: int) -> list[LookupPlan]:
         options = tables_frontier(tables, self.choices).options(size)
-        return [_plan(*each, self.chunks) for each in zip(tables, options, strict=True)]
+        return [_plan(*each) for each in zip(tables, options, strict=True)]
 
     def for_trained_tables(self) -> JointMethod:
         return replace(self, share_projection=False, hot=False)
@@ -137,9 +137,9 @@ class Auto(JointMethod):
         return LowBit().fit(merged, plan, rows)
 
 
-def _plan(table: TableSpec, option: Option, chunks: int) -> LookupPlan:
+def _plan(table: TableSpec, option: Option) -> LookupPlan:
     n, d, width, rows = table.num_embeddings, table.embedding_dim, option.width, option.rows
-    parts = 1 if rows == n else max(k for k in range(1, chunks + 1) if width % k == 0)
+    parts = option.parts
     stores = _values("weight", "scale", (rows * parts, width // parts), option.bits, table.dtype)
     addresses = (
         [Digit(1, n)]

@@ -48,6 +48,7 @@ class Option:
     Attributes:
         width: columns of its rows.
         rows: its rows; fewer than ids are shared by a hash.
+        parts: of a shared row, each found by a hash of its own.
         bits: of a number, or :data:`~embcompress.planner.loss.FLOAT`.
         shares: whether its projection is the one that tables share.
         bytes: of rows, steps, codes, and a projection of its own.
@@ -59,6 +60,7 @@ class Option:
 
     width: int
     rows: int
+    parts: int
     bits: int
     shares: bool
     bytes: int
@@ -75,6 +77,7 @@ class Choices:
         share_projection: whether tables of one width may share a projection.
         narrowness: what one column of many loses (:data:`~embcompress.planner.loss.NARROWNESS`).
         hot: whether frequent ids may have columns of their own.
+        chunks: parts of a shared row, at most.
         widths: numbers of columns; None for all.
         bits: of a number; None for all.
         own_rows: every id has a row of its own.
@@ -83,6 +86,7 @@ class Choices:
     share_projection: bool = True
     narrowness: float = NARROWNESS
     hot: bool = True
+    chunks: int = 1
     widths: tuple[int, ...] | None = None
     bits: tuple[int, ...] | None = None
     own_rows: bool = False
@@ -124,7 +128,8 @@ def table_options(
     """
     if shares and width == dim:
         return []
-    groups = list(_groups(value, width, dim, choices, shares))
+    parts = max(k for k in range(1, choices.chunks + 1) if width % k == 0)
+    groups = list(_groups(value, width, dim, choices, shares, parts))
     sizes = np.concatenate([group.bytes for group in groups])
     losses = np.concatenate([group.loss for group in groups])
     of_group = np.repeat(np.arange(len(groups)), len(groups[0].bytes))
@@ -134,15 +139,18 @@ def table_options(
         group = groups[of_group[position]]
         k = position % len(group.bytes)
         kept, hot_kept = float(group.kept[k]), float(group.hot_kept[k])
-        rows, bits = int(group.rows[k]), int(group.bits[k])
-        hot = None
+        rows, bits, hot = int(group.rows[k]), int(group.bits[k]), None
+        has_own_rows = rows == value.rows[-1]
         if group.hot is not None:
             head, columns, hot_bits = group.hot
-            whole = _hot_width(width, columns, dim, rows == value.rows[-1])
+            whole = _hot_width(width, columns, dim, has_own_rows)
             hot = Hot(head.ids, columns, hot_bits, whole, head.share, hot_kept)
         options.append(
-            Option(width, rows, bits, shares, int(group.bytes[k]), kept, float(group.loss[k]), hot)
-        )
+            Option(
+                width, rows, 1 if has_own_rows else parts, bits, shares, int(group.bytes[k]), kept,
+                float(group.loss[k]), hot,
+            )
+        )  # fmt: skip
     return options
 
 
@@ -153,7 +161,7 @@ def falling(losses: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 
 def _groups(
-    value: TableValue, width: int, dim: int, choices: Choices, shares: bool
+    value: TableValue, width: int, dim: int, choices: Choices, shares: bool, parts: int
 ) -> Iterator[_Many]:
     numbers = np.array(choices.bits or tuple(QUANTIZATION_LOSS))
     first = len(value.rows) - 1 if choices.own_rows else 0
@@ -162,8 +170,9 @@ def _groups(
         len(value.rows) - first
     )
     rows = np.tile(value.rows[first:], len(numbers))
+    ids, is_own = value.rows[-1], rows == value.rows[-1]
     head = 0 if shares or width == dim else width * dim * FLOAT_BYTES
-    steps = np.where(bits == FLOAT, 0, width * FLOAT_BYTES)
+    steps = np.where(bits == FLOAT, 0, np.where(is_own, width, width // parts) * FLOAT_BYTES)
     sizes = -(-rows * width * bits // 8) + steps + head
 
     def narrow(columns: int) -> float:
@@ -177,7 +186,6 @@ def _groups(
     yield _Many(None, bits, rows, sizes, kept, none, value.value * (1 - kept * narrow(width)))
     if shares or width == dim or not choices.hot or choices.bits or choices.widths:
         return
-    ids, is_own = value.rows[-1], rows == value.rows[-1]
     for each in value.heads[1::2]:
         kept = kept_of(each.kept)
         codes = -(-ids * each.ids.bit_length() // 8)
