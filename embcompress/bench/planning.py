@@ -10,9 +10,13 @@ from embcompress.bench.settings import TrainingSettings
 from embcompress.bench.training import build_model
 from embcompress.data.click_log import ClickLog
 from embcompress.methods import Method, resolve_method
-from embcompress.planner.trials import Candidate, TrialData, distinct, successive_halving
-
-_EXAMPLES = 1 << 19
+from embcompress.planner.trials import (
+    MOST_EXAMPLES,
+    Trial,
+    TrialData,
+    distinct,
+    successive_halving,
+)
 
 
 def try_candidates(
@@ -24,13 +28,14 @@ def try_candidates(
     seed: int,
     counts: dict[str, Tensor],
     seconds: float,
-) -> list[Candidate]:
+) -> list[Trial]:
     """What a method could be set to, best first; see :func:`successive_halving`.
 
     Args:
-        rows: training rows; the candidates are trained on some and compared by others of them.
+        rows: training rows; the candidates are trained on some and compared by others of them, in
+            time order by the latest.
         counts: of the ids of each feature in these rows.
-        seconds: after which no further training is begun.
+        seconds: trainings end after so long.
 
     Raises:
         BudgetError: the method cannot meet the budget for these tables.
@@ -43,16 +48,16 @@ def try_candidates(
     if len(methods) > 1:
         methods = distinct(methods, lambda candidate: _plans(build(candidate)))
     if len(methods) == 1:
-        return [Candidate(methods[0])]
+        return [Trial(methods[0])]
     if settings.split == "random":
         rows = np.random.default_rng(seed).permutation(rows)
+    rows = rows[-MOST_EXAMPLES:]
     data = TrialData.of(
         (
             ((batch.dense, batch.ids, batch.offsets), batch.label)
             for start in range(0, len(rows), settings.batch_size)
             for batch in [log.batch(rows[start : start + settings.batch_size])]
-        ),
-        _EXAMPLES,
+        )
     )
     return successive_halving(methods, build, data, seconds)
 

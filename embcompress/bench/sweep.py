@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from embcompress.data.load import load_click_log
 from embcompress.memory import MemoryReport, memory
 from embcompress.models import DLRM
 from embcompress.modules import EmbeddingBag
-from embcompress.planner.trials import Candidate
+from embcompress.planner.trials import Trial
 
 RESULTS, IMPOSSIBLE = "results.jsonl", "impossible.jsonl"
 #: So many seeds of a cell try every learning rate: one alone is at the mercy of its noise.
@@ -50,7 +51,7 @@ class Sweep:
         self.results = RecordFile(directory / RESULTS)
         self.impossible = RecordFile(directory / IMPOSSIBLE)
         self._counts: dict[str, Tensor] = {}
-        self._tried: dict[str, list[Candidate]] = {}  # by run
+        self._tried: dict[str, tuple[list[Trial], float]] = {}  # by run, and how long it took
         self._counted: tuple[object, ...] = ()  # what the counts are of
 
     def _is_done(self, run: Run) -> bool:
@@ -97,9 +98,9 @@ class Sweep:
         scores = test_scores(best, log, split.test)
         size = _checked_memory(run, deployed(best, best.best_epoch))
         record = _result_record(run, log, best, trials, size, lookup)
-        record["candidates"] = [
-            {"settings": str(c.method), "passes": c.passes, "auc": c.auc}
-            for c in self._tried.pop(run.key)
+        tried, record["plan_seconds"] = self._tried.pop(run.key)
+        record["tried"] = [
+            {"settings": str(each.method), "passes": each.passes, "auc": each.auc} for each in tried
         ]
         record["auc"], record["logloss"] = (
             scores[best.best_epoch].auc,
@@ -117,8 +118,10 @@ class Sweep:
             self._counted = key
         details = (run.training, run.method, run.budget, run.seed, self._counts)
         if run.key not in self._tried:
-            self._tried[run.key] = try_candidates(log, rows, *details, self.settings.plan_seconds)
-        method = self._tried[run.key][0].method
+            started = time.perf_counter()
+            tried = try_candidates(log, rows, *details, self.settings.plan_seconds)
+            self._tried[run.key] = tried, time.perf_counter() - started
+        method = self._tried[run.key][0][0].method
         return build_model(log, run.training, method, run.budget, run.seed, self._counts)
 
     def _learning_rates(self, run: Run) -> tuple[float, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -31,7 +32,7 @@ from embcompress.plan import (
 )
 from embcompress.planner.explanation import Explanation
 from embcompress.planner.frontier import tables_frontier
-from embcompress.planner.loss import FLOAT, NARROWNESS
+from embcompress.planner.loss import FLOAT, NARROWNESS, table_value
 from embcompress.planner.options import Choices, Option
 
 _CHUNK = 1 << 18  # ids
@@ -83,7 +84,7 @@ class Auto(JointMethod):
         here does.
         """
         return [
-            replace(self, narrowness=factor * self.narrowness, chunks=chunks)
+            replace(self, narrowness=round(factor * self.narrowness, 6), chunks=chunks)
             for factor in _NARROWNESS_FACTORS
             for chunks in dict.fromkeys((self.chunks, 1))
         ]
@@ -99,6 +100,18 @@ class Auto(JointMethod):
     def group_plans(self, tables: Sequence[TableSpec], size: int) -> list[LookupPlan]:
         options = tables_frontier(tables, self.choices).options(size)
         return [_plan(*each) for each in zip(tables, options, strict=True)]
+
+    def expected_loss(self, tables: Sequence[TableSpec], budget_bytes: int) -> float:
+        """Share of what the ids of the tables tell that is expected to be lost.
+
+        Infinite where the budget cannot be met.
+        """
+        found = tables_frontier(tables, self.choices)
+        point = found.within(budget_bytes)
+        if point is None:
+            return math.inf
+        whole = sum(table_value(table).value for table in tables)
+        return float(found.loss[point]) / max(whole, 1e-300)
 
     def for_trained_tables(self) -> JointMethod:
         return replace(self, share_projection=False, hot=False)

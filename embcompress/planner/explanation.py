@@ -22,7 +22,8 @@ class TableChoice:
     Attributes:
         name: of the table.
         ids, rows, width, bits: its ids; its rows, their columns, and bits of a number.
-        bytes: of rows, steps and a projection of its own.
+        hot: what its most frequent ids have beside that, in words; empty for nothing.
+        bytes: of rows, steps, codes and a projection of its own.
         value: bits an example that its ids tell (entropy).
         kept: share of the value that is expected to be left, were all tables as wide.
     """
@@ -32,9 +33,34 @@ class TableChoice:
     rows: int
     width: int
     bits: int
+    hot: str
     bytes: int
     value: float
     kept: float
+
+    @property
+    def sentence(self) -> str:
+        """In words."""
+        shared = "of their own" if self.rows == self.ids else f"among {self.rows:,} that they share"
+        if self.rows == 1 < self.ids:
+            shared = "in common, one for all"
+        hot = f"; {self.hot}" if self.hot else ""
+        return f"its {self.ids:,} ids have rows {shared}, {_numbers(self.width, self.bits)}{hot}"
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A setting of the planner that was tried by a short training.
+
+    Attributes:
+        settings: of the method, as it prints.
+        passes: over the training examples.
+        auc: on held-out examples.
+    """
+
+    settings: str
+    passes: float
+    auc: float
 
 
 @dataclass(frozen=True)
@@ -48,6 +74,10 @@ class Explanation:
         alternatives: (what, share lost): the best plans within the same bytes under one
             restriction each; those that do not fit are left out.
         curve: (bytes, share lost) of all plans that no other one beats.
+        has_counts: whether it is known how often ids occur.
+        tried: by short trainings, best first; empty without data.
+        examples: number of examples of these.
+        quality: how the bytes were found, where a quality was asked for; else empty.
     """
 
     tables: tuple[TableChoice, ...]
@@ -55,6 +85,10 @@ class Explanation:
     lost: float
     alternatives: tuple[tuple[str, float], ...]
     curve: tuple[tuple[int, float], ...]
+    has_counts: bool
+    tried: tuple[Tried, ...] = ()
+    examples: int = 0
+    quality: str = ""
 
     @classmethod
     def of(
@@ -64,23 +98,42 @@ class Explanation:
         size = total_bytes(plans)
         whole = max(sum(table_value(table).value for table in tables), 1e-300)
         best = tables_frontier(tables, choices)
-        options = best.options(best.within(size) or 0)
-        chosen = [_choice(*each) for each in zip(tables, plans, options, strict=True)]
-        lost = float(best.loss[best.within(size) or 0]) / whole
+        point = best.within(size) or 0
+        chosen = [_choice(*each) for each in zip(tables, plans, best.options(point), strict=True)]
         others = []
         for name, restricted in _restrictions(choices):
             other = tables_frontier(tables, restricted)
-            point = other.within(size)
-            if point is not None:
-                others.append((name, float(other.loss[point]) / whole))
+            fitting = other.within(size)
+            if fitting is not None:
+                others.append((name, float(other.loss[fitting]) / whole))
         curve = [
             (int(b), float(loss) / whole) for b, loss in zip(best.bytes, best.loss, strict=True)
         ]
         chosen.sort(key=lambda choice: -choice.bytes)
         others.sort(key=lambda other: other[1])
-        return cls(tuple(chosen), size, lost, tuple(others), tuple(curve))
+        return cls(
+            tables=tuple(chosen),
+            bytes=size,
+            lost=float(best.loss[point]) / whole,
+            alternatives=tuple(others),
+            curve=tuple(curve),
+            has_counts=any(table.counts is not None for table in tables),
+        )
 
     def __str__(self) -> str:
+        parts = [self.quality, self._summary(), self._table(), self._alternatives(), self._trials()]
+        return "\n".join(part for part in parts if part)
+
+    def _summary(self) -> str:
+        known = "known counts" if self.has_counts else "an assumed power law"
+        first = self.tables[0]
+        return (
+            f"{self.bytes:,} bytes, expected to lose {self.lost:.1%} of what the ids tell, by "
+            f"{known}.\n{first.bytes / max(1, self.bytes):.0%} of the bytes go to "
+            f"{first.name or 'the table'}: {first.sentence}."
+        )
+
+    def _table(self) -> str:
         rows = [
             (
                 choice.name,
@@ -88,19 +141,32 @@ class Explanation:
                 "own" if choice.rows == choice.ids else f"{choice.rows:,} shared",
                 choice.width,
                 "float" if choice.bits == FLOAT else choice.bits,
+                choice.hot,
                 f"{choice.bytes:,}",
                 f"{choice.value:.1f}",
                 f"{choice.kept:.1%}",
             )
             for choice in self.tables
         ]
-        header = ("table", "ids", "rows", "columns", "bits", "bytes", "entropy", "kept")
-        text = (
-            f"{self.bytes:,} bytes, expected to lose {self.lost:.1%} of what the ids tell.\n"
-            f"{text_table(header, rows)}\n"
-        )
-        tried = ", ".join(f"{name} {lost:.1%}" for name, lost in self.alternatives)
-        return text + (f"Within the same bytes: {tried}." if tried else "Nothing else fits.")
+        header = ("table", "ids", "rows", "columns", "bits", "and", "bytes", "entropy", "kept")
+        return text_table(header, rows)
+
+    def _alternatives(self) -> str:
+        others = ", ".join(f"{name} {lost:.1%}" for name, lost in self.alternatives)
+        return f"Expected loss within the same bytes: {others}." if others else "Nothing else fits."
+
+    def _trials(self) -> str:
+        if not self.tried:
+            return ""
+        if len(self.tried) == 1:
+            return "All settings of the planner give this plan, so none was tried."
+        lines = [
+            f"  {each.settings}: AUC {each.auc:.4f} after {each.passes:g} passes"
+            if each.passes
+            else f"  {each.settings}: no time"
+            for each in self.tried
+        ]
+        return "\n".join([f"Tried on {self.examples:,} examples, best first:", *lines])
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
         """Save a picture: the bytes of every table, and expected loss against bytes.
@@ -115,16 +181,22 @@ class Explanation:
         shown = self.tables[:20][::-1]
         bars.barh([choice.name or "table" for choice in shown], [c.bytes for c in shown])
         for number, choice in enumerate(shown):
-            bits = "float" if choice.bits == FLOAT else f"{choice.bits} bit"
             own = "" if choice.rows == choice.ids else f", {choice.rows:,} shared rows"
+            hot = f", {choice.hot}" if choice.hot else ""
             bars.annotate(
-                f" {choice.width} × {bits}{own}", (choice.bytes, number), va="center", fontsize=7
+                f" {choice.width} × {_bits(choice.bits)}{own}{hot}",
+                (choice.bytes, number),
+                va="center",
+                fontsize=7,
             )
-        bars.margins(x=0.3)
+        bars.margins(x=0.4)
         bars.set_xlabel("bytes")
         sizes, losses = zip(*self.curve, strict=True)
         line.plot(sizes, losses, label="best plans")
         line.plot([self.bytes], [self.lost], "o", label="this plan")
+        for name, lost in self.alternatives:
+            line.plot([self.bytes], [lost], "_", color="grey")
+            line.annotate(f" {name}", (self.bytes, lost), va="center", fontsize=6, color="grey")
         line.set_xscale("log")
         line.set_xlabel("bytes")
         line.set_ylabel("expected share lost")
@@ -135,17 +207,27 @@ class Explanation:
 
 
 def _choice(table: TableSpec, plan: LookupPlan, option: Option) -> TableChoice:
-    store, value = plan.store("weight"), table_value(table).value
+    value, hot = table_value(table).value, option.hot
+    more = f"{hot.ids:,} hot ids {_numbers(hot.columns, hot.bits)} more" if hot is not None else ""
     return TableChoice(
         name=table.name,
         ids=table.num_embeddings,
-        rows=store.rows,
-        width=store.width,
-        bits=FLOAT if store.is_float else store.bits,
+        rows=option.rows,
+        width=option.width,
+        bits=FLOAT if plan.is_dense else option.bits,
+        hot=more,
         bytes=sum(each.bytes for each in plan.stores if not each.shared),
         value=value,
         kept=1.0 if plan.is_dense or value == 0 else 1 - option.loss / value,
     )
+
+
+def _numbers(columns: int, bits: int) -> str:
+    return f"{columns} column{'s' if columns > 1 else ''} in {_bits(bits)}"
+
+
+def _bits(bits: int) -> str:
+    return "floats" if bits == FLOAT else f"{bits} bit{'s' if bits > 1 else ''}"
 
 
 def _restrictions(choices: Choices) -> list[tuple[str, Choices]]:
@@ -153,7 +235,7 @@ def _restrictions(choices: Choices) -> list[tuple[str, Choices]]:
     narrow = [(f"{w} columns everywhere", replace(choices, widths=(w,))) for w in (2, 4, 8, 16)]
     coarse = [(f"{b} bits everywhere", replace(choices, bits=(b,))) for b in (1, 2, 4, 8)]
     return [
-        ("a row for every id", replace(choices, own_rows=True)),
+        ("a row for every id", replace(choices, own_rows=True, hot=False)),
         ("1 column everywhere", replace(choices, widths=(1,))),
         *narrow,
         *coarse,

@@ -8,18 +8,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from embcompress.budget import BudgetError
 from embcompress.methods.base import Method
 from embcompress.recipe import binary_step, make_optimizer
 from embcompress.training import TrainingProcedure
 
 #: What a model is called with (a tensor, a tuple of arguments, a dict of named ones), and labels.
 Example = tuple[Any, Tensor]
+#: Examples that are tried on, at most: so many that a training takes seconds.
+MOST_EXAMPLES = 1 << 17
 _HELD_OUT = 0.1
 _LEARNING_RATE = 0.03  # of Adagrad
-#: Passes over the training examples after which the worse half of the candidates is left out.
+#: Passes over the training examples after which the worse half of the plans is left out; the best
+#: guess stays to the end, because a short training says least of what learns slowly.
 _RUNGS = (0.5, 1.0, 2.0, 4.0)
 
 
@@ -36,17 +41,18 @@ class TrialData:
     validation: list[Example]
 
     @classmethod
-    def of(cls, data: Iterable[Example], max_examples: int) -> TrialData:
+    def of(cls, data: Iterable[Example], max_examples: int = MOST_EXAMPLES) -> TrialData:
         """The first batches of ``data``; the last tenth of them is held out.
 
         Raises:
-            ValueError: fewer than two batches, or batches that are not pairs.
+            TypeError: batches that are not pairs.
+            ValueError: fewer than two batches, or held-out labels that are all alike.
         """
         batches: list[Example] = []
         count = 0
         for batch in data:
             if not isinstance(batch, tuple | list) or len(batch) != 2:
-                raise ValueError(
+                raise TypeError(
                     "data must yield pairs (inputs, labels); inputs are a tensor, a tuple of the "
                     f"model's arguments or a dict of named ones; got {type(batch).__name__}"
                 )
@@ -58,7 +64,24 @@ class TrialData:
         if len(batches) < 2:
             raise ValueError(f"data must yield at least 2 batches, got {len(batches)}")
         held_out = max(1, round(len(batches) * _HELD_OUT))
-        return cls(batches[:-held_out], batches[-held_out:])
+        result = cls(batches[:-held_out], batches[-held_out:])
+        labels = result.held_out_labels
+        if labels.min() == labels.max():
+            raise ValueError(
+                f"all {labels.numel()} held-out labels are {labels[0].item():g}; give more data, or "
+                "shuffle it"
+            )
+        return result
+
+    @property
+    def held_out_labels(self) -> Tensor:
+        """(N,) labels of the held-out examples."""
+        return torch.cat([labels.reshape(-1) for _, labels in self.validation]).cpu()
+
+    @property
+    def examples(self) -> int:
+        """Number of examples to train on."""
+        return sum(labels.numel() for _, labels in self.training)
 
 
 def call_model(model: nn.Module, inputs: Any) -> Tensor:
@@ -75,14 +98,14 @@ def call_model(model: nn.Module, inputs: Any) -> Tensor:
 
 
 @dataclass(eq=False)
-class Candidate:
+class Trial:
     """A plan that is being tried.
 
     Attributes:
         method: what makes the plan.
-        auc: on the held-out batches, the best after any rung.
-        passes: over the training batches.
-        head_start: is added to its AUC where candidates are compared.
+        auc: on the held-out batches, the best after any number of passes.
+        passes: over the training batches, after which it was evaluated last.
+        head_start: is added to its AUC where plans are compared.
     """
 
     method: Method
@@ -93,23 +116,26 @@ class Candidate:
     _optimizer: torch.optim.Optimizer | None = field(default=None, repr=False)
     _procedure: TrainingProcedure | None = field(default=None, repr=False)
 
-    def train(self, build: Callable[[Method], nn.Module], data: TrialData, passes: float) -> None:
-        """Go on to so many passes, and evaluate."""
+    def train(
+        self, build: Callable[[Method], nn.Module], data: TrialData, passes: float, end: float
+    ) -> None:
+        """Go on to so many passes, and evaluate; give up when the time is past ``end``."""
         if self._model is None:
             self._model = build(self.method)
             self._optimizer = make_optimizer(self._model, _LEARNING_RATE)
             self._procedure = TrainingProcedure(self._model, self._optimizer)
         assert self._optimizer is not None and self._procedure is not None
         count = len(data.training)
-        first, last = round(self.passes * count), round(passes * count)
         self._model.train()
-        for batch in range(first, last):
+        for batch in range(round(self.passes * count), round(passes * count)):
+            if time.monotonic() > end:
+                return
             inputs, labels = data.training[batch % count]
             logits = call_model(self._model, inputs)
             binary_step(self._optimizer, logits.reshape(-1), labels.reshape(-1))
             self._procedure.step()
         self.passes = passes
-        self.auc = max(self.auc, area_under_curve(self._model, data.validation))
+        self.auc = max(self.auc, area_under_curve(self._model, data))
 
     def end(self) -> None:
         """Let the model go."""
@@ -117,37 +143,41 @@ class Candidate:
 
 
 @torch.no_grad()
-def area_under_curve(model: nn.Module, batches: Sequence[Example]) -> float:
-    """Area under the ROC curve of the model's outputs; 0 where they are not finite.
+def area_under_curve(model: nn.Module, data: TrialData) -> float:
+    """Area under the ROC curve of the held-out outputs; 0 where they are not finite.
 
-    Raises:
-        ValueError: all labels are alike.
-        ModuleNotFoundError: scikit-learn is not installed.
+    It is the share of pairs of a positive and a negative in which the positive has the larger
+    output; equal ones count half.
     """
-    try:
-        from sklearn.metrics import roc_auc_score
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "plans are compared by scikit-learn's roc_auc_score: pip install 'embcompress[bench]'"
-        ) from error
     model.eval()
-    outputs = torch.cat([call_model(model, inputs).reshape(-1) for inputs, _ in batches]).cpu()
-    labels = torch.cat([labels.reshape(-1) for _, labels in batches]).cpu()
-    if labels.min() == labels.max():
-        raise ValueError(
-            f"all {labels.numel()} held-out labels are {labels[0].item():g}; give more data, or "
-            "shuffle it"
-        )
-    if not outputs.isfinite().all():
+    outputs = [call_model(model, inputs).reshape(-1) for inputs, _ in data.validation]
+    values = torch.cat(outputs).double().cpu().numpy()
+    if not np.isfinite(values).all():
         return 0.0
-    return float(roc_auc_score(labels.numpy(), outputs.numpy()))
+    is_positive = data.held_out_labels.numpy() > 0.5
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    rank = (count.cumsum() - (count - 1) / 2)[place]
+    positive = int(is_positive.sum())
+    negative = len(values) - positive
+    above = rank[is_positive].sum() - positive * (positive + 1) / 2
+    return float(above / (positive * negative))
 
 
 def distinct(methods: Sequence[Method], plans: Callable[[Method], object]) -> list[Method]:
-    """The methods that make other plans than those before them."""
+    """The methods that can meet the budget, with other plans than those before them.
+
+    Raises:
+        BudgetError: none can.
+    """
     first: dict[object, Method] = {}
+    failure: BudgetError | None = None
     for method in methods:
-        first.setdefault(plans(method), method)
+        try:
+            first.setdefault(plans(method), method)
+        except BudgetError as error:
+            failure = failure or error
+    if not first and failure is not None:
+        raise failure
     return list(first.values())
 
 
@@ -156,56 +186,63 @@ def successive_halving(
     build: Callable[[Method], nn.Module],
     data: TrialData,
     seconds: float,
-) -> list[Candidate]:
+) -> list[Trial]:
     """Try plans on more and more examples, the better half of them each time.
 
     Source: Jamieson & Talwalkar, "Non-stochastic best arm identification and hyperparameter
     optimization", AISTATS 2016, algorithm 1.
 
     Args:
-        methods: to be tried; the first is the best guess, and has a head start of one standard
-            error of an AUC: what is not told apart stays as it is, whatever the seed.
+        methods: to be tried; the first is the best guess. It is never left out, and has a head
+            start (:func:`indistinguishable`): what is not told apart stays as it is, whatever the
+            seed.
         build: makes a model with tables of that method; its own random numbers, the same each
             time.
         data: what they are trained on and compared by.
-        seconds: no further training is begun after so long. Below that the result does not depend
-            on how fast the machine is.
+        seconds: trainings end after so long; those that were not finished do not count. As long as
+            the time is enough the result does not depend on how fast the machine is.
 
     Returns:
-        All candidates, best first: those that came further are better.
+        All of them, best first: those that came further are better.
     """
-    started = time.monotonic()
-    candidates = [Candidate(method) for method in methods]
-    alive = candidates
-    candidates[0].head_start = standard_error(
-        torch.cat([y.reshape(-1) for _, y in data.validation])
-    )
+    end = time.monotonic() + seconds
+    trials = [Trial(method) for method in methods]
+    trials[0].head_start = indistinguishable(data)
+    alive = trials
     for passes in _RUNGS:
-        for candidate in alive:
-            candidate.train(build, data, passes)
-            if time.monotonic() - started > seconds:
-                break
-        alive = sorted(alive, key=_rank)[: (len(alive) + 1) // 2]
-        for candidate in candidates:
-            if candidate not in alive:
-                candidate.end()
-        if len(alive) == 1 or time.monotonic() - started > seconds:
+        for trial in alive:
+            trial.train(build, data, passes, end)
+        better = sorted(alive, key=_rank)[: (len(alive) + 1) // 2]
+        alive = better if trials[0] in better else [*better, trials[0]]
+        for trial in trials:
+            if trial not in alive:
+                trial.end()
+        if len(alive) == 1 or time.monotonic() > end:
             break
-    for candidate in alive:
-        candidate.end()
-    return sorted(candidates, key=_rank)
+    for trial in alive:
+        trial.end()
+    return sorted(trials, key=_rank)
 
 
-def _rank(candidate: Candidate) -> tuple[float, float]:
-    return -candidate.passes, -candidate.auc - candidate.head_start
+def _rank(trial: Trial) -> tuple[float, float]:
+    return -trial.passes, -trial.auc - trial.head_start
 
 
-def standard_error(labels: Tensor) -> float:
-    """Of the AUC of predictions for these labels that are little better than chance.
+def standard_error(data: TrialData) -> float:
+    """Of the AUC of predictions for the held-out labels that are little better than chance.
 
     Source: Hanley & McNeil, "The meaning and use of the area under a ROC curve", Radiology 1982,
     at an area of 1/2; it falls for larger areas.
     """
-    positive = int(labels.sum())
+    labels = data.held_out_labels
+    positive = int((labels > 0.5).sum())
     negative = labels.numel() - positive
-    return math.sqrt((positive + negative + 1) / (12 * max(1, positive) * max(1, negative)))
+    return math.sqrt((positive + negative + 1) / (12 * positive * negative))
+
+
+def indistinguishable(data: TrialData) -> float:
+    """A difference of AUC that says nothing, between two models with the same held-out examples.
+
+    Half of the standard error of one AUC: that of a difference, if the two are correlated by 7/8.
+    """
+    return standard_error(data) / 2
