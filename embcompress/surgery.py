@@ -199,9 +199,7 @@ def _left_alone(candidate: Candidate) -> TableChange:
     return TableChange(name, rows, width, "full", size, size, note, tuple(also))
 
 
-def _changed(
-    table: Table, plan: LookupPlan, shared: set[str], error: float | None
-) -> TableChange:
+def _changed(table: Table, plan: LookupPlan, shared: set[str], error: float | None) -> TableChange:
     """What became of a table; ``shared`` are the stores that were counted, and grows."""
     candidate = table.candidate
     rows, width = candidate.weight.shape

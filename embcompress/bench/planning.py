@@ -53,11 +53,9 @@ def try_candidates(
         rows = np.random.default_rng(seed).permutation(rows)
     rows = rows[-MOST_EXAMPLES:]
     data = TrialData.of(
-        (
-            ((batch.dense, batch.ids, batch.offsets), batch.label)
-            for start in range(0, len(rows), settings.batch_size)
-            for batch in [log.batch(rows[start : start + settings.batch_size])]
-        )
+        ((batch.dense, batch.ids, batch.offsets), batch.label)
+        for start in range(0, len(rows), settings.batch_size)
+        for batch in [log.batch(rows[start : start + settings.batch_size])]
     )
     return successive_halving(methods, build, data, seconds)
 

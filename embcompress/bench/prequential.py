@@ -11,7 +11,7 @@ from torch import nn
 from embcompress.bench.settings import TrainingSettings
 from embcompress.bench.training import StepObserver, Trained, score
 from embcompress.data.click_log import ClickLog, Split
-from embcompress.recipe import binary_step, make_optimizer
+from embcompress.recipe import OverfittingGuard, binary_step, make_optimizer
 from embcompress.training import TrainingProcedure
 
 
@@ -35,7 +35,7 @@ def train_prequential(
 
     Source: Dawid, "Statistical theory: the prequential approach", JRSS A 147, 1984.
     """
-    trained = Trained(model, learning_rate)
+    trained = Trained(model, learning_rate, OverfittingGuard(settings.patience))
     optimizer = make_optimizer(model, learning_rate)
     procedure = TrainingProcedure(model, optimizer)
     rows = np.concatenate([split.train, split.validation, split.test])
@@ -57,7 +57,6 @@ def train_prequential(
     trained.train_seconds, trained.examples = time.perf_counter() - started, len(rows)
     cuts = np.cumsum([len(split.train), len(split.validation)])
     _, validation, test = np.split(probability.astype(np.float64), cuts)
-    trained.validation = [score(log.labels[split.validation], validation)]
+    trained.end_epoch(score(log.labels[split.validation], validation))
     trained.prequential = score(log.labels[split.test], test)
-    trained.keep_state(1)
     return trained

@@ -9,6 +9,7 @@ from typing import Any
 
 from embcompress.budget import parse_budget
 from embcompress.methods import method_class
+from embcompress.recipe import TABLE_STD
 
 MODELS = ("dlrm",)
 FULL_BUDGET = "100%"
@@ -42,7 +43,7 @@ class TrainingSettings:
     patience: int = 2
     batch_size: int = 512
     learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1)
-    table_std: float = 0.05
+    table_std: float = TABLE_STD
 
     def __post_init__(self) -> None:
         if self.model not in MODELS:
@@ -51,9 +52,7 @@ class TrainingSettings:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.split not in ("random", "time", "prequential"):
-            raise ValueError(
-                f"split must be 'random', 'time' or 'prequential', got {self.split!r}"
-            )
+            raise ValueError(f"split must be 'random', 'time' or 'prequential', got {self.split!r}")
         if not self.learning_rates or min(self.learning_rates) <= 0:
             raise ValueError(f"learning_rates must be positive, got {self.learning_rates}")
 

@@ -19,7 +19,12 @@ from embcompress.data.click_log import ClickLog, Split
 from embcompress.deployment import deploy
 from embcompress.methods import Method
 from embcompress.models import DLRM
-from embcompress.recipe import binary_step, make_optimizer
+from embcompress.recipe import (
+    OverfittingGuard,
+    binary_step,
+    initialize_tables,
+    make_optimizer,
+)
 from embcompress.training import TrainingProcedure
 
 _EVALUATION_ROWS = 8192
@@ -40,36 +45,34 @@ class Trained:
     """A trained model: what it scored after each epoch, and the weights worth keeping.
 
     Attributes:
+        guard: weights after the first and after the epoch with the best validation AUC.
         validation: score after each epoch.
-        states: weights after the first and after the best epoch, by epoch from 1.
-        best_epoch: the epoch with the best validation AUC.
         prequential: of a prequential run, the score of the test rows, each of them predicted
             before it was trained on.
     """
 
     model: nn.Module
     learning_rate: float
+    guard: OverfittingGuard
     validation: list[Score] = field(default_factory=list)
-    states: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    best_epoch: int = 0
     train_seconds: float = 0.0
     examples: int = 0
     prequential: Score | None = None
 
     @property
+    def best_epoch(self) -> int:
+        """The epoch with the best validation AUC, from 1."""
+        return self.guard.best_epoch
+
+    @property
     def best_auc(self) -> float:
         """Validation AUC of the best epoch."""
-        return self.validation[self.best_epoch - 1].auc
+        return max(self.guard.scores)
 
-    def keep_state(self, epoch: int) -> None:
-        """Keep the weights of the first epoch and of the best so far."""
-        if epoch > 1 and self.validation[-1].auc <= self.best_auc:
-            return
-        state = {key: value.detach().clone() for key, value in self.model.state_dict().items()}
-        if self.best_epoch > 1:
-            del self.states[self.best_epoch]
-        self.states[epoch] = state
-        self.best_epoch = epoch
+    def end_epoch(self, score: Score) -> bool:
+        """Take note of an epoch; returns whether to stop."""
+        self.validation.append(score)
+        return self.guard.end_epoch(self.model, score.auc)
 
 
 def count_ids(log: ClickLog, rows: NDArray[np.int64]) -> dict[str, Tensor]:
@@ -114,7 +117,7 @@ def build_model(
     ]
     torch.manual_seed(seed)
     collection = EmbeddingBagCollection(tables, method=method, budget=budget, seed=seed)
-    collection.reset_parameters(settings.table_std)
+    initialize_tables(collection, settings.table_std)
     return DLRM(collection, len(log.dense_names))
 
 
@@ -168,7 +171,7 @@ def train(
     observe: StepObserver | None = None,
 ) -> Trained:
     """Train until the validation AUC stops rising; test rows are not touched."""
-    trained = Trained(model, learning_rate)
+    trained = Trained(model, learning_rate, OverfittingGuard(settings.patience))
     optimizer = make_optimizer(model, learning_rate)
     procedure = TrainingProcedure(model, optimizer)
     rng = np.random.default_rng(seed)
@@ -178,9 +181,7 @@ def train(
         _train_epoch(model, log, rows, settings.batch_size, optimizer, procedure, epoch, observe)
         trained.train_seconds += time.perf_counter() - started
         trained.examples += len(rows)
-        trained.validation.append(evaluate(model, log, split.validation))
-        trained.keep_state(epoch)
-        if epoch - trained.best_epoch >= settings.patience:
+        if trained.end_epoch(evaluate(model, log, split.validation)):
             break
     procedure.close()
     return trained
@@ -211,8 +212,7 @@ def _train_epoch(
 
 def deployed(trained: Trained, epoch: int) -> nn.Module:
     """A copy of the model as it was after that epoch, as it would be served."""
-    # load_state_dict takes the plans out of its argument's copy, not out of the model.
-    trained.model.load_state_dict(trained.states[epoch])
+    trained.guard.restore(trained.model, epoch)
     return deploy(copy.deepcopy(trained.model))
 
 
@@ -223,7 +223,7 @@ def test_scores(trained: Trained, log: ClickLog, rows: NDArray[np.int64]) -> dic
     """
     if trained.prequential is not None:
         return {trained.best_epoch: trained.prequential}
-    return {epoch: evaluate(deployed(trained, epoch), log, rows) for epoch in trained.states}
+    return {epoch: evaluate(deployed(trained, epoch), log, rows) for epoch in trained.guard.states}
 
 
 def finite(value: float) -> float | None:

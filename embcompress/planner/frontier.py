@@ -28,6 +28,7 @@ Numbers = NDArray[np.int64]
 _STEPS_A_DOUBLING = 32
 #: After the best steps, so many more options may be exchanged for larger ones that still fit.
 _EXCHANGES = 6
+_ALL = Choices()
 
 
 @dataclass(frozen=True)
@@ -61,16 +62,21 @@ def frontier(values: tuple[TableValue, ...], dims: tuple[int, ...], choices: Cho
     """The frontier of tables of known value.
 
     For every number of columns it is tried that no table has more, and that they may also share a
-    projection of that many; each with and without columns for hot ids alone.
+    projection of that many; each with and without columns for hot ids alone, and shared rows. A
+    search among more options goes by steeper first steps, and may end in a worse place.
 
     Args:
         values: what each is worth.
         dims: ``embedding_dim`` of each.
         choices: what they may be given.
     """
-    searches = _searches(values, dims, replace(choices, hot=False))
-    if choices.hot and any(value.heads for value in values):
-        searches += _searches(values, dims, choices)
+    has_heads = choices.hot and any(value.heads for value in values)
+    searches = [
+        search
+        for hot in sorted({False, has_heads})
+        for own_rows in sorted({True, choices.own_rows})
+        for search in _searches(values, dims, replace(choices, hot=hot, own_rows=own_rows))
+    ]
     sizes = np.concatenate([search.bytes for search in searches])
     losses = np.concatenate(
         [_expected_loss(values, dims, search, choices.narrowness) for search in searches]
@@ -87,9 +93,7 @@ def frontier(values: tuple[TableValue, ...], dims: tuple[int, ...], choices: Cho
     return Frontier(sizes[points], losses[points], chosen)
 
 
-def _searches(
-    values: Sequence[TableValue], dims: Sequence[int], choices: Choices
-) -> list[_Search]:
+def _searches(values: Sequence[TableValue], dims: Sequence[int], choices: Choices) -> list[_Search]:
     """With at most so many columns, for all numbers of columns."""
     searches = []
     fitting: list[list[Option]] = [[] for _ in values]  # of at most so many columns
@@ -111,7 +115,7 @@ def _searches(
     return searches
 
 
-def tables_frontier(tables: Sequence[TableSpec], choices: Choices = Choices()) -> Frontier:
+def tables_frontier(tables: Sequence[TableSpec], choices: Choices = _ALL) -> Frontier:
     """The frontier of some tables."""
     values = tuple(table_value(table) for table in tables)
     return frontier(values, tuple(table.embedding_dim for table in tables), choices)

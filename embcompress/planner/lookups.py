@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from embcompress.collection import EmbeddingBagCollection
+from embcompress.modules import CompressedTable
 from embcompress.observation import observe_collection
 from embcompress.planner.trials import Example, call_model
 
@@ -28,10 +29,7 @@ def count_lookups(
     Returns:
         (num_embeddings,) int64 for each table.
     """
-    counts = {
-        table: torch.zeros(int(table.num_embeddings), dtype=torch.int64)  # type: ignore[call-overload]
-        for table in tables
-    }
+    counts = {table: torch.zeros(_size(table), dtype=torch.int64) for table in tables}
 
     def add(table: nn.Module, ids: Tensor) -> None:
         flat = (ids.values() if ids.is_nested else ids).reshape(-1).long().cpu()
@@ -40,15 +38,14 @@ def count_lookups(
     def see_table(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         add(module, args[0] if args else kwargs["input"])
 
-    def see_collection(
-        module: EmbeddingBagCollection, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> None:
-        for seen in observe_collection(counts, module, output, *args, **kwargs):  # type: ignore[arg-type]
+    def see_collection(module: Any, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
+        ours = {table for table in counts if isinstance(table, CompressedTable)}
+        for seen in observe_collection(ours, module, output, *args, **kwargs):
             add(seen.table, seen.ids)
 
     handles = [table.register_forward_pre_hook(see_table, with_kwargs=True) for table in counts]
     handles += [
-        module.register_forward_hook(see_collection, with_kwargs=True)  # type: ignore[arg-type]
+        module.register_forward_hook(see_collection, with_kwargs=True)
         for module in model.modules()
         if isinstance(module, EmbeddingBagCollection)
     ]
@@ -60,6 +57,11 @@ def count_lookups(
         for handle in handles:
             handle.remove()
     return counts
+
+
+def _size(table: nn.Module) -> int:
+    size: Any = table.num_embeddings
+    return int(size)
 
 
 @contextmanager

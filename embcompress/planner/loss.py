@@ -37,7 +37,7 @@ _SINGLE_RANKS = 1 << 10
 #: Bits of a code that says which row of its own a frequent id has.
 _MOST_HEAD_BITS = 16
 #: Numbers of rows that are tried, for each halving.
-_STEPS_A_HALVING = 8
+_STEPS_A_HALVING = 4
 
 
 @dataclass(frozen=True)

@@ -166,9 +166,7 @@ def _groups(
     numbers = np.array(choices.bits or tuple(QUANTIZATION_LOSS))
     first = len(value.rows) - 1 if choices.own_rows else 0
     bits = numbers.repeat(len(value.rows) - first)
-    coarse = np.array([QUANTIZATION_LOSS[each] for each in numbers]).repeat(
-        len(value.rows) - first
-    )
+    coarse = np.array([QUANTIZATION_LOSS[each] for each in numbers]).repeat(len(value.rows) - first)
     rows = np.tile(value.rows[first:], len(numbers))
     ids, is_own = value.rows[-1], rows == value.rows[-1]
     head = 0 if shares or width == dim else width * dim * FLOAT_BYTES

@@ -68,8 +68,8 @@ class TrialData:
         labels = result.held_out_labels
         if labels.min() == labels.max():
             raise ValueError(
-                f"all {labels.numel()} held-out labels are {labels[0].item():g}; give more data, or "
-                "shuffle it"
+                f"all {labels.numel()} held-out labels are {labels[0].item():g}; give more data, "
+                "or shuffle it"
             )
         return result
 
