@@ -212,7 +212,7 @@ def successive_halving(
     for passes in _RUNGS:
         for trial in alive:
             trial.train(build, data, passes, end)
-        better = sorted(alive, key=_rank)[: (len(alive) + 1) // 2]
+        better = sorted(alive, key=_rank)[: max(1, len(alive) // 2)]
         alive = better if trials[0] in better else [*better, trials[0]]
         for trial in trials:
             if trial not in alive:
