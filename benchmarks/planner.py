@@ -1,0 +1,118 @@
+"""What the planner promises, measured on a click log: qualities kept, and plans that stay the same.
+
+    python benchmarks/planner.py quality --data ml-100k=../shared/data/ml-100k
+    python benchmarks/planner.py stability docs/results/movielens-100k
+
+``quality`` asks ``ec.compress`` for the fewest bytes that lose at most so much AUC, by training rows
+alone, then trains the compressed and the full model and compares them on test rows. ``stability``
+reads the records of a sweep: how many plans, and settings of the planner, the seeds of each budget
+got.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import embcompress as ec
+from embcompress.bench.settings import TrainingSettings
+from embcompress.bench.summary import load_records
+from embcompress.bench.training import build_model, deployed, evaluate, train
+from embcompress.data import ClickLog, load_click_log
+from embcompress.data.click_log import Split
+from embcompress.recipe import initialize_tables
+
+LEARNING_RATES = (0.03, 0.1)
+
+
+def batches(log: ClickLog, split: Split, size: int) -> Iterator[tuple[Any, torch.Tensor]]:
+    """Training rows as a data loader would yield them."""
+    for start in range(0, len(split.train), size):
+        batch = log.batch(split.train[start : start + size])
+        yield (batch.dense, batch.ids, batch.offsets), batch.label
+
+
+def new_model(log: ClickLog, settings: TrainingSettings, seed: int) -> torch.nn.Module:
+    return build_model(log, settings, "full", "100%", seed)
+
+
+def quality(log: ClickLog, settings: TrainingSettings, limits: list[float], seeds: int) -> None:
+    lost: dict[float, list[float]] = {limit: [] for limit in limits}
+    for seed in range(seeds):
+        split = log.split(settings.split, seed=seed)  # type: ignore[arg-type]
+        full = test_auc(log, split, settings, seed, None)[0]
+        for limit in limits:
+            auc, share, seconds = test_auc(log, split, settings, seed, limit)
+            lost[limit].append(full - auc)
+            print(
+                f"seed {seed}: at most {limit:g}: {share:.2%} of the bytes in {seconds:.0f} s, "
+                f"test AUC {auc:.4f} of {full:.4f}, lost {full - auc:+.4f}",
+                flush=True,
+            )
+    for limit, values in lost.items():
+        print(f"at most {limit:g}: lost {statistics.fmean(values):+.4f} on average")
+
+
+def test_auc(
+    log: ClickLog, split: Split, settings: TrainingSettings, seed: int, limit: float | None
+) -> tuple[float, float, float]:
+    """Test AUC of the learning rate that is best on validation rows, share of bytes, seconds."""
+    trained, share, seconds = [], 1.0, 0.0
+    for rate in LEARNING_RATES:
+        model = new_model(log, settings, seed)
+        if limit is not None:
+            started = time.perf_counter()
+            data = batches(log, split, settings.batch_size)
+            ec.compress(model, max_auc_loss=limit, data=data, plan_seconds=110, seed=seed)
+            seconds, share = time.perf_counter() - started, ec.memory(model).ratio
+            torch.manual_seed(seed)
+            initialize_tables(model)
+        trained.append(train(model, log, split, settings, rate, seed))
+    best = max(trained, key=lambda each: each.best_auc)
+    return evaluate(deployed(best, best.best_epoch), log, split.test).auc, share, seconds
+
+
+def stability(directory: Path) -> None:
+    records = [r for r in load_records(directory) if r["method"] == "auto" and "auc" in r]
+    for budget in dict.fromkeys(record["budget"] for record in records):
+        cell = [record for record in records if record["budget"] == budget]
+        plans = {str([table["plan"] for table in record["lookup"]]) for record in cell}
+        settings = [record["tried"][0]["settings"] for record in cell]
+        same = max(settings.count(each) for each in settings)
+        seconds = [record["plan_seconds"] for record in cell]
+        print(
+            f"{budget}: {len(cell)} seeds, {len(plans)} plans, {same} with the same settings, "
+            f"AUC ± {np.std([record['auc'] for record in cell], ddof=1):.4f}, planned in "
+            f"{min(seconds):.0f} to {max(seconds):.0f} s"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    keep = commands.add_parser("quality")
+    keep.add_argument("--data", required=True)
+    keep.add_argument("--split", default="random", choices=("random", "time"))
+    keep.add_argument("--limits", nargs="+", type=float, default=[0.002, 0.005, 0.01, 0.03])
+    keep.add_argument("--seeds", type=int, default=3)
+    keep.add_argument("--cache", type=Path)
+    same = commands.add_parser("stability")
+    same.add_argument("directory", type=Path)
+    arguments = parser.parse_args()
+    if arguments.command == "stability":
+        stability(arguments.directory)
+        return
+    torch.set_num_threads(1)
+    log = load_click_log(arguments.data, cache=arguments.cache)
+    quality(log, TrainingSettings(split=arguments.split), arguments.limits, arguments.seeds)
+
+
+if __name__ == "__main__":
+    main()
