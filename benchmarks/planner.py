@@ -3,15 +3,16 @@
     python benchmarks/planner.py quality --data ml-100k=../shared/data/ml-100k
     python benchmarks/planner.py stability docs/results/movielens-100k
 
-``quality`` asks ``ec.compress`` for the fewest bytes that lose at most so much AUC, by training rows
-alone, then trains the compressed and the full model and compares them on test rows. ``stability``
-reads the records of a sweep: how many plans, and settings of the planner, the seeds of each budget
-got.
+``quality`` asks ``ec.compress`` for the fewest bytes that lose at most so much AUC, by training
+rows alone, then trains the compressed and the full model and compares them on test rows.
+``stability`` reads the records of a sweep: how many plans, and settings of the planner, the seeds
+of each budget got.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Iterator
@@ -27,7 +28,6 @@ from embcompress.bench.summary import load_records
 from embcompress.bench.training import build_model, deployed, evaluate, train
 from embcompress.data import ClickLog, load_click_log
 from embcompress.data.click_log import Split
-from embcompress.recipe import initialize_tables
 
 LEARNING_RATES = (0.03, 0.1)
 
@@ -39,17 +39,20 @@ def batches(log: ClickLog, split: Split, size: int) -> Iterator[tuple[Any, torch
         yield (batch.dense, batch.ids, batch.offsets), batch.label
 
 
-def new_model(log: ClickLog, settings: TrainingSettings, seed: int) -> torch.nn.Module:
-    return build_model(log, settings, "full", "100%", seed)
-
-
 def quality(log: ClickLog, settings: TrainingSettings, limits: list[float], seeds: int) -> None:
     lost: dict[float, list[float]] = {limit: [] for limit in limits}
     for seed in range(seeds):
         split = log.split(settings.split, seed=seed)  # type: ignore[arg-type]
-        full = test_auc(log, split, settings, seed, None)[0]
+        full = test_auc(
+            build_model(log, settings, "full", "100%", seed), log, split, settings, seed
+        )
         for limit in limits:
-            auc, share, seconds = test_auc(log, split, settings, seed, limit)
+            model = build_model(log, settings, "full", "100%", seed)
+            started = time.perf_counter()
+            data = batches(log, split, settings.batch_size)
+            ec.compress(model, max_auc_loss=limit, data=data, plan_seconds=110, seed=seed)
+            seconds, share = time.perf_counter() - started, ec.memory(model).ratio
+            auc = test_auc(model, log, split, settings, seed)
             lost[limit].append(full - auc)
             print(
                 f"seed {seed}: at most {limit:g}: {share:.2%} of the bytes in {seconds:.0f} s, "
@@ -61,22 +64,14 @@ def quality(log: ClickLog, settings: TrainingSettings, limits: list[float], seed
 
 
 def test_auc(
-    log: ClickLog, split: Split, settings: TrainingSettings, seed: int, limit: float | None
-) -> tuple[float, float, float]:
-    """Test AUC of the learning rate that is best on validation rows, share of bytes, seconds."""
-    trained, share, seconds = [], 1.0, 0.0
-    for rate in LEARNING_RATES:
-        model = new_model(log, settings, seed)
-        if limit is not None:
-            started = time.perf_counter()
-            data = batches(log, split, settings.batch_size)
-            ec.compress(model, max_auc_loss=limit, data=data, plan_seconds=110, seed=seed)
-            seconds, share = time.perf_counter() - started, ec.memory(model).ratio
-            torch.manual_seed(seed)
-            initialize_tables(model)
-        trained.append(train(model, log, split, settings, rate, seed))
+    model: torch.nn.Module, log: ClickLog, split: Split, settings: TrainingSettings, seed: int
+) -> float:
+    """Test AUC of the learning rate that is best on validation rows."""
+    trained = [
+        train(copy.deepcopy(model), log, split, settings, rate, seed) for rate in LEARNING_RATES
+    ]
     best = max(trained, key=lambda each: each.best_auc)
-    return evaluate(deployed(best, best.best_epoch), log, split.test).auc, share, seconds
+    return evaluate(deployed(best, best.best_epoch), log, split.test).auc
 
 
 def stability(directory: Path) -> None:
