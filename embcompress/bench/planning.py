@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from embcompress.bench.settings import TrainingSettings
-from embcompress.bench.training import build_model
+from embcompress.bench.training import build_model, count_ids
 from embcompress.data.click_log import ClickLog
 from embcompress.methods import Method, resolve_method
 from embcompress.planner.trials import (
@@ -34,7 +34,9 @@ def try_candidates(
     Args:
         rows: training rows; the candidates are trained on some and compared by others of them, in
             time order by the latest.
-        counts: of the ids of each feature in these rows.
+        counts: of the ids of each feature in these rows. For rows in time order those of their
+            first half are used instead, so that a plan shows what it loses when other ids come to
+            be frequent.
         seconds: trainings end after so long.
 
     Raises:
@@ -46,6 +48,8 @@ def try_candidates(
 
     methods = resolve_method(method).candidates()
     if len(methods) > 1:
+        if settings.split != "random":
+            counts = count_ids(log, rows[: len(rows) // 2])
         methods = distinct(methods, lambda candidate: _plans(build(candidate)))
     if len(methods) == 1:
         return [Trial(methods[0])]

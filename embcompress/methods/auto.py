@@ -78,15 +78,17 @@ class Auto(JointMethod):
             raise ValueError(f"chunks must be at least 1, got {self.chunks}")
 
     def candidates(self) -> Sequence[Auto]:
-        """The same with more or less value put on columns, and with and without chunks.
+        """The same with more or less value put on columns; each also without chunks and hot ids.
 
         How much of what ids tell one column can hold depends on the data more than anything else
-        here does.
+        here does. Which ids are hot may change with time, and what shares a row by parts needs
+        more examples to be told apart.
         """
+        plain = replace(self, chunks=1, hot=False)
         return [
-            replace(self, narrowness=round(factor * self.narrowness, 6), chunks=chunks)
+            replace(each, narrowness=round(factor * self.narrowness, 6))
             for factor in _NARROWNESS_FACTORS
-            for chunks in dict.fromkeys((self.chunks, 1))
+            for each in dict.fromkeys((self, plain))
         ]
 
     @property
