@@ -237,3 +237,15 @@ def test_fewer_bits_lose_more() -> None:
 def test_settings_are_checked(setting: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(setting))):
         ec.Auto(**setting)  # type: ignore[arg-type]
+
+
+def test_a_trained_table_starts_shared_rows_from_their_means() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"item": torch.nn.Embedding(20_000, 16)})
+    with torch.no_grad():  # a few vectors, which rows can approximate
+        model["item"].weight.copy_(torch.randn(4, 16)[torch.randint(0, 4, (20_000,))])
+    counts = power_law(20_000, 10**6)
+    report = ec.compress(model, budget="0.5%", keep_weights=True, counts={"item": counts})
+    item = model["item"]
+    assert isinstance(item, ec.Embedding) and item.plan.store("weight").rows < 20_000
+    assert report.tables[0].error is not None and report.tables[0].error < 1

@@ -116,7 +116,7 @@ class Auto(JointMethod):
         return float(found.loss[point]) / max(whole, 1e-300)
 
     def for_trained_tables(self) -> JointMethod:
-        return replace(self, share_projection=False, hot=False)
+        return replace(self, share_projection=False, hot=False, chunks=1)
 
     def fill(self, table: TableSpec, plan: LookupPlan, stores: Mapping[str, Tensor]) -> None:
         """Codes: the number of their row for the ids that occur most, absent for the others."""

@@ -161,7 +161,7 @@ class Explanation:
         if len(self.tried) == 1:
             return "All settings of the planner give this plan, so none was tried."
         lines = [
-            f"  {each.settings}: AUC {each.auc:.4f} after {each.passes:g} passes"
+            f"  {each.settings}: AUC {each.auc:.4f}, passes: {each.passes:g}"
             if each.passes
             else f"  {each.settings}: no time"
             for each in self.tried
@@ -233,7 +233,7 @@ def _bits(bits: int) -> str:
 def _restrictions(choices: Choices) -> list[tuple[str, Choices]]:
     """What else a person would think of."""
     narrow = [(f"{w} columns everywhere", replace(choices, widths=(w,))) for w in (2, 4, 8, 16)]
-    coarse = [(f"{b} bits everywhere", replace(choices, bits=(b,))) for b in (1, 2, 4, 8)]
+    coarse = [(f"{_bits(b)} everywhere", replace(choices, bits=(b,))) for b in (1, 2, 4, 8)]
     return [
         ("a row for every id", replace(choices, own_rows=True, hot=False)),
         ("1 column everywhere", replace(choices, widths=(1,))),

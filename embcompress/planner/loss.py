@@ -21,13 +21,13 @@ FLOAT = 32
 QUANTIZATION_LOSS = {1: 0.3634, 2: 0.1188, 4: 0.002, 8: 0.0001, FLOAT: 0.0}
 #: What w of d columns lose is NARROWNESS · (1/w - 1/d), in the unit of quantization losses. A
 #: model that is trained with narrow rows loses much less than the variance they cannot hold. From
-#: AUC on MovieLens-100K, where 1, 2 and 4 columns of 16 lost 0.012, 0.007 and 0.003, and 2 bits
-#: and 1 bit, 0.018 and 0.062 more than 4. Other data may need more: see
-#: :mod:`embcompress.planner.search`.
+#: AUC on validation rows of MovieLens-100K (``benchmarks/planner.py constants``): with what 1 and 2
+#: bits lose for the unit, 1, 2 and 4 columns of 16 say 0.045, 0.09 and 0.065. Other data may need
+#: more: short trainings try that (:mod:`embcompress.planner.trials`).
 NARROWNESS = 0.075
 #: What a table loses where its projection is other tables', too: their vectors lie in one space of
-#: w dimensions, in the same directions. From AUC on MovieLens-100K, where it is 0.001 to 0.004 for
-#: 1 to 8 columns in 4 bits, and on 80,000 rows of Criteo's, 0.001 to 0.003.
+#: w dimensions, in the same directions. On validation rows of MovieLens-100K hardly more than the
+#: noise for 2 and 4 columns (within 0.0013 of AUC, 0.01 in this unit), so this is a safe guess.
 SHARED_PROJECTION_LOSS = 0.02
 #: After so many examples half of what there is to know of an id is known.
 _HALF_LEARNED = 4.0
