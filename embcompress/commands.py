@@ -78,7 +78,9 @@ def sweep(
     budgets: Annotated[str, typer.Option(help="for all tables together")] = "50%,10%,1%",
     seeds: Annotated[str, typer.Option()] = "0",
     model: Annotated[str, typer.Option()] = "dlrm",
-    split: Annotated[str, typer.Option(help="random or time")] = "random",
+    split: Annotated[str, typer.Option(help="random, time or prequential")] = "random",
+    validation: Annotated[float, typer.Option(help="share of the rows")] = 0.1,
+    test: Annotated[float, typer.Option(help="share of the rows")] = 0.15,
     embedding_dim: Annotated[int, typer.Option()] = 16,
     epochs: Annotated[int, typer.Option(help="at most")] = 8,
     batch_size: Annotated[int, typer.Option()] = 512,
@@ -86,6 +88,7 @@ def sweep(
         "0.01,0.03,0.1"
     ),
     threads: Annotated[int, typer.Option(help="of torch inside an operator")] = 1,
+    plan_seconds: Annotated[float, typer.Option(help="for the planner's short trainings")] = 100.0,
     cache: Annotated[Path | None, typer.Option(help="prepared click logs")] = None,
 ) -> None:
     """Which method loses least at which memory budget; resumes where it was stopped."""
@@ -102,12 +105,15 @@ def sweep(
         TrainingSettings(
             model=model,
             split=split,
+            validation=validation,
+            test=test,
             embedding_dim=embedding_dim,
             epochs=epochs,
             batch_size=batch_size,
             learning_rates=_numbers(learning_rates, float, "--learning-rates"),
         ),
         threads,
+        plan_seconds,
     )
     run_sweep(settings, out, cache=cache)
     print_tables(write_report(out, "embcompress " + shlex.join(sys.argv[1:])))

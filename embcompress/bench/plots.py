@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 #: Okabe and Ito's palette, distinguishable by most colour-blind readers.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#7F7F7F")
 _MARKERS = "osD^vPX*"
+#: What chooses among ways to compress is drawn so that it can be told from them.
+_PLANNER = "auto"
 _METRICS = {"auc": "test AUC (higher is better)", "logloss": "test log-loss (lower is better)"}
 
 
@@ -62,9 +64,10 @@ def _draw(axes: Any, cells: list[Cell], metric: str, method: str, number: int) -
         [value.mean for value in values],
         yerr=[value.deviation for value in values],
         label=method,
-        linewidth=1.8,
+        linewidth=3.0 if method == _PLANNER else 1.8,
+        zorder=3 if method == _PLANNER else 2,
         markersize=6,
-        color=_COLORS[number % len(_COLORS)],
+        color="#000000" if method == _PLANNER else _COLORS[number % len(_COLORS)],
         marker=_MARKERS[number % len(_MARKERS)],
         linestyle="-" if number < len(_COLORS) else ":",
         capsize=3,

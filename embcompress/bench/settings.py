@@ -9,6 +9,7 @@ from typing import Any
 
 from embcompress.budget import parse_budget
 from embcompress.methods import method_class
+from embcompress.recipe import TABLE_STD
 
 MODELS = ("dlrm",)
 FULL_BUDGET = "100%"
@@ -20,8 +21,10 @@ class TrainingSettings:
 
     Attributes:
         model: name of the reference model.
-        split: ``"random"`` or ``"time"``.
-        validation, test: shares of the rows.
+        split: ``"random"``, ``"time"``, or ``"prequential"``: one pass in time order, in which
+            every batch is predicted before it is trained on.
+        validation, test: shares of the rows. Of a prequential run these are the predictions that
+            are compared; what comes before them is what may be known of the data beforehand.
         embedding_dim: width of every table.
         epochs: passes over the training rows at most.
         patience: stop after so many epochs without a better validation AUC.
@@ -40,7 +43,7 @@ class TrainingSettings:
     patience: int = 2
     batch_size: int = 512
     learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1)
-    table_std: float = 0.05
+    table_std: float = TABLE_STD
 
     def __post_init__(self) -> None:
         if self.model not in MODELS:
@@ -48,8 +51,8 @@ class TrainingSettings:
         for name in ("embedding_dim", "epochs", "patience", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.split not in ("random", "time"):
-            raise ValueError(f"split must be 'random' or 'time', got {self.split!r}")
+        if self.split not in ("random", "time", "prequential"):
+            raise ValueError(f"split must be 'random', 'time' or 'prequential', got {self.split!r}")
         if not self.learning_rates or min(self.learning_rates) <= 0:
             raise ValueError(f"learning_rates must be positive, got {self.learning_rates}")
 
@@ -87,6 +90,8 @@ class SweepSettings:
         threads: of torch inside an operator. The models here are small: more threads gain next
             to nothing on an idle machine, and wait for each other on a busy one. Not a part of
             a run's key.
+        plan_seconds: for a method that chooses its settings by short trainings on training rows,
+            after so long it begins no further one. Not a part of a run's key.
     """
 
     data: tuple[str, ...]
@@ -95,12 +100,15 @@ class SweepSettings:
     seeds: tuple[int, ...] = (0,)
     training: TrainingSettings = TrainingSettings()
     threads: int = 1
+    plan_seconds: float = 100.0
 
     def __post_init__(self) -> None:
         for name in ("data", "methods", "budgets", "seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):
                 raise ValueError(f"{name} must be distinct and not empty, got {list(values)}")
+        if not self.plan_seconds > 0:
+            raise ValueError(f"plan_seconds must be positive, got {self.plan_seconds}")
         if self.threads < 1:
             raise ValueError(f"threads must be at least 1, got {self.threads}")
         for method in self.methods:

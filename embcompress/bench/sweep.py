@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 
 from embcompress.bench.display import SweepDisplay
 from embcompress.bench.environment import environment, torch_threads
+from embcompress.bench.planning import try_candidates
+from embcompress.bench.prequential import train_prequential
 from embcompress.bench.records import Record, RecordFile, only_writer
 from embcompress.bench.settings import Run, SweepSettings, jsonable
 from embcompress.bench.training import (
@@ -28,8 +32,11 @@ from embcompress.data.load import load_click_log
 from embcompress.memory import MemoryReport, memory
 from embcompress.models import DLRM
 from embcompress.modules import EmbeddingBag
+from embcompress.planner.trials import Trial
 
 RESULTS, IMPOSSIBLE = "results.jsonl", "impossible.jsonl"
+#: So many seeds of a cell try every learning rate: one alone is at the mercy of its noise.
+_TRYING_SEEDS = 2
 
 
 class Sweep:
@@ -44,6 +51,7 @@ class Sweep:
         self.results = RecordFile(directory / RESULTS)
         self.impossible = RecordFile(directory / IMPOSSIBLE)
         self._counts: dict[str, Tensor] = {}
+        self._tried: dict[str, tuple[list[Trial], float]] = {}  # by run, and how long it took
         self._counted: tuple[object, ...] = ()  # what the counts are of
 
     def _is_done(self, run: Run) -> bool:
@@ -78,7 +86,11 @@ class Sweep:
             if trials:
                 model = self._build(run, log)
             observe = display.observer(learning_rate)
-            trained = train(model, log, split, run.training, learning_rate, run.seed, observe)
+            settings = run.training
+            if settings.split == "prequential":
+                trained = train_prequential(model, log, split, settings, learning_rate, observe)
+            else:
+                trained = train(model, log, split, settings, learning_rate, run.seed, observe)
             trials.append({"learning_rate": learning_rate, "auc": trained.best_auc})
             if best is None or trained.best_auc > best.best_auc:
                 best = trained
@@ -86,6 +98,10 @@ class Sweep:
         scores = test_scores(best, log, split.test)
         size = _checked_memory(run, deployed(best, best.best_epoch))
         record = _result_record(run, log, best, trials, size, lookup)
+        tried, record["plan_seconds"] = self._tried.pop(run.key)
+        record["tried"] = [
+            {"settings": str(each.method), "passes": each.passes, "auc": each.auc} for each in tried
+        ]
         record["auc"], record["logloss"] = (
             scores[best.best_epoch].auc,
             finite(scores[best.best_epoch].logloss),
@@ -96,22 +112,35 @@ class Sweep:
 
     def _build(self, run: Run, log: ClickLog) -> DLRM:
         """A new model; the tables know how often each id occurs in the training rows."""
+        rows = _split(run, log).train
         if self._counted != (key := (run.data, run.seed, run.training)):
-            self._counts = count_ids(log, _split(run, log).train)
+            self._counts = count_ids(log, rows)
             self._counted = key
-        return build_model(log, run.training, run.method, run.budget, run.seed, self._counts)
+        details = (run.training, run.method, run.budget, run.seed, self._counts)
+        if run.key not in self._tried:
+            started = time.perf_counter()
+            tried = try_candidates(log, rows, *details, self.settings.plan_seconds)
+            self._tried[run.key] = tried, time.perf_counter() - started
+        method = self._tried[run.key][0][0].method
+        return build_model(log, run.training, method, run.budget, run.seed, self._counts)
 
     def _learning_rates(self, run: Run) -> tuple[float, ...]:
-        """All of them for the first seed of a cell; its choice for the others."""
-        first = Run(run.data, run.method, run.budget, self.settings.seeds[0], run.training)
-        if run.seed != first.seed and first.key in self.results:
-            return (self.results.records[first.key]["learning_rate"],)
-        return run.training.learning_rates
+        """All of them for the first seeds of a cell; what was best for these, for the others."""
+        first = self.settings.seeds[:_TRYING_SEEDS]
+        keys = [replace(run, seed=seed).key for seed in first]
+        if run.seed in first or not all(key in self.results for key in keys):
+            return run.training.learning_rates
+        tried = [each for key in keys for each in self.results.records[key]["learning_rate_trials"]]
+        scores = {
+            rate: sum(each["auc"] for each in tried if each["learning_rate"] == rate)
+            for rate in run.training.learning_rates
+        }
+        return (max(scores, key=scores.__getitem__),)
 
 
 def _split(run: Run, log: ClickLog) -> Split:
     return log.split(
-        run.training.split,  # type: ignore[arg-type]
+        "random" if run.training.split == "random" else "time",
         seed=run.seed,
         validation=run.training.validation,
         test=run.training.test,

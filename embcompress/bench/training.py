@@ -15,10 +15,16 @@ from torch import Tensor, nn
 
 from embcompress.bench.settings import TrainingSettings
 from embcompress.collection import EmbeddingBagCollection, TableConfig
-from embcompress.data.click_log import Batch, ClickLog, Split
+from embcompress.data.click_log import ClickLog, Split
 from embcompress.deployment import deploy
+from embcompress.methods import Method
 from embcompress.models import DLRM
-from embcompress.optimizers import fuse_optimizer, unfused_parameters
+from embcompress.recipe import (
+    OverfittingGuard,
+    binary_step,
+    initialize_tables,
+    make_optimizer,
+)
 from embcompress.training import TrainingProcedure
 
 _EVALUATION_ROWS = 8192
@@ -39,23 +45,34 @@ class Trained:
     """A trained model: what it scored after each epoch, and the weights worth keeping.
 
     Attributes:
+        guard: weights after the first and after the epoch with the best validation AUC.
         validation: score after each epoch.
-        states: weights after the first and after the best epoch, by epoch from 1.
-        best_epoch: the epoch with the best validation AUC.
+        prequential: of a prequential run, the score of the test rows, each of them predicted
+            before it was trained on.
     """
 
     model: nn.Module
     learning_rate: float
+    guard: OverfittingGuard
     validation: list[Score] = field(default_factory=list)
-    states: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    best_epoch: int = 0
     train_seconds: float = 0.0
     examples: int = 0
+    prequential: Score | None = None
+
+    @property
+    def best_epoch(self) -> int:
+        """The epoch with the best validation AUC, from 1."""
+        return self.guard.best_epoch
 
     @property
     def best_auc(self) -> float:
         """Validation AUC of the best epoch."""
-        return self.validation[self.best_epoch - 1].auc
+        return max(self.guard.scores)
+
+    def end_epoch(self, score: Score) -> bool:
+        """Take note of an epoch; returns whether to stop."""
+        self.validation.append(score)
+        return self.guard.end_epoch(self.model, score.auc)
 
 
 def count_ids(log: ClickLog, rows: NDArray[np.int64]) -> dict[str, Tensor]:
@@ -74,7 +91,7 @@ def count_ids(log: ClickLog, rows: NDArray[np.int64]) -> dict[str, Tensor]:
 def build_model(
     log: ClickLog,
     settings: TrainingSettings,
-    method: str,
+    method: str | Method,
     budget: str,
     seed: int,
     counts: Mapping[str, Tensor] | None = None,
@@ -100,17 +117,8 @@ def build_model(
     ]
     torch.manual_seed(seed)
     collection = EmbeddingBagCollection(tables, method=method, budget=budget, seed=seed)
-    collection.reset_parameters(settings.table_std)
+    initialize_tables(collection, settings.table_std)
     return DLRM(collection, len(log.dense_names))
-
-
-def make_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-    """The optimizer of all runs: Adagrad, for tables and layers alike.
-
-    For the tables it is fused into the backward pass, where a step costs what its batch costs.
-    """
-    fuse_optimizer(model, "adagrad", lr=learning_rate)
-    return torch.optim.Adagrad(unfused_parameters(model), lr=learning_rate)
 
 
 def predict(model: nn.Module, log: ClickLog, rows: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -130,12 +138,20 @@ def evaluate(model: nn.Module, log: ClickLog, rows: NDArray[np.int64]) -> Score:
     Raises:
         ValueError: all rows have the same label: there is no AUC.
     """
+    return score(log.labels[rows], predict(model, log, rows).astype(np.float64))
+
+
+def score(label: NDArray[np.uint8], probability: NDArray[np.float64]) -> Score:
+    """AUC and log-loss of predictions.
+
+    Raises:
+        ValueError: all labels are the same: there is no AUC.
+    """
     from sklearn.metrics import log_loss, roc_auc_score
 
-    label, probability = log.labels[rows], predict(model, log, rows).astype(np.float64)
     if label.min() == label.max():
         raise ValueError(
-            f"all {len(rows)} rows to be evaluated have the label {label[0]}, so there is no AUC; "
+            f"all {len(label)} rows to be evaluated have the label {label[0]}, so there is no AUC; "
             "use more rows, or another split"
         )
     if not np.isfinite(probability).all():  # a learning rate too far: the worst score there is
@@ -143,13 +159,6 @@ def evaluate(model: nn.Module, log: ClickLog, rows: NDArray[np.int64]) -> Score:
     return Score(
         float(roc_auc_score(label, probability)), float(log_loss(label, probability, labels=[0, 1]))
     )
-
-
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
-    optimizer.zero_grad(set_to_none=True)
-    logits = model(batch.dense, batch.ids, batch.offsets)
-    nn.functional.binary_cross_entropy_with_logits(logits, batch.label).backward()
-    optimizer.step()
 
 
 def train(
@@ -162,7 +171,7 @@ def train(
     observe: StepObserver | None = None,
 ) -> Trained:
     """Train until the validation AUC stops rising; test rows are not touched."""
-    trained = Trained(model, learning_rate)
+    trained = Trained(model, learning_rate, OverfittingGuard(settings.patience))
     optimizer = make_optimizer(model, learning_rate)
     procedure = TrainingProcedure(model, optimizer)
     rng = np.random.default_rng(seed)
@@ -172,9 +181,7 @@ def train(
         _train_epoch(model, log, rows, settings.batch_size, optimizer, procedure, epoch, observe)
         trained.train_seconds += time.perf_counter() - started
         trained.examples += len(rows)
-        trained.validation.append(evaluate(model, log, split.validation))
-        _keep_state(trained, epoch)
-        if epoch - trained.best_epoch >= settings.patience:
+        if trained.end_epoch(evaluate(model, log, split.validation)):
             break
     procedure.close()
     return trained
@@ -193,7 +200,8 @@ def _train_epoch(
     model.train()
     started = last = time.perf_counter()
     for start in range(0, len(rows), batch_size):
-        _step(model, optimizer, log.batch(rows[start : start + batch_size]))
+        batch = log.batch(rows[start : start + batch_size])
+        binary_step(optimizer, model(batch.dense, batch.ids, batch.offsets), batch.label)
         procedure.step()
         now = time.perf_counter()
         if observe is not None and now - last > 0.2:
@@ -202,30 +210,20 @@ def _train_epoch(
             last = now
 
 
-def _keep_state(trained: Trained, epoch: int) -> None:
-    """Keep the weights of the first epoch and of the best so far."""
-    if epoch > 1 and trained.validation[-1].auc <= trained.best_auc:
-        return
-    state = {key: value.detach().clone() for key, value in trained.model.state_dict().items()}
-    if trained.best_epoch > 1:
-        del trained.states[trained.best_epoch]
-    trained.states[epoch] = state
-    trained.best_epoch = epoch
-
-
 def deployed(trained: Trained, epoch: int) -> nn.Module:
     """A copy of the model as it was after that epoch, as it would be served."""
-    # load_state_dict takes the plans out of its argument's copy, not out of the model.
-    trained.model.load_state_dict(trained.states[epoch])
+    trained.guard.restore(trained.model, epoch)
     return deploy(copy.deepcopy(trained.model))
 
 
 def test_scores(trained: Trained, log: ClickLog, rows: NDArray[np.int64]) -> dict[int, Score]:
     """Test scores of the deployed model after the first and the best epoch.
 
-    This is the one look at the test rows.
+    This is the one look at the test rows; a prequential run has scored them on its way.
     """
-    return {epoch: evaluate(deployed(trained, epoch), log, rows) for epoch in trained.states}
+    if trained.prequential is not None:
+        return {trained.best_epoch: trained.prequential}
+    return {epoch: evaluate(deployed(trained, epoch), log, rows) for epoch in trained.guard.states}
 
 
 def finite(value: float) -> float | None:

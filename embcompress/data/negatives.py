@@ -21,17 +21,19 @@ class NegativeSampling:
     """Each event is followed by negatives: copies of label 0 whose chosen columns are replaced.
 
     Attributes:
-        columns: id columns to replace, together, by those of another event's value: uniformly
-            from the distinct values of the same time slice.
+        columns: id columns to replace, together, by another event's value of the same time slice.
         per_positive: negatives an event, ≥ 1.
         slice: length of a slice, such as ``"1h"``, ``"30m"`` or ``"1d"``.
         seed: of the draws.
+        by_popularity: draw another value as often as it occurs in the slice, so that popularity
+            tells nothing apart; else uniformly from the distinct ones.
     """
 
     columns: tuple[str, ...]
     per_positive: int = 1
     slice: str = "1h"
     seed: int = 0
+    by_popularity: bool = False
 
     def __post_init__(self) -> None:
         if not self.columns or self.per_positive < 1:
@@ -146,11 +148,17 @@ class SliceSampler:
         rows = events.take(np.repeat(np.arange(count), copies))
         is_negative = np.arange(count * copies) % copies != 0
         rows.label[is_negative] = 0
-        values, own = np.unique(events.ids[:, self.columns], axis=0, return_inverse=True)
+        values, own, occurrences = np.unique(
+            events.ids[:, self.columns], axis=0, return_inverse=True, return_counts=True
+        )
         own = np.repeat(own.reshape(-1), copies)[is_negative]
-        # Uniform over the other values: skip the event's own (a slice of one value has no other).
-        drawn = rng.integers(0, max(1, len(values) - 1), len(own))
-        drawn = np.minimum(drawn + (drawn >= own), len(values) - 1)
+        weights = occurrences if settings.by_popularity else np.ones_like(occurrences)
+        ends = weights.cumsum()
+        # Skip the weight of the event's own value (a slice of one value has no other).
+        others = np.maximum(1, ends[-1] - weights[own])
+        drawn = rng.integers(0, others)
+        drawn += weights[own] * (drawn >= ends[own] - weights[own])
+        drawn = np.minimum(np.searchsorted(ends, drawn, side="right"), len(values) - 1)
         ids = rows.ids[is_negative]
         ids[:, self.columns] = values[drawn]
         rows.ids[is_negative] = ids

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -12,11 +13,15 @@ from torch import Tensor
 from embcompress.calibration import calibrate
 from embcompress.engine.reference import address_rows
 from embcompress.fitting import principal_directions
+from embcompress.importance import strongest
 from embcompress.latents import pack_latents
 from embcompress.methods import register
 from embcompress.methods.base import JointMethod, TableSpec
 from embcompress.methods.low_bit import LowBit
+from embcompress.packing import pack_codes
 from embcompress.plan import (
+    Code,
+    Combine,
     Digit,
     Hash,
     Linear,
@@ -26,10 +31,12 @@ from embcompress.plan import (
     Store,
 )
 from embcompress.planner.explanation import Explanation
-from embcompress.planner.frontier import Frontier, Option, frontier
-from embcompress.planner.loss import FLOAT, table_value
+from embcompress.planner.frontier import tables_frontier
+from embcompress.planner.loss import FLOAT, NARROWNESS, table_value
+from embcompress.planner.options import Choices, Option
 
 _CHUNK = 1 << 18  # ids
+_NARROWNESS_FACTORS = (1, 4, 12, 40)
 
 
 @register
@@ -37,12 +44,12 @@ _CHUNK = 1 << 18  # ids
 class Auto(JointMethod):
     """The planner's choice: w columns in b bits for every id or for shared rows, P·Q(E[x]).
 
-    All tables have rows of w ≤ d columns. Each has as many bits (1, 2, 4, 8, or floats), as many
-    rows (one an id, or fewer, shared by a hash), and a projection of its own or one that tables
-    share, as its ids are worth, by the closed forms of
-    :mod:`embcompress.planner.loss`: how often each occurs (known counts; else a power law), what
-    few columns and bits lose, what sharing loses. Of all ways to spend the budget it takes the
-    one with the least expected loss. Where w = d there is no projection.
+    Each table has as many columns w ≤ d, bits a number (1, 2, 4, 8, or floats) and rows (one an
+    id, or fewer, shared by a hash), and a projection of its own or one that tables share, as its
+    ids are worth, by the closed forms of :mod:`embcompress.planner.loss`: how often each occurs
+    (known counts; else a power law), what few columns and bits lose, what sharing loses. Of all
+    ways to spend the budget it takes the one with the least expected loss. Where w = d there is
+    no projection.
 
     Memory: Σ ⌈R·w·b/8⌉ bytes for R rows a table, 4·w for the steps of each, 4·d·w for the
     projections.
@@ -51,29 +58,79 @@ class Auto(JointMethod):
 
     Attributes:
         share_projection: whether tables may share a projection.
+        narrowness: what one column of many loses, as a share of what a table's ids tell.
+        chunks: a shared row has this many parts at most, each found by a hash of its own: ids
+            that share one part differ in others (as in :class:`~embcompress.Unified`).
+        hot: whether, where counts are known, the ids that occur most may have columns of their
+            own beside the others'.
     """
 
     name: ClassVar[str] = "auto"
     share_projection: bool = True
+    narrowness: float = NARROWNESS
+    chunks: int = 4
+    hot: bool = True
 
-    def _frontier(self, tables: Sequence[TableSpec]) -> Frontier:
-        values = tuple(table_value(table) for table in tables)
-        dims = tuple(table.embedding_dim for table in tables)
-        # A single table has nothing to share.
-        return frontier(values, dims, self.share_projection and len(tables) > 1)
+    def __post_init__(self) -> None:
+        if not self.narrowness >= 0:
+            raise ValueError(f"narrowness must not be negative, got {self.narrowness}")
+        if self.chunks < 1:
+            raise ValueError(f"chunks must be at least 1, got {self.chunks}")
+
+    def candidates(self) -> Sequence[Auto]:
+        """The same with more or less value put on columns; each also without chunks and hot ids.
+
+        How much of what ids tell one column can hold depends on the data more than anything else
+        here does. Which ids are hot may change with time, and what shares a row by parts needs
+        more examples to be told apart.
+        """
+        plain = replace(self, chunks=1, hot=False)
+        return [
+            replace(each, narrowness=round(factor * self.narrowness, 6))
+            for factor in _NARROWNESS_FACTORS
+            for each in dict.fromkeys((self, plain))
+        ]
+
+    @property
+    def choices(self) -> Choices:
+        """What a table may be given."""
+        return Choices(self.share_projection, self.narrowness, self.hot, self.chunks)
 
     def group_sizes(self, tables: Sequence[TableSpec]) -> range:
-        return range(len(self._frontier(tables)))
+        return range(len(tables_frontier(tables, self.choices)))
 
     def group_plans(self, tables: Sequence[TableSpec], size: int) -> list[LookupPlan]:
-        options = self._frontier(tables).options(size)
+        options = tables_frontier(tables, self.choices).options(size)
         return [_plan(*each) for each in zip(tables, options, strict=True)]
 
+    def expected_loss(self, tables: Sequence[TableSpec], budget_bytes: int) -> float:
+        """Share of what the ids of the tables tell that is expected to be lost.
+
+        Infinite where the budget cannot be met.
+        """
+        found = tables_frontier(tables, self.choices)
+        point = found.within(budget_bytes)
+        if point is None:
+            return math.inf
+        whole = sum(table_value(table).value for table in tables)
+        return float(found.loss[point]) / max(whole, 1e-300)
+
     def for_trained_tables(self) -> JointMethod:
-        return replace(self, share_projection=False)
+        return replace(self, share_projection=False, hot=False, chunks=1)
+
+    def fill(self, table: TableSpec, plan: LookupPlan, stores: Mapping[str, Tensor]) -> None:
+        """Codes: the number of their row for the ids that occur most, absent for the others."""
+        if "codes" not in stores or stores["codes"].device.type == "meta":
+            return
+        assert table.counts is not None  # without, no id is known to be hot
+        bits = plan.store("codes").bits
+        codes = torch.full((table.num_embeddings,), 2**bits - 1)
+        hot = strongest(table.counts.cpu(), plan.store("hot").rows)
+        codes[hot] = torch.arange(len(hot))
+        stores["codes"].copy_(pack_codes(codes, bits))
 
     def explain(self, tables: Sequence[TableSpec], plans: Sequence[LookupPlan]) -> Explanation:
-        return Explanation.of(self._frontier(tables), tables, plans)
+        return Explanation.of(tables, plans, self.choices)
 
     def fit(self, table: TableSpec, plan: LookupPlan, weight: Tensor) -> dict[str, Tensor]:
         """Quantized leading columns, as of :class:`~embcompress.LowBit`.
@@ -97,21 +154,34 @@ class Auto(JointMethod):
 
 def _plan(table: TableSpec, option: Option) -> LookupPlan:
     n, d, width, rows = table.num_embeddings, table.embedding_dim, option.width, option.rows
-    if option.bits == FLOAT:
-        stores = [Store("weight", rows, width, table.dtype)]
-    else:
-        quantization = Quantization("scale")
-        stores = [
-            Store("scale", 1, width, table.dtype),
-            Store("weight", rows, width, f"uint{option.bits}", quantization),
-        ]
+    parts = option.parts
+    stores = _values("weight", "scale", (rows * parts, width // parts), option.bits, table.dtype)
+    addresses = (
+        [Digit(1, n)]
+        if rows == n
+        else [Hash(table.key(part), rows * parts) for part in range(parts)]
+    )
+    probes: list[Probe] = [Probe("weight", address) for address in addresses]
+    if (hot := option.hot) is not None:
+        stores.append(Store("codes", n, 1, f"uint{hot.ids.bit_length()}"))
+        stores += _values("hot", "hot_scale", (hot.ids, hot.columns), hot.bits, table.dtype)
+        probes.append(Probe("hot", Code("codes", hot.ids, Digit(1, n))))
+        width += hot.columns
     head = None
-    if width < d:
+    if width != d or hot is not None:
         name = f"auto_{d}x{width}" if option.shares else ""
         stores.append(Store("projection", d, width, table.dtype, shared=name))
         head = Linear("projection")
-    address = Digit(1, n) if rows == n else Hash(table.key(0), rows)
-    return LookupPlan(n, d, tuple(stores), (Probe("weight", address),), head=head)
+    combine: Combine = "concat" if len(probes) > 1 else "sum"
+    return LookupPlan(n, d, tuple(stores), tuple(probes), combine, head=head)
+
+
+def _values(name: str, scale: str, shape: tuple[int, int], bits: int, dtype: str) -> list[Store]:
+    """A store of rows, and the steps of its numbers."""
+    if bits == FLOAT:
+        return [Store(name, *shape, dtype)]
+    quantized = Store(name, *shape, f"uint{bits}", Quantization(scale))
+    return [Store(scale, 1, shape[1], dtype), quantized]
 
 
 def _row_means(table: TableSpec, plan: LookupPlan, weight: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -138,6 +138,13 @@ class Method(ABC):
         """The method for :meth:`fit`: itself, or one without what cannot be fitted."""
         return self
 
+    def candidates(self) -> Sequence[Method]:
+        """The method with other settings that may suit some data better; itself first.
+
+        Where there is data, short trainings tell which (:mod:`embcompress.planner.trials`).
+        """
+        return (self,)
+
     def procedure(self) -> TableProcedure | None:
         """A new procedure for what happens to a table between optimizer steps; None for nothing."""
         return None

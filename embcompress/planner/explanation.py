@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from embcompress.methods.base import TableSpec
 from embcompress.plan import LookupPlan, total_bytes
-from embcompress.planner.frontier import Frontier
+from embcompress.planner.frontier import tables_frontier
 from embcompress.planner.loss import FLOAT, table_value
+from embcompress.planner.options import Choices, Option
 from embcompress.text_table import text_table
 
 
@@ -21,9 +22,10 @@ class TableChoice:
     Attributes:
         name: of the table.
         ids, rows, width, bits: its ids; its rows, their columns, and bits of a number.
-        bytes: of rows, steps and a projection of its own.
+        hot: what its most frequent ids have beside that, in words; empty for nothing.
+        bytes: of rows, steps, codes and a projection of its own.
         value: bits an example that its ids tell (entropy).
-        kept: share of the value that is expected to be left.
+        kept: share of the value that is expected to be left, were all tables as wide.
     """
 
     name: str
@@ -31,9 +33,34 @@ class TableChoice:
     rows: int
     width: int
     bits: int
+    hot: str
     bytes: int
     value: float
     kept: float
+
+    @property
+    def sentence(self) -> str:
+        """In words."""
+        shared = "of their own" if self.rows == self.ids else f"among {self.rows:,} that they share"
+        if self.rows == 1 < self.ids:
+            shared = "in common, one for all"
+        hot = f"; {self.hot}" if self.hot else ""
+        return f"its {self.ids:,} ids have rows {shared}, {_numbers(self.width, self.bits)}{hot}"
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A setting of the planner that was tried by a short training.
+
+    Attributes:
+        settings: of the method, as it prints.
+        passes: over the training examples.
+        auc: on held-out examples.
+    """
+
+    settings: str
+    passes: float
+    auc: float
 
 
 @dataclass(frozen=True)
@@ -44,60 +71,69 @@ class Explanation:
         tables: what each got, by falling bytes.
         bytes: of all together, the projection included.
         lost: share of the tables' value that is expected to be lost.
-        alternatives: (columns, share lost) of the best plans within the same bytes whose rows
-            have another number of columns; those that do not fit are left out.
+        alternatives: (what, share lost): the best plans within the same bytes under one
+            restriction each; those that do not fit are left out.
         curve: (bytes, share lost) of all plans that no other one beats.
+        has_counts: whether it is known how often ids occur.
+        tried: by short trainings, best first; empty without data.
+        examples: number of examples of these.
+        quality: how the bytes were found, where a quality was asked for; else empty.
     """
 
     tables: tuple[TableChoice, ...]
     bytes: int
     lost: float
-    alternatives: tuple[tuple[int, float], ...]
+    alternatives: tuple[tuple[str, float], ...]
     curve: tuple[tuple[int, float], ...]
+    has_counts: bool
+    tried: tuple[Tried, ...] = ()
+    examples: int = 0
+    quality: str = ""
 
     @classmethod
     def of(
-        cls, frontier: Frontier, tables: Sequence[TableSpec], plans: Sequence[LookupPlan]
+        cls, tables: Sequence[TableSpec], plans: Sequence[LookupPlan], choices: Choices
     ) -> Explanation:
-        """The explanation of plans of :class:`embcompress.Auto`."""
+        """The explanation of plans that were taken from these choices' frontier."""
         size = total_bytes(plans)
-        values = [table_value(table).value for table in tables]
-        whole = max(sum(values), 1e-300)
-        point = int((frontier.bytes <= size).sum()) - 1
-        options = frontier.options(max(point, 0))
-        choices = []
-        for table, plan, value, option in zip(tables, plans, values, options, strict=True):
-            store = plan.store("weight")
-            own = sum(s.bytes for s in plan.stores if not s.shared)
-            bits = FLOAT if store.is_float else store.bits
-            kept = 1.0 if plan.is_dense or value == 0 else 1 - option.loss / value
-            choices.append(
-                TableChoice(
-                    table.name,
-                    table.num_embeddings,
-                    store.rows,
-                    store.width,
-                    bits,
-                    own,
-                    value,
-                    kept,
-                )
-            )
+        whole = max(sum(table_value(table).value for table in tables), 1e-300)
+        best = tables_frontier(tables, choices)
+        point = best.within(size) or 0
+        chosen = [_choice(*each) for each in zip(tables, plans, best.options(point), strict=True)]
         others = []
-        for width, chain in frontier.chains.items():
-            fitting = int((chain.bytes <= size).sum())
-            if fitting and width != int(frontier.width[max(point, 0)]):
-                others.append((width, float(chain.loss[fitting - 1]) / whole))
-        curve = tuple(
-            (int(b), float(loss) / whole)
-            for b, loss in zip(frontier.bytes, frontier.loss, strict=True)
-        )
-        lost = sum(c.value * (1 - c.kept) for c in choices) / whole
-        choices.sort(key=lambda choice: -choice.bytes)
+        for name, restricted in _restrictions(choices):
+            other = tables_frontier(tables, restricted)
+            fitting = other.within(size)
+            if fitting is not None:
+                others.append((name, float(other.loss[fitting]) / whole))
+        curve = [
+            (int(b), float(loss) / whole) for b, loss in zip(best.bytes, best.loss, strict=True)
+        ]
+        chosen.sort(key=lambda choice: -choice.bytes)
         others.sort(key=lambda other: other[1])
-        return cls(tuple(choices), size, lost, tuple(others), curve)
+        return cls(
+            tables=tuple(chosen),
+            bytes=size,
+            lost=float(best.loss[point]) / whole,
+            alternatives=tuple(others),
+            curve=tuple(curve),
+            has_counts=any(table.counts is not None for table in tables),
+        )
 
     def __str__(self) -> str:
+        parts = [self.quality, self._summary(), self._table(), self._alternatives(), self._trials()]
+        return "\n".join(part for part in parts if part)
+
+    def _summary(self) -> str:
+        known = "known counts" if self.has_counts else "an assumed power law"
+        first = self.tables[0]
+        return (
+            f"{self.bytes:,} bytes, expected to lose {self.lost:.1%} of what the ids tell, by "
+            f"{known}.\n{first.bytes / max(1, self.bytes):.0%} of the bytes go to "
+            f"{first.name or 'the table'}: {first.sentence}."
+        )
+
+    def _table(self) -> str:
         rows = [
             (
                 choice.name,
@@ -105,21 +141,32 @@ class Explanation:
                 "own" if choice.rows == choice.ids else f"{choice.rows:,} shared",
                 choice.width,
                 "float" if choice.bits == FLOAT else choice.bits,
+                choice.hot,
                 f"{choice.bytes:,}",
                 f"{choice.value:.1f}",
                 f"{choice.kept:.1%}",
             )
             for choice in self.tables
         ]
-        header = ("table", "ids", "rows", "columns", "bits", "bytes", "entropy", "kept")
-        text = (
-            f"{self.bytes:,} bytes, expected to lose {self.lost:.1%} of what the ids tell.\n"
-            f"{text_table(header, rows)}\n"
-        )
-        tried = ", ".join(
-            f"{width} columns lose {lost:.1%}" for width, lost in self.alternatives[:4]
-        )
-        return text + (f"Within the same bytes: {tried}." if tried else "Nothing else fits.")
+        header = ("table", "ids", "rows", "columns", "bits", "and", "bytes", "entropy", "kept")
+        return text_table(header, rows)
+
+    def _alternatives(self) -> str:
+        others = ", ".join(f"{name} {lost:.1%}" for name, lost in self.alternatives)
+        return f"Expected loss within the same bytes: {others}." if others else "Nothing else fits."
+
+    def _trials(self) -> str:
+        if not self.tried:
+            return ""
+        if len(self.tried) == 1:
+            return "All settings of the planner give this plan, so none was tried."
+        lines = [
+            f"  {each.settings}: AUC {each.auc:.4f}, passes: {each.passes:g}"
+            if each.passes
+            else f"  {each.settings}: no time"
+            for each in self.tried
+        ]
+        return "\n".join([f"Tried on {self.examples:,} examples, best first:", *lines])
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
         """Save a picture: the bytes of every table, and expected loss against bytes.
@@ -134,16 +181,22 @@ class Explanation:
         shown = self.tables[:20][::-1]
         bars.barh([choice.name or "table" for choice in shown], [c.bytes for c in shown])
         for number, choice in enumerate(shown):
-            bits = "float" if choice.bits == FLOAT else f"{choice.bits} bit"
             own = "" if choice.rows == choice.ids else f", {choice.rows:,} shared rows"
+            hot = f", {choice.hot}" if choice.hot else ""
             bars.annotate(
-                f" {choice.width} × {bits}{own}", (choice.bytes, number), va="center", fontsize=7
+                f" {choice.width} × {_bits(choice.bits)}{own}{hot}",
+                (choice.bytes, number),
+                va="center",
+                fontsize=7,
             )
-        bars.margins(x=0.3)
+        bars.margins(x=0.4)
         bars.set_xlabel("bytes")
         sizes, losses = zip(*self.curve, strict=True)
         line.plot(sizes, losses, label="best plans")
         line.plot([self.bytes], [self.lost], "o", label="this plan")
+        for name, lost in self.alternatives:
+            line.plot([self.bytes], [lost], "_", color="grey")
+            line.annotate(f" {name}", (self.bytes, lost), va="center", fontsize=6, color="grey")
         line.set_xscale("log")
         line.set_xlabel("bytes")
         line.set_ylabel("expected share lost")
@@ -151,3 +204,40 @@ class Explanation:
         target = Path(path)
         figure.savefig(target)
         return target
+
+
+def _choice(table: TableSpec, plan: LookupPlan, option: Option) -> TableChoice:
+    value, hot = table_value(table).value, option.hot
+    more = f"{hot.ids:,} hot ids {_numbers(hot.columns, hot.bits)} more" if hot is not None else ""
+    return TableChoice(
+        name=table.name,
+        ids=table.num_embeddings,
+        rows=option.rows,
+        width=option.width,
+        bits=FLOAT if plan.is_dense else option.bits,
+        hot=more,
+        bytes=sum(each.bytes for each in plan.stores if not each.shared),
+        value=value,
+        kept=1.0 if plan.is_dense or value == 0 else 1 - option.loss / value,
+    )
+
+
+def _numbers(columns: int, bits: int) -> str:
+    return f"{columns} column{'s' if columns > 1 else ''} in {_bits(bits)}"
+
+
+def _bits(bits: int) -> str:
+    return "floats" if bits == FLOAT else f"{bits} bit{'s' if bits > 1 else ''}"
+
+
+def _restrictions(choices: Choices) -> list[tuple[str, Choices]]:
+    """What else a person would think of."""
+    narrow = [(f"{w} columns everywhere", replace(choices, widths=(w,))) for w in (2, 4, 8, 16)]
+    coarse = [(f"{_bits(b)} everywhere", replace(choices, bits=(b,))) for b in (1, 2, 4, 8)]
+    return [
+        ("a row for every id", replace(choices, own_rows=True, hot=False)),
+        ("1 column everywhere", replace(choices, widths=(1,))),
+        *narrow,
+        *coarse,
+        ("floats everywhere", replace(choices, bits=(FLOAT,))),
+    ]

@@ -5,41 +5,30 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from embcompress.planner.loss import (
-    FLOAT,
-    QUANTIZATION_LOSS,
-    TableValue,
-    narrowness_kept,
-    quantization_kept,
+from embcompress.methods.base import TableSpec
+from embcompress.planner.loss import TableValue, table_value
+from embcompress.planner.options import (
+    FLOAT_BYTES,
+    Choices,
+    Option,
+    candidate_widths,
+    falling,
+    hull,
+    table_options,
 )
 
-_SCALE_BYTES = _FLOAT_BYTES = 4
+Numbers = NDArray[np.int64]
 
-
-@dataclass(frozen=True)
-class Option:
-    """One way to hold a table.
-
-    Attributes:
-        width: columns of its rows.
-        rows: its rows; fewer than ids are shared by a hash.
-        bits: of a number, or :data:`~embcompress.planner.loss.FLOAT`.
-        shares: whether its projection is the one that tables share.
-        bytes: of rows, steps, and a projection of its own.
-        loss: expected, in the unit of the table's value.
-    """
-
-    width: int
-    rows: int
-    bits: int
-    shares: bool
-    bytes: int
-    loss: float
+#: Budgets that are tried, for each doubling.
+_STEPS_A_DOUBLING = 32
+#: After the best steps, so many more options may be exchanged for larger ones that still fit.
+_EXCHANGES = 6
+_ALL = Choices()
 
 
 @dataclass(frozen=True)
@@ -48,124 +37,192 @@ class Frontier:
 
     Attributes:
         bytes, loss: (points,) of all tables together.
-        width: (points,) columns of the widest table's rows; the others' are in proportion.
-        steps: (points,) how many of the width's steps are taken.
-        chains: by width, the options of each table and the order in which they are stepped to.
+        chosen: for each point, the option of each table.
     """
 
-    bytes: NDArray[np.int64]
+    bytes: Numbers
     loss: NDArray[np.float64]
-    width: NDArray[np.int64]
-    steps: NDArray[np.int64]
-    chains: dict[int, Chain]
+    chosen: list[list[Option]] = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.bytes)
 
     def options(self, point: int) -> list[Option]:
         """Each table's option."""
-        chain = self.chains[int(self.width[point])]
-        taken = np.bincount(
-            chain.tables[: int(self.steps[point])], minlength=len(chain.options)
-        ).tolist()
-        return [options[k] for options, k in zip(chain.options, taken, strict=True)]
+        return self.chosen[point]
+
+    def within(self, budget_bytes: int) -> int | None:
+        """The last point of at most so many bytes; None if there is none."""
+        fitting = int(np.searchsorted(self.bytes, budget_bytes, side="right"))
+        return fitting - 1 if fitting else None
 
 
-@dataclass(frozen=True)
-class Chain:
-    """All tables at one width: from the cheapest option of each, step by step, best first."""
+@functools.lru_cache(maxsize=64)
+def frontier(values: tuple[TableValue, ...], dims: tuple[int, ...], choices: Choices) -> Frontier:
+    """The frontier of tables of known value.
 
-    options: list[list[Option]]
-    tables: NDArray[np.int64]
-    bytes: NDArray[np.int64]
-    loss: NDArray[np.float64]
-
-
-@functools.lru_cache(maxsize=16)
-def frontier(
-    values: tuple[TableValue, ...], dims: tuple[int, ...], share_projection: bool = True
-) -> Frontier:
-    """The frontier of some tables.
+    For every number of columns it is tried that no table has more, and that they may also share a
+    projection of that many; each with and without columns for hot ids alone, and shared rows. A
+    search among more options goes by steeper first steps, and may end in a worse place.
 
     Args:
         values: what each is worth.
         dims: ``embedding_dim`` of each.
-        share_projection: whether tables of one ``embedding_dim`` have one projection.
+        choices: what they may be given.
     """
-    chains = {w: _chain(values, dims, w, share_projection) for w in _widths(max(dims))}
-    sizes = np.concatenate([chain.bytes for chain in chains.values()])
-    losses = np.concatenate([chain.loss for chain in chains.values()])
-    widths = np.concatenate([np.full(len(c.bytes), w) for w, c in chains.items()])
-    steps = np.concatenate([np.arange(len(chain.bytes)) for chain in chains.values()])
-    order = np.lexsort((losses, sizes))
-    best = np.minimum.accumulate(losses[order])
-    rising = np.concatenate([[True], best[1:] < best[:-1]])
-    points = order[rising]
-    return Frontier(sizes[points], losses[points], widths[points], steps[points], chains)
-
-
-def _widths(widest: int) -> list[int]:
-    """All widths up to 16, then sixteen to a doubling."""
-    widths, width = [], 1
-    while width < widest:
-        widths.append(width)
-        width += max(1, 1 << max(0, width.bit_length() - 5))
-    return [*widths, widest]
-
-
-def _chain(
-    values: Sequence[TableValue], dims: Sequence[int], width: int, share_projection: bool
-) -> Chain:
-    widths = [-(-width * dim // max(dims)) for dim in dims]
-    options = [
-        _hull(_options(value, own, dim, share_projection))
-        for value, own, dim in zip(values, widths, dims, strict=True)
+    has_heads = choices.hot and any(value.heads for value in values)
+    searches = [
+        search
+        for hot in sorted({False, has_heads})
+        for own_rows in sorted({True, choices.own_rows})
+        for search in _searches(values, dims, replace(choices, hot=hot, own_rows=own_rows))
     ]
-    steps = [
-        ((before.loss - after.loss) / (after.bytes - before.bytes), table, before, after)
-        for table, each in enumerate(options)
-        for before, after in itertools.pairwise(each)
-    ]
-    # The hull's steps gain less and less a byte, so this keeps the order of each table's own.
-    steps.sort(key=lambda step: -step[0])
-    shared = {(own, dim) for own, dim in zip(widths, dims, strict=True) if own < dim}
-    heads = sum(own * dim * _FLOAT_BYTES for own, dim in shared) if share_projection else 0
-    sizes = [heads + sum(each[0].bytes for each in options)]
-    losses = [sum(each[0].loss for each in options)]
-    sizes += [after.bytes - before.bytes for _, _, before, after in steps]
-    losses += [after.loss - before.loss for _, _, before, after in steps]
-    tables = np.array([table for _, table, _, _ in steps], dtype=np.int64)
-    return Chain(options, tables, np.cumsum(sizes), np.cumsum(losses))
-
-
-def _options(value: TableValue, width: int, dim: int, share_projection: bool) -> list[Option]:
-    options = []
-    for shares in (False, True) if share_projection and width < dim else (False,):
-        narrow = narrowness_kept(width, dim, shares)
-        head = 0 if shares or width == dim else width * dim * _FLOAT_BYTES
-        for bits in QUANTIZATION_LOSS:
-            scale = 0 if bits == FLOAT else _SCALE_BYTES * width
-            for rows, alone in zip(value.rows, value.kept, strict=True):
-                size = -(-rows * width * bits // 8) + scale + head
-                loss = value.value * (1 - narrow * quantization_kept(bits) * alone)
-                options.append(Option(width, rows, bits, shares, size, loss))
-    return options
-
-
-def _hull(options: list[Option]) -> list[Option]:
-    """Options on the lower convex hull of loss over bytes, cheapest first."""
-    hull: list[Option] = []
-    for option in sorted(options, key=lambda each: (each.bytes, each.loss)):
-        if hull and option.loss >= hull[-1].loss - 1e-12:
-            continue
-        while len(hull) >= 2 and _is_above(hull[-2], hull[-1], option):
-            hull.pop()
-        hull.append(option)
-    return hull
-
-
-def _is_above(first: Option, middle: Option, last: Option) -> bool:
-    """Whether the middle lies on or above the line from first to last."""
-    return (middle.loss - first.loss) * (last.bytes - first.bytes) >= (last.loss - first.loss) * (
-        middle.bytes - first.bytes
+    sizes = np.concatenate([search.bytes for search in searches])
+    losses = np.concatenate(
+        [_expected_loss(values, dims, search, choices.narrowness) for search in searches]
     )
+    order = np.lexsort((losses, sizes))
+    points = order[falling(losses[order])]
+    starts = np.cumsum([0, *(len(search.bytes) for search in searches)])
+    chosen = []
+    for point in points.tolist():
+        number = int(np.searchsorted(starts, point, side="right")) - 1
+        search = searches[number]
+        taken = search.taken[point - starts[number]].tolist()
+        chosen.append([each[k] for each, k in zip(search.options, taken, strict=True)])
+    return Frontier(sizes[points], losses[points], chosen)
+
+
+def _searches(values: Sequence[TableValue], dims: Sequence[int], choices: Choices) -> list[_Search]:
+    """With at most so many columns, for all numbers of columns."""
+    searches = []
+    fitting: list[list[Option]] = [[] for _ in values]  # of at most so many columns
+    for width in candidate_widths(max(dims), choices.widths):
+        # Narrower tables have columns in proportion.
+        widths = [-(-width * dim // max(dims)) for dim in dims]
+        for options, value, own, dim in zip(fitting, values, widths, dims, strict=True):
+            options += table_options(value, own, dim, choices, shares=False)
+        searches.append(_search(fitting, 0))
+        # Tables of one width have one projection; a single table has nothing to share.
+        heads = {(own, dim) for own, dim in zip(widths, dims, strict=True) if own < dim}
+        if choices.share_projection and len(values) > 1 and heads:
+            sharing = [
+                [*options, *table_options(value, own, dim, choices, shares=True)]
+                for options, value, own, dim in zip(fitting, values, widths, dims, strict=True)
+            ]
+            size = sum(own * dim * FLOAT_BYTES for own, dim in heads)
+            searches.append(_search(sharing, size))
+    return searches
+
+
+def tables_frontier(tables: Sequence[TableSpec], choices: Choices = _ALL) -> Frontier:
+    """The frontier of some tables."""
+    values = tuple(table_value(table) for table in tables)
+    return frontier(values, tuple(table.embedding_dim for table in tables), choices)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The best choices among some options, budget by budget.
+
+    Attributes:
+        options: of each table, those that no other one beats, cheapest first.
+        taken: (budgets, tables) number of the option that a table gets.
+        bytes: (budgets,) of all tables together.
+    """
+
+    options: list[list[Option]]
+    taken: Numbers
+    bytes: Numbers
+
+
+def _search(offered: list[list[Option]], heads_bytes: int) -> _Search:
+    """Best steps first, as far as a budget goes; then what else still fits."""
+    options = [_undominated(each) for each in offered]
+    hulls = [hull(each) for each in options]
+    places = [{id(option): k for k, option in enumerate(each)} for each in options]
+    steps = sorted(
+        (
+            ((before.loss - after.loss) / (after.bytes - before.bytes), table, before, after)
+            for table, each in enumerate(hulls)
+            for before, after in itertools.pairwise(each)
+        ),
+        key=lambda step: -step[0],  # each table's own keep their order: they gain less and less
+    )
+    start = heads_bytes + sum(each[0].bytes for each in hulls)
+    sizes = np.cumsum([start, *(after.bytes - before.bytes for _, _, before, after in steps)])
+    states = np.zeros((len(steps) + 1, len(options)), dtype=np.int64)
+    for number, (_, table, _, after) in enumerate(steps, 1):
+        states[number] = states[number - 1]
+        states[number, table] = places[table][id(after)]
+    doublings = np.log2(max(1.0, sizes[-1] / sizes[0]))
+    budgets = sizes[0] * 2 ** np.linspace(0, doublings, 1 + round(doublings * _STEPS_A_DOUBLING))
+    budgets = np.unique(np.append(budgets.astype(np.int64), sizes[-1]))
+    reached = np.searchsorted(sizes, budgets, side="right") - 1
+    taken, total = states[reached], sizes[reached]
+    for _ in range(_EXCHANGES):
+        taken, total = _exchange(options, taken, total, budgets)
+    return _Search(options, taken, total)
+
+
+def _exchange(
+    options: list[list[Option]], taken: Numbers, total: Numbers, budgets: Numbers
+) -> tuple[Numbers, Numbers]:
+    """For each budget, the one larger option that gains most within what is left of it."""
+    points = np.arange(len(budgets))
+    larger, gains, more = [], [], []
+    for table, each in enumerate(options):
+        sizes = np.array([option.bytes for option in each])
+        losses = np.array([option.loss for option in each])
+        now = taken[:, table]
+        # Options are in order of bytes and of falling loss, so the last that fits is the best.
+        best = np.searchsorted(sizes, sizes[now] + budgets - total, side="right") - 1
+        larger.append(best)
+        gains.append(losses[now] - losses[best])
+        more.append(sizes[best] - sizes[now])
+    table = np.argmax(gains, axis=0)
+    exchanged = taken.copy()
+    exchanged[points, table] = np.array(larger)[table, points]
+    return exchanged, total + np.array(more)[table, points]
+
+
+def _undominated(options: list[Option]) -> list[Option]:
+    """Those that no option of fewer bytes and less loss beats, cheapest first."""
+    ordered = sorted(options, key=lambda option: (option.bytes, option.loss))
+    kept = falling(np.array([option.loss for option in ordered]))
+    return [option for option, is_better in zip(ordered, kept, strict=True) if is_better]
+
+
+def _expected_loss(
+    values: Sequence[TableValue], dims: Sequence[int], search: _Search, narrowness: float
+) -> NDArray[np.float64]:
+    """(budgets,) the expected loss of all tables.
+
+    In the product of two tables' vectors the columns of the wider one that the narrower one lacks
+    are lost, so a table's columns count by how much its partners have them, too: partner j by the
+    square of its value, because the pairs that tell most are those of the tables that tell most.
+    """
+    value, dim = np.array([each.value for each in values]), np.array(dims)
+    partner = value**2 / max(float((value**2).sum()), 1e-300)
+    # (budgets, tables, 2): columns, share and kept share of the others' and the hot ids' value.
+    parts = [
+        np.array([_parts(option) for option in each])[search.taken[:, table]]
+        for table, each in enumerate(search.options)
+    ]
+    width, share, kept = np.moveaxis(np.stack(parts, axis=1), -1, 0)
+    edges = np.unique([*width[width > 0], max(dims)])
+    losses = value.sum() - (value * kept.sum(2)).sum(1)
+    for before, after in itertools.pairwise(edges):
+        has = (width > before) | (width == dim[:, None])
+        present = ((share * has).sum(2) * partner).sum(1, keepdims=True)
+        lost = kept.sum(2) - present * (kept * has).sum(2)
+        losses += narrowness * (1 / before - 1 / after) * (value * (dim > before) * lost).sum(1)
+    return np.asarray(losses)
+
+
+def _parts(option: Option) -> list[tuple[int, float, float]]:
+    """Columns, share and kept share of the value, of the ids that are not hot and of the hot."""
+    if option.hot is None:
+        return [(option.width, 1.0, option.kept), (0, 0.0, 0.0)]
+    hot = option.hot
+    return [(option.width, 1 - hot.share, option.kept), (hot.width, hot.share, hot.kept)]

@@ -19,22 +19,41 @@ FLOAT = 32
 #: "Quantizing for minimum distortion", 1960, table II); for 4 bits, where training makes up for
 #: nearly all of it, less.
 QUANTIZATION_LOSS = {1: 0.3634, 2: 0.1188, 4: 0.002, 8: 0.0001, FLOAT: 0.0}
-#: What w of d columns lose, NARROWNESS_LOSS · (1/w - 1/d), in the unit of quantization losses. A
+#: What w of d columns lose is NARROWNESS · (1/w - 1/d), in the unit of quantization losses. A
 #: model that is trained with narrow rows loses much less than the variance they cannot hold. From
-#: AUC on MovieLens-100K, where 1, 2 and 4 columns of 16 lost 0.012, 0.007 and 0.003, and 2 bits
-#: and 1 bit, 0.018 and 0.062 more than 4.
-NARROWNESS_LOSS = 0.075
-#: What w columns lose, SHARED_PROJECTION_LOSS · (1 - 1/w), where the tables of a model have one
-#: projection: their vectors lie in one space of w dimensions. One column has a factor to lose, and
-#: the model's layers have it too. From AUC on MovieLens-100K, 0.002 to 0.003 at 10 %.
+#: AUC on validation rows of MovieLens-100K (``benchmarks/planner.py constants``): with what 1 and 2
+#: bits lose for the unit, 1, 2 and 4 columns of 16 say 0.045, 0.09 and 0.065. Other data may need
+#: more: short trainings try that (:mod:`embcompress.planner.trials`).
+NARROWNESS = 0.075
+#: What a table loses where its projection is other tables', too: their vectors lie in one space of
+#: w dimensions, in the same directions. On validation rows of MovieLens-100K hardly more than the
+#: noise for 2 and 4 columns (within 0.0013 of AUC, 0.01 in this unit), so this is a safe guess.
 SHARED_PROJECTION_LOSS = 0.02
 #: After so many examples half of what there is to know of an id is known.
 _HALF_LEARNED = 4.0
-#: Without counts, ids are taken to occur as often as 1 / (rank + 2)^1.05 says, up to this rank;
-#: the others together have the rest.
-_RANKS = 1 << 16
-#: Shares of ids that rows are tried for, each √2 of the next.
-_STEPS_A_HALVING = 2
+#: Without counts, ids are taken to occur as often as 1 / (rank + 2)^1.05 says; so many ranks are
+#: taken one by one.
+_SINGLE_RANKS = 1 << 10
+#: Bits of a code that says which row of its own a frequent id has.
+_MOST_HEAD_BITS = 16
+#: Numbers of rows that are tried, for each halving.
+_STEPS_A_HALVING = 4
+
+
+@dataclass(frozen=True)
+class Head:
+    """The ids that occur most.
+
+    Attributes:
+        ids: their number.
+        share: of the table's value that is theirs.
+        kept: for each number of rows, the share of the table's value that the other ids keep of
+            their own.
+    """
+
+    ids: int
+    share: float
+    kept: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -46,26 +65,14 @@ class TableValue:
             by how much of it can be learned from its count.
         rows: numbers of rows that ids may share, rising; the last one is one a row each.
         kept: for each, the share of the value that is left where ids share rows by a hash.
+        heads: the most frequent ids, 2^c - 1 of them for c = 1, 2, …; none where counts are not
+            known.
     """
 
     value: float
     rows: tuple[int, ...]
     kept: tuple[float, ...]
-
-
-def narrowness_kept(width: int, widest: int, is_shared: bool) -> float:
-    """Share of a table's value that rows of ``width`` of ``widest`` columns keep.
-
-    Args:
-        is_shared: whether the projection is other tables', too.
-    """
-    kept = 1 - NARROWNESS_LOSS * (1 / width - 1 / widest)
-    return kept * (1 - SHARED_PROJECTION_LOSS * (1 - 1 / width)) if is_shared else kept
-
-
-def quantization_kept(bits: int) -> float:
-    """Share of a table's value that numbers of so many bits keep."""
-    return 1 - QUANTIZATION_LOSS[bits]
+    heads: tuple[Head, ...] = ()
 
 
 _KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -79,42 +86,72 @@ def table_value(table: TableSpec) -> TableValue:
     share p / (p + (1 - p)/R): its part of the expected occurrences of its row.
     """
     if table.counts is None:
-        return _value(table.num_embeddings, *_assumed(table.num_embeddings))
+        return _value(table.num_embeddings, *_assumed(table.num_embeddings), heads=[])
     if table.counts not in _KNOWN:
-        _KNOWN[table.counts] = _value(table.num_embeddings, *_counted(table.counts))
+        counts, ids, learned = _counted(table.counts)
+        heads = _head_sizes(int(ids.sum()))
+        _KNOWN[table.counts] = _value(table.num_embeddings, counts, ids, learned, heads)
     known: TableValue = _KNOWN[table.counts]
     return known
 
 
 def _counted(counts: Tensor) -> tuple[Array, Array, Array]:
-    """Counts that occur, how many ids have each, and what share of those can be learned."""
+    """Counts that occur, falling, how many ids have each, and what share of those is learned."""
     distinct, ids = np.unique(counts.double().cpu().numpy(), return_counts=True)
-    distinct, ids = distinct[distinct > 0], ids[distinct > 0]
+    distinct, ids = distinct[distinct > 0][::-1], ids[distinct > 0][::-1]
     return distinct, ids.astype(np.float64), distinct / (distinct + _HALF_LEARNED)
 
 
 def _assumed(num_embeddings: int) -> tuple[Array, Array, Array]:
-    ranks = np.arange(min(num_embeddings, _RANKS), dtype=np.float64)
-    counts, ids = 1 / (ranks + 2) ** 1.05, np.ones_like(ranks)
-    ids[-1] += num_embeddings - len(ranks)
+    """The same without counts; neighbours in the tail are taken together."""
+    starts = np.arange(min(num_embeddings, _SINGLE_RANKS), dtype=np.float64)
+    if num_embeddings > _SINGLE_RANKS:
+        tail = np.geomspace(_SINGLE_RANKS, num_embeddings, _SINGLE_RANKS).round()
+        starts = np.unique(np.concatenate([starts, tail]))[:-1]
+    ids = np.diff(np.append(starts, num_embeddings))
+    counts = 1 / (starts + (ids - 1) / 2 + 2) ** 1.05
     return counts, ids, np.ones_like(counts)
 
 
-def _value(num_embeddings: int, counts: Array, ids: Array, learned: Array) -> TableValue:
+def _value(
+    num_embeddings: int, counts: Array, ids: Array, learned: Array, heads: list[int]
+) -> TableValue:
+    """The value of ids by falling counts."""
     rows = _rows(num_embeddings)
     if len(counts) == 0:  # nothing was ever asked for
         return TableValue(0.0, rows, (0.0,) * (len(rows) - 1) + (1.0,))
     probability = counts / (counts * ids).sum()
     mass = probability * ids * learned
-    value = float(-(mass * np.log2(probability)).sum())
-    total = max(float(mass.sum()), 1e-300)
-    kept = [
-        float((mass * probability / (probability + (1 - probability) / each)).sum()) / total
-        for each in rows[:-1]
-    ]
-    if rows[0] == 1 and len(rows) > 1:
-        kept[0] = 0.0  # one row for all tells nothing apart
-    return TableValue(value, rows, (*kept, 1.0))
+    share = mass / max(float(mass.sum()), 1e-300)
+    ends = np.concatenate([[0.0], ids.cumsum()])
+    kept = []  # for each number of rows, by all ids and by those behind each head
+    for number in rows:
+        own = np.ones_like(share) if number == num_embeddings else _own_share(probability, number)
+        sums = np.concatenate([[0.0], (share * own).cumsum()])
+        kept.append(sums[-1] - np.interp([0, *heads], ends, sums))
+    by_head = np.array(kept).clip(min=0).T.tolist()
+    return TableValue(
+        value=float(-(mass * np.log2(probability)).sum()),
+        rows=rows,
+        kept=tuple(by_head[0]),
+        heads=tuple(
+            Head(size, 1 - left[-1], tuple(left))
+            for size, left in zip(heads, by_head[1:], strict=True)
+        ),
+    )
+
+
+def _own_share(probability: Array, rows: int) -> Array:
+    """How much of its row's vector is an id's own."""
+    if rows == 1:  # one row for all tells nothing apart
+        return np.zeros_like(probability)
+    return np.asarray(probability / (probability + (1 - probability) / rows))
+
+
+def _head_sizes(num_ids: int) -> list[int]:
+    """2^c - 1 for every c, below the number of ids that occur."""
+    sizes = [2**bits - 1 for bits in range(1, _MOST_HEAD_BITS + 1)]
+    return [size for size in sizes if size < num_ids]
 
 
 def _rows(num_embeddings: int) -> tuple[int, ...]:

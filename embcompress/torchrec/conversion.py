@@ -20,7 +20,7 @@ from embcompress.lowering.tables import (
 )
 from embcompress.memory import storage_key
 from embcompress.modules import CompressedTable, Embedding, EmbeddingBag, tie_shared_stores
-from embcompress.surgery import swap_modules
+from embcompress.table_building import swap_modules
 from embcompress.text_table import text_table
 from embcompress.torchrec.collections import (
     COMPRESSED,

@@ -14,7 +14,7 @@ from embcompress.bench.records import RecordFile, SweepError, only_writer
 from embcompress.bench.report import markdown_results, percent_at_least, write_report
 from embcompress.bench.settings import SweepSettings, TrainingSettings
 from embcompress.bench.summary import Statistic, load_records, summarize
-from embcompress.bench.sweep import run_sweep
+from embcompress.bench.sweep import Sweep, run_sweep
 from embcompress.budget import parse_budget
 
 DATA = "synthetic:rows=1500,ids=300,features=3"
@@ -94,13 +94,30 @@ def test_records_keep_the_contract(finished: Path) -> None:
             assert name in record
 
 
-def test_learning_rates_are_chosen_once_a_cell(finished: Path) -> None:
+def test_the_first_seeds_try_all_learning_rates(finished: Path) -> None:
     for record in load_records(finished):
         if "auc" not in record:
             continue
         trials = record["learning_rate_trials"]
-        assert len(trials) == (2 if record["seed"] == 0 else 1)
+        assert [trial["learning_rate"] for trial in trials] == [0.01, 0.03]
         assert record["learning_rate"] == max(trials, key=lambda t: t["auc"])["learning_rate"]
+
+
+def test_the_other_seeds_take_what_was_best_for_the_first(tmp_path: Path) -> None:
+    training = TrainingSettings(learning_rates=(0.01, 0.03))
+    settings = SweepSettings((DATA,), ("hash",), ("50%",), (0, 1, 2), training)
+    sweep = Sweep(settings, tmp_path, None)
+    first, second, third = settings.runs()
+    for run, aucs in ((first, (0.70, 0.71)), (second, (0.75, 0.72))):
+        assert sweep._learning_rates(third) == (0.01, 0.03)
+        sweep.results.records[run.key] = {
+            "learning_rate_trials": [
+                {"learning_rate": rate, "auc": auc}
+                for rate, auc in zip((0.01, 0.03), aucs, strict=True)
+            ]
+        }
+        assert sweep._learning_rates(run) == (0.01, 0.03)
+    assert sweep._learning_rates(third) == (0.01,)
 
 
 def test_impossible_budgets_are_kept_apart_and_shown(finished: Path) -> None:

@@ -13,10 +13,21 @@ import embcompress as ec
 from embcompress.bench import sweep as sweep_module
 from embcompress.bench import training as training_module
 from embcompress.bench.environment import torch_threads
+from embcompress.bench.planning import try_candidates
+from embcompress.bench.prequential import train_prequential
 from embcompress.bench.settings import Run, SweepSettings, TrainingSettings
 from embcompress.bench.sweep import run_sweep
-from embcompress.bench.training import Trained, build_model, evaluate, train
+from embcompress.bench.training import (
+    Trained,
+    build_model,
+    count_ids,
+    evaluate,
+    predict,
+    score,
+    train,
+)
 from embcompress.data import ClickLog, load_click_log
+from embcompress.recipe import binary_step, make_optimizer
 
 DATA = "synthetic:rows=1500,ids=300,features=3"
 SETTINGS = TrainingSettings(epochs=3, batch_size=128, learning_rates=(0.03,))
@@ -58,8 +69,8 @@ def test_test_rows_are_not_looked_at_while_training(
 def test_the_scores_are_those_of_the_kept_epochs(log: ClickLog) -> None:
     split, result = log.split("random", seed=0), trained(log)
     validation = training_module.test_scores(result, log, split.validation)
-    for epoch, score in validation.items():
-        assert score == result.validation[epoch - 1]
+    for epoch, found in validation.items():
+        assert found == result.validation[epoch - 1]
 
 
 def test_a_training_that_diverges_is_the_worst_and_not_an_error(log: ClickLog) -> None:
@@ -74,6 +85,43 @@ def test_rows_of_one_label_have_no_auc(log: ClickLog) -> None:
     model = build_model(log, SETTINGS, "full", "100%", 0)
     with pytest.raises(ValueError, match="all 5 rows to be evaluated have the label 1"):
         evaluate(model, log, np.flatnonzero(log.labels == 1)[:5])
+
+
+def test_a_prequential_prediction_is_made_before_its_row_is_trained_on(log: ClickLog) -> None:
+    settings = replace(SETTINGS, split="prequential")
+    split = log.split("time", validation=0.3, test=0.3)
+    model = build_model(log, settings, "low_bit", "20%", 0)
+    result = train_prequential(model, log, split, settings, 0.03)
+    again = build_model(log, settings, "low_bit", "20%", 0)
+    optimizer = make_optimizer(again, 0.03)
+    predictions = []
+    for start in range(0, len(log), settings.batch_size):
+        rows = np.arange(start, min(start + settings.batch_size, len(log)))
+        predictions.append(predict(again, log, rows))  # the whole model, in evaluation mode
+        again.train()
+        batch = log.batch(rows)
+        binary_step(optimizer, again(batch.dense, batch.ids, batch.offsets), batch.label)
+    probability = np.concatenate(predictions).astype(np.float64)
+    assert result.validation == [score(log.labels[split.validation], probability[split.validation])]
+    assert result.prequential == score(log.labels[split.test], probability[split.test])
+    scores = training_module.test_scores(result, log, split.test)
+    assert scores == {1: result.prequential} and result.examples == len(log)
+
+
+def test_the_planner_sees_training_rows_alone(
+    log: ClickLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split, seen, batch = log.split("time"), [], log.batch
+    monkeypatch.setattr(log, "batch", lambda rows: (seen.append(rows), batch(rows))[1])
+    settings = replace(SETTINGS, split="time")
+    counts = count_ids(log, split.train)
+    tried = try_candidates(log, split.train, settings, "auto", "5%", 0, counts, 60)
+    assert len(tried) > 1 and tried[0].passes >= 1
+    assert np.isin(np.concatenate(seen), split.train).all()
+    assert [each.method for each in tried] == [
+        each.method
+        for each in try_candidates(log, split.train, settings, "auto", "5%", 0, counts, 60)
+    ]
 
 
 def test_a_record_says_what_the_tables_were_made_into(log: ClickLog, tmp_path: Path) -> None:

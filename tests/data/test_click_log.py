@@ -249,7 +249,8 @@ def test_schemas_that_make_no_sense(tmp_path: Path) -> None:
         prepare_schema(schema, [tmp_path / "events.parquet"], tmp_path / "log", progress=False)
 
 
-def test_negatives_come_from_the_same_slice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_popularity", [False, True])
+def test_negatives_come_from_the_same_slice(tmp_path: Path, by_popularity: bool) -> None:
     rng = np.random.default_rng(0)
     hours = np.sort(rng.integers(0, 5, 4000))
     # Articles live for one hour: hour h has the articles 100 * h … 100 * h + 9.
@@ -260,7 +261,7 @@ def test_negatives_come_from_the_same_slice(tmp_path: Path) -> None:
         sources=("clicks.parquet",),
         time="t",
         ids=("article",),
-        negatives=NegativeSampling(("article",), per_positive=2),
+        negatives=NegativeSampling(("article",), per_positive=2, by_popularity=by_popularity),
     )
     log = prepare_schema(schema, [tmp_path / "clicks.parquet"], tmp_path / "log", progress=False)
     assert len(log) == 12_000 and log.labels.reshape(-1, 3).tolist() == [[1, 0, 0]] * 4000
@@ -276,7 +277,26 @@ def test_negatives_come_from_the_same_slice(tmp_path: Path) -> None:
         prepare_schema(schema, [tmp_path / "back.parquet"], tmp_path / "three", progress=False)
 
 
-@pytest.mark.parametrize("name", ["globo", "criteo80k"])
+def test_negatives_by_popularity_occur_as_often_as_positives(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    articles = rng.choice(50, 20_000, p=np.arange(1, 51) / 1275)
+    table = {"t": np.zeros(20_000, np.int64), "article": articles}
+    pq.write_table(pa.table(table), tmp_path / "clicks.parquet")
+    for by_popularity, lowest in ((False, 0.4), (True, 0.0)):
+        schema = ClickLogSchema(
+            name="clicks", sources=("clicks.parquet",), time="t", ids=("article",),
+            negatives=NegativeSampling(("article",), by_popularity=by_popularity),
+        )  # fmt: skip
+        target = tmp_path / str(by_popularity)
+        log = prepare_schema(schema, [tmp_path / "clicks.parquet"], target, progress=False)
+        ids, labels = log._ids[:, 0], log.labels.astype(bool)
+        positive = np.bincount(ids[labels], minlength=52) / 20_000
+        negative = np.bincount(ids[~labels], minlength=52) / 20_000
+        assert (ids[labels] != ids[~labels]).all()
+        assert lowest <= np.abs(positive - negative).sum() < lowest + 0.2
+
+
+@pytest.mark.parametrize("name", ["globo", "globo_by_popularity", "criteo80k"])
 def test_the_example_schemas_load(name: str) -> None:
     root = Path(__file__).parents[2]
     assert ClickLogSchema.load(root / "examples" / "schemas" / f"{name}.yaml").name == name

@@ -1,0 +1,226 @@
+"""The ways to hold one table, and what each is expected to keep of the table's value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embcompress.planner.loss import (
+    FLOAT,
+    NARROWNESS,
+    QUANTIZATION_LOSS,
+    SHARED_PROJECTION_LOSS,
+    Head,
+    TableValue,
+)
+
+FLOAT_BYTES = 4
+_HOT_BITS = (4, 8)
+
+
+@dataclass(frozen=True)
+class Hot:
+    """Columns of their own, beside the others, for the ids that occur most.
+
+    Attributes:
+        ids: their number; a code of every id of the table says which are theirs.
+        columns, bits: of their rows.
+        width: columns that a vector of theirs has altogether.
+        share: of the table's value that is theirs.
+        kept: share of the table's value that their bits leave.
+    """
+
+    ids: int
+    columns: int
+    bits: int
+    width: int
+    share: float
+    kept: float
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to hold a table.
+
+    Attributes:
+        width: columns of its rows.
+        rows: its rows; fewer than ids are shared by a hash.
+        parts: of a shared row, each found by a hash of its own.
+        bits: of a number, or :data:`~embcompress.planner.loss.FLOAT`.
+        shares: whether its projection is the one that tables share.
+        bytes: of rows, steps, codes, and a projection of its own.
+        kept: share of the table's value that bits, sharing and the projection leave; of the ids
+            that are not hot.
+        loss: expected, in the unit of the table's value, where all tables are as wide.
+        hot: what frequent ids have beside it.
+    """
+
+    width: int
+    rows: int
+    parts: int
+    bits: int
+    shares: bool
+    bytes: int
+    kept: float
+    loss: float
+    hot: Hot | None = None
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a table may be given.
+
+    Attributes:
+        share_projection: whether tables of one width may share a projection.
+        narrowness: what one column of many loses (:data:`~embcompress.planner.loss.NARROWNESS`).
+        hot: whether frequent ids may have columns of their own.
+        chunks: parts of a shared row, at most.
+        widths: numbers of columns; None for all.
+        bits: of a number; None for all.
+        own_rows: every id has a row of its own.
+    """
+
+    share_projection: bool = True
+    narrowness: float = NARROWNESS
+    hot: bool = True
+    chunks: int = 1
+    widths: tuple[int, ...] | None = None
+    bits: tuple[int, ...] | None = None
+    own_rows: bool = False
+
+
+def candidate_widths(dim: int, allowed: tuple[int, ...] | None = None) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, …: two to a doubling, up to ``dim``."""
+    if allowed is not None:
+        return sorted({min(width, dim) for width in allowed})
+    doublings = [1 << power for power in range(dim.bit_length())]
+    widths = {1, *doublings, *(3 * width // 2 for width in doublings)}
+    return sorted({dim, *(width for width in widths if width < dim)})
+
+
+@dataclass(frozen=True)
+class _Many:
+    """Options of one width and one way to treat hot ids, as arrays."""
+
+    hot: tuple[Head, int, int] | None  # the ids, their columns and bits
+    bits: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    bytes: NDArray[np.int64]
+    kept: NDArray[np.float64]
+    hot_kept: NDArray[np.float64]
+    loss: NDArray[np.float64]
+
+
+def table_options(
+    value: TableValue, width: int, dim: int, choices: Choices, *, shares: bool
+) -> list[Option]:
+    """The options of a table at one width that none of fewer bytes and less loss beats.
+
+    Args:
+        value: of the table.
+        width: columns of the rows.
+        dim: ``embedding_dim`` of the table.
+        choices: what it may be given.
+        shares: whether its projection is the one that tables share.
+    """
+    if shares and width == dim:
+        return []
+    parts = max(k for k in range(1, choices.chunks + 1) if width % k == 0)
+    groups = list(_groups(value, width, dim, choices, shares, parts))
+    sizes = np.concatenate([group.bytes for group in groups])
+    losses = np.concatenate([group.loss for group in groups])
+    of_group = np.repeat(np.arange(len(groups)), len(groups[0].bytes))
+    order = np.lexsort((losses, sizes))
+    options = []
+    for position in order[falling(losses[order])].tolist():
+        group = groups[of_group[position]]
+        k = position % len(group.bytes)
+        kept, hot_kept = float(group.kept[k]), float(group.hot_kept[k])
+        rows, bits, hot = int(group.rows[k]), int(group.bits[k]), None
+        has_own_rows = rows == value.rows[-1]
+        if group.hot is not None:
+            head, columns, hot_bits = group.hot
+            whole = _hot_width(width, columns, dim, has_own_rows)
+            hot = Hot(head.ids, columns, hot_bits, whole, head.share, hot_kept)
+        options.append(
+            Option(
+                width, rows, 1 if has_own_rows else parts, bits, shares, int(group.bytes[k]), kept,
+                float(group.loss[k]), hot,
+            )
+        )  # fmt: skip
+    return options
+
+
+def falling(losses: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which losses are below all before them."""
+    best = np.minimum.accumulate(losses)
+    return np.concatenate([[True], best[1:] < best[:-1]])
+
+
+def _groups(
+    value: TableValue, width: int, dim: int, choices: Choices, shares: bool, parts: int
+) -> Iterator[_Many]:
+    numbers = np.array(choices.bits or tuple(QUANTIZATION_LOSS))
+    first = len(value.rows) - 1 if choices.own_rows else 0
+    bits = numbers.repeat(len(value.rows) - first)
+    coarse = np.array([QUANTIZATION_LOSS[each] for each in numbers]).repeat(len(value.rows) - first)
+    rows = np.tile(value.rows[first:], len(numbers))
+    ids, is_own = value.rows[-1], rows == value.rows[-1]
+    head = 0 if shares or width == dim else width * dim * FLOAT_BYTES
+    steps = np.where(bits == FLOAT, 0, np.where(is_own, width, width // parts) * FLOAT_BYTES)
+    sizes = -(-rows * width * bits // 8) + steps + head
+
+    def narrow(columns: int) -> float:
+        return 1 - choices.narrowness * (1 / columns - 1 / dim)
+
+    def kept_of(own: tuple[float, ...]) -> NDArray[np.float64]:
+        whole = 1 - shares * SHARED_PROJECTION_LOSS
+        return np.asarray((1 - coarse) * np.tile(own[first:], len(numbers)) * whole)
+
+    kept, none = kept_of(value.kept), np.zeros(len(bits))
+    yield _Many(None, bits, rows, sizes, kept, none, value.value * (1 - kept * narrow(width)))
+    if shares or width == dim or not choices.hot or choices.bits or choices.widths:
+        return
+    for each in value.heads[1::2]:
+        kept = kept_of(each.kept)
+        codes = -(-ids * each.ids.bit_length() // 8)
+        for columns in sorted({min(width, dim), min(3 * width, dim), dim}):
+            own, alone = (narrow(_hot_width(width, columns, dim, has)) for has in (True, False))
+            for hot_bits in _HOT_BITS:
+                extra = codes - (-each.ids * columns * hot_bits // 8)
+                extra += columns * FLOAT_BYTES * (1 + dim)
+                loss = QUANTIZATION_LOSS[hot_bits]
+                mixed = (width * coarse + columns * loss) / (width + columns)
+                hot_kept = each.share * (1 - np.where(is_own, mixed, loss))
+                left = kept * narrow(width) + hot_kept * np.where(is_own, own, alone)
+                losses = value.value * (1 - left)
+                yield _Many(
+                    (each, columns, hot_bits), bits, rows, sizes + extra, kept, hot_kept, losses
+                )
+
+
+def _hot_width(width: int, columns: int, dim: int, has_own_row: bool) -> int:
+    """Columns that tell a hot id apart; those that it shares with other ids do not."""
+    return min(dim, columns + width * has_own_row)
+
+
+def hull(options: list[Option]) -> list[Option]:
+    """Options on the lower convex hull of loss over bytes, cheapest first."""
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda each: (each.bytes, each.loss)):
+        if kept and option.loss >= kept[-1].loss - 1e-12:
+            continue
+        while len(kept) >= 2 and _is_above(kept[-2], kept[-1], option):
+            kept.pop()
+        kept.append(option)
+    return kept
+
+
+def _is_above(first: Option, middle: Option, last: Option) -> bool:
+    """Whether the middle lies on or above the line from first to last."""
+    return (middle.loss - first.loss) * (last.bytes - first.bytes) >= (last.loss - first.loss) * (
+        middle.bytes - first.bytes
+    )

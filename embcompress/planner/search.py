@@ -1,0 +1,180 @@
+"""Which settings of the planner, and how many bytes: by short trainings of the model itself."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+
+from embcompress.methods.base import Method
+from embcompress.methods.full import Full
+from embcompress.planner.trials import (
+    Trial,
+    TrialData,
+    distinct,
+    standard_error,
+    successive_halving,
+)
+
+#: Shares of the dense bytes at which the loss of AUC is measured first.
+_LADDER = (0.25, 0.06, 0.015, 0.004, 0.001)
+_REFINEMENTS = 3
+#: Passes over the training examples, at most: fewer where the AUC has fallen after one.
+_PASSES = 6
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a plan of so many bytes loses.
+
+    Attributes:
+        bytes: the budget.
+        expected: share of the tables' value that the planner expects to be lost.
+        auc: of a short training.
+    """
+
+    bytes: int
+    expected: float
+    auc: float
+
+
+@dataclass(frozen=True)
+class QualitySearch:
+    """How the fewest bytes were found that keep a quality.
+
+    Attributes:
+        budget_bytes: what was found.
+        full_auc: of a short training with uncompressed tables.
+        max_auc_loss: what may be lost of it.
+        error: standard error of an AUC on the held-out examples; differences are known better.
+        measurements: by falling bytes.
+    """
+
+    budget_bytes: int
+    full_auc: float
+    max_auc_loss: float
+    error: float
+    measurements: tuple[Measurement, ...]
+
+    def __str__(self) -> str:
+        lines = [
+            f"At most {self.max_auc_loss:g} of the full tables' AUC, {self.full_auc:.4f} after "
+            f"short trainings, may be lost (a single AUC has a standard error of "
+            f"{self.error:.4f}). Measured:"
+        ]
+        lines += [
+            f"  {each.bytes:,} bytes lose {self.full_auc - each.auc:+.4f}"
+            for each in self.measurements
+        ]
+        return "\n".join([*lines, f"so {self.budget_bytes:,} bytes."])
+
+
+@dataclass
+class PlanSearch:
+    """Short trainings of one model with other tables.
+
+    Attributes:
+        build: makes the model with tables of a method in so many bytes.
+        plans: the same, its plans alone, in a form that compares.
+        expected: share of the tables' value that a method in so many bytes is expected to lose;
+            infinite where it cannot be made so small.
+        dense_bytes: of the full tables.
+        data: what is trained on and compared by.
+        seconds: trainings end after so long.
+        seed: of all random numbers.
+    """
+
+    build: Callable[[Method, int], nn.Module]
+    plans: Callable[[Method, int], Hashable]
+    expected: Callable[[Method, int], float]
+    dense_bytes: int
+    data: TrialData
+    seconds: float
+    seed: int
+    _end: float = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._end = time.monotonic() + self.seconds
+
+    def settings(self, method: Method, budget_bytes: int) -> list[Trial]:
+        """The method with one or the other setting, best first."""
+        methods = distinct(method.candidates(), lambda each: self.plans(each, budget_bytes))
+        if len(methods) == 1:
+            return [Trial(methods[0])]
+        with torch.random.fork_rng():
+            left = self._end - time.monotonic()
+            return successive_halving(methods, self._builder(budget_bytes), self.data, left)
+
+    def smallest(self, method: Method, max_auc_loss: float) -> QualitySearch:
+        """The fewest bytes that lose no more AUC than that.
+
+        The loss is measured at a few budgets, and taken to rise with what the planner expects to
+        be lost: never to fall, and in a straight line between two measurements. Where that line
+        passes ``max_auc_loss`` it is measured again.
+
+        Raises:
+            ValueError: the time was too short to train the model with full tables.
+        """
+        full = self._measure(Full(), self.dense_bytes)
+        if full is None:
+            raise ValueError(
+                f"plan_seconds={self.seconds:g} is too short for one training with full tables"
+            )
+        measured = [Measurement(self.dense_bytes, 0.0, full)]
+        for share in _LADDER:
+            self._add(measured, method, int(share * self.dense_bytes))
+        for _ in range(_REFINEMENTS):
+            self._add(measured, method, self._crossing(method, measured, max_auc_loss))
+        found = self._crossing(method, measured, max_auc_loss)
+        measured = sorted(measured[1:], key=lambda each: -each.bytes)
+        return QualitySearch(found, full, max_auc_loss, standard_error(self.data), tuple(measured))
+
+    def _builder(self, budget_bytes: int) -> Callable[[Method], nn.Module]:
+        def build(method: Method) -> nn.Module:
+            torch.manual_seed(self.seed)
+            return self.build(method, budget_bytes)
+
+        return build
+
+    def _measure(self, method: Method, budget_bytes: int) -> float | None:
+        """AUC of a short training, the best after any pass; None if the time ran out."""
+        trial, best = Trial(method), -1.0
+        with torch.random.fork_rng():
+            while trial.passes < _PASSES and trial.auc > best:
+                best, passes = trial.auc, trial.passes + 1
+                trial.train(self._builder(budget_bytes), self.data, passes, self._end)
+                if trial.passes < passes:
+                    return None
+        trial.end()
+        return trial.auc
+
+    def _add(self, measured: list[Measurement], method: Method, budget_bytes: int) -> None:
+        """Measure at that budget, if it is possible, new, and there is time."""
+        if any(each.bytes == budget_bytes for each in measured):
+            return
+        expected = self.expected(method, budget_bytes)
+        auc = self._measure(method, budget_bytes) if expected < math.inf else None
+        if auc is not None:
+            measured.append(Measurement(budget_bytes, expected, auc))
+
+    def _crossing(self, method: Method, measured: list[Measurement], max_auc_loss: float) -> int:
+        """The fewest bytes whose loss, read off the measured line, is within the limit."""
+        ordered = sorted(measured, key=lambda each: (each.expected, -each.bytes))
+        expected = np.array([each.expected for each in ordered])
+        lost = np.maximum.accumulate([measured[0].auc - each.auc for each in ordered])
+        within = int((lost <= max_auc_loss).sum()) - 1  # the full tables are always within
+        limit = float(expected[within])
+        if within + 1 < len(ordered) and lost[within + 1] > lost[within]:
+            share = (max_auc_loss - lost[within]) / (lost[within + 1] - lost[within])
+            limit += share * float(expected[within + 1] - expected[within])
+        low, high = 1, self.dense_bytes
+        while low < high:
+            middle = (low + high) // 2
+            is_enough = self.expected(method, middle) <= limit + 1e-9
+            low, high = (low, middle) if is_enough else (middle + 1, high)
+        return low

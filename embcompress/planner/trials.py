@@ -1,0 +1,248 @@
+"""Short trainings that tell which of some plans a model learns best with."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from embcompress.budget import BudgetError
+from embcompress.methods.base import Method
+from embcompress.recipe import binary_step, make_optimizer
+from embcompress.training import TrainingProcedure
+
+#: What a model is called with (a tensor, a tuple of arguments, a dict of named ones), and labels.
+Example = tuple[Any, Tensor]
+#: Examples that are tried on, at most: so many that a training takes seconds.
+MOST_EXAMPLES = 1 << 17
+_HELD_OUT = 0.1
+_LEARNING_RATE = 0.03  # of Adagrad
+#: Passes over the training examples after which the worse half of the plans is left out; the best
+#: guess stays to the end, because a short training says least of what learns slowly.
+_RUNGS = (0.5, 1.0, 2.0, 4.0)
+
+
+@dataclass(frozen=True)
+class TrialData:
+    """Batches to try plans on.
+
+    Attributes:
+        training: batches to train on.
+        validation: later batches, to compare by.
+    """
+
+    training: list[Example]
+    validation: list[Example]
+
+    @classmethod
+    def of(cls, data: Iterable[Example], max_examples: int = MOST_EXAMPLES) -> TrialData:
+        """The first batches of ``data``; the last tenth of them is held out.
+
+        Raises:
+            TypeError: batches that are not pairs.
+            ValueError: fewer than two batches, or held-out labels that are all alike.
+        """
+        batches: list[Example] = []
+        count = 0
+        for batch in data:
+            if not isinstance(batch, tuple | list) or len(batch) != 2:
+                raise TypeError(
+                    "data must yield pairs (inputs, labels); inputs are a tensor, a tuple of the "
+                    f"model's arguments or a dict of named ones; got {type(batch).__name__}"
+                )
+            inputs, labels = batch
+            batches.append((inputs, torch.as_tensor(labels).float()))
+            count += batches[-1][1].numel()
+            if count >= max_examples:
+                break
+        if len(batches) < 2:
+            raise ValueError(f"data must yield at least 2 batches, got {len(batches)}")
+        held_out = max(1, round(len(batches) * _HELD_OUT))
+        result = cls(batches[:-held_out], batches[-held_out:])
+        labels = result.held_out_labels
+        if labels.min() == labels.max():
+            raise ValueError(
+                f"all {labels.numel()} held-out labels are {labels[0].item():g}; give more data, "
+                "or shuffle it"
+            )
+        return result
+
+    @property
+    def held_out_labels(self) -> Tensor:
+        """(N,) labels of the held-out examples."""
+        return torch.cat([labels.reshape(-1) for _, labels in self.validation]).cpu()
+
+    @property
+    def examples(self) -> int:
+        """Number of examples to train on."""
+        return sum(labels.numel() for _, labels in self.training)
+
+
+def call_model(model: nn.Module, inputs: Any) -> Tensor:
+    """The model's output for one batch."""
+    if isinstance(inputs, Mapping):
+        output = model(**inputs)
+    elif isinstance(inputs, tuple | list):
+        output = model(*inputs)
+    else:
+        output = model(inputs)
+    if not isinstance(output, Tensor):
+        raise TypeError(f"the model must return a tensor of logits, got {type(output).__name__}")
+    return output
+
+
+@dataclass(eq=False)
+class Trial:
+    """A plan that is being tried.
+
+    Attributes:
+        method: what makes the plan.
+        auc: on the held-out batches, the best after any number of passes.
+        passes: over the training batches, after which it was evaluated last.
+        head_start: is added to its AUC where plans are compared.
+    """
+
+    method: Method
+    auc: float = 0.0
+    passes: float = 0.0
+    head_start: float = 0.0
+    _model: nn.Module | None = field(default=None, repr=False)
+    _optimizer: torch.optim.Optimizer | None = field(default=None, repr=False)
+    _procedure: TrainingProcedure | None = field(default=None, repr=False)
+
+    def train(
+        self, build: Callable[[Method], nn.Module], data: TrialData, passes: float, end: float
+    ) -> None:
+        """Go on to so many passes, and evaluate; give up when the time is past ``end``."""
+        if self._model is None:
+            self._model = build(self.method)
+            self._optimizer = make_optimizer(self._model, _LEARNING_RATE)
+            self._procedure = TrainingProcedure(self._model, self._optimizer)
+        assert self._optimizer is not None and self._procedure is not None
+        count = len(data.training)
+        self._model.train()
+        for batch in range(round(self.passes * count), round(passes * count)):
+            if time.monotonic() > end:
+                return
+            inputs, labels = data.training[batch % count]
+            logits = call_model(self._model, inputs)
+            binary_step(self._optimizer, logits.reshape(-1), labels.reshape(-1))
+            self._procedure.step()
+        self.passes = passes
+        self.auc = max(self.auc, area_under_curve(self._model, data))
+
+    def end(self) -> None:
+        """Let the model go."""
+        self._model = self._optimizer = self._procedure = None
+
+
+@torch.no_grad()
+def area_under_curve(model: nn.Module, data: TrialData) -> float:
+    """Area under the ROC curve of the held-out outputs; 0 where they are not finite.
+
+    It is the share of pairs of a positive and a negative in which the positive has the larger
+    output; equal ones count half.
+    """
+    model.eval()
+    outputs = [call_model(model, inputs).reshape(-1) for inputs, _ in data.validation]
+    values = torch.cat(outputs).double().cpu().numpy()
+    if not np.isfinite(values).all():
+        return 0.0
+    is_positive = data.held_out_labels.numpy() > 0.5
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    rank = (count.cumsum() - (count - 1) / 2)[place]
+    positive = int(is_positive.sum())
+    negative = len(values) - positive
+    above = rank[is_positive].sum() - positive * (positive + 1) / 2
+    return float(above / (positive * negative))
+
+
+def distinct(methods: Sequence[Method], plans: Callable[[Method], object]) -> list[Method]:
+    """The methods that can meet the budget, with other plans than those before them.
+
+    Raises:
+        BudgetError: none can.
+    """
+    first: dict[object, Method] = {}
+    failure: BudgetError | None = None
+    for method in methods:
+        try:
+            first.setdefault(plans(method), method)
+        except BudgetError as error:
+            failure = failure or error
+    if not first and failure is not None:
+        raise failure
+    return list(first.values())
+
+
+def successive_halving(
+    methods: Sequence[Method],
+    build: Callable[[Method], nn.Module],
+    data: TrialData,
+    seconds: float,
+) -> list[Trial]:
+    """Try plans on more and more examples, the better half of them each time.
+
+    Source: Jamieson & Talwalkar, "Non-stochastic best arm identification and hyperparameter
+    optimization", AISTATS 2016, algorithm 1.
+
+    Args:
+        methods: to be tried; the first is the best guess. It is never left out, and has a head
+            start (:func:`indistinguishable`): what is not told apart stays as it is, whatever the
+            seed.
+        build: makes a model with tables of that method; its own random numbers, the same each
+            time.
+        data: what they are trained on and compared by.
+        seconds: trainings end after so long; those that were not finished do not count. As long as
+            the time is enough the result does not depend on how fast the machine is.
+
+    Returns:
+        All of them, best first: those that came further are better.
+    """
+    end = time.monotonic() + seconds
+    trials = [Trial(method) for method in methods]
+    trials[0].head_start = indistinguishable(data)
+    alive = trials
+    for passes in _RUNGS:
+        for trial in alive:
+            trial.train(build, data, passes, end)
+        better = sorted(alive, key=_rank)[: max(1, len(alive) // 2)]
+        alive = better if trials[0] in better else [*better, trials[0]]
+        for trial in trials:
+            if trial not in alive:
+                trial.end()
+        if len(alive) == 1 or time.monotonic() > end:
+            break
+    for trial in alive:
+        trial.end()
+    return sorted(trials, key=_rank)
+
+
+def _rank(trial: Trial) -> tuple[float, float]:
+    return -trial.passes, -trial.auc - trial.head_start
+
+
+def standard_error(data: TrialData) -> float:
+    """Of the AUC of predictions for the held-out labels that are little better than chance.
+
+    Source: Hanley & McNeil, "The meaning and use of the area under a ROC curve", Radiology 1982,
+    at an area of 1/2; it falls for larger areas.
+    """
+    labels = data.held_out_labels
+    positive = int((labels > 0.5).sum())
+    negative = labels.numel() - positive
+    return math.sqrt((positive + negative + 1) / (12 * positive * negative))
+
+
+def indistinguishable(data: TrialData) -> float:
+    """A difference of AUC that says nothing, between two models with the same held-out examples.
+
+    Half of the standard error of one AUC: that of a difference, if the two are correlated by 7/8.
+    """
+    return standard_error(data) / 2

@@ -1,0 +1,343 @@
+"""Plans tried on data: trials, budgets by quality, and compress(data=…)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import embcompress as ec
+from embcompress.methods.base import Method
+from embcompress.planner.lookups import count_lookups
+from embcompress.planner.search import PlanSearch
+from embcompress.planner.trials import (
+    Trial,
+    TrialData,
+    area_under_curve,
+    indistinguishable,
+    standard_error,
+    successive_halving,
+)
+from embcompress.recipe import OverfittingGuard, initialize_tables
+
+USERS, ITEMS = 300, 1000
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.user, self.item = nn.Embedding(USERS, 8), nn.EmbeddingBag(ITEMS, 8, mode="sum")
+        initial = 0.05
+        for table in (self.user, self.item):
+            nn.init.normal_(table.weight, std=initial)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, user: Tensor, items: Tensor) -> Tensor:
+        return self.scale * (self.user(user) * self.item(items)).sum(1)
+
+
+def batches(count: int = 60, size: int = 100) -> list[tuple[tuple[Tensor, Tensor], Tensor]]:
+    """Clicks by latent vectors of two columns."""
+    generator = torch.Generator().manual_seed(1)
+    users, items = torch.randn(USERS, 2, generator=generator), torch.randn(ITEMS, 2)
+    items = torch.randn(ITEMS, 2, generator=generator)
+    result = []
+    for _ in range(count):
+        user = torch.randint(0, USERS, (size,), generator=generator)
+        item = (ITEMS * torch.rand(size, generator=generator) ** 4).long()
+        logit = 2 * (users[user] * items[item]).sum(1)
+        label = (torch.rand(size, generator=generator) < torch.sigmoid(logit)).float()
+        result.append(((user, item[:, None]), label))
+    return result
+
+
+@pytest.fixture(scope="module")
+def data() -> TrialData:
+    return TrialData.of(batches())
+
+
+# ------------------------------------------------------------------------------------- trials
+
+
+def test_the_last_tenth_is_held_out(data: TrialData) -> None:
+    assert (len(data.training), len(data.validation), data.examples) == (54, 6, 5400)
+    assert torch.equal(data.validation[-1][1], batches()[-1][1])
+    assert len(TrialData.of(iter(batches()), max_examples=1000).training) == 9
+
+
+def test_data_is_checked() -> None:
+    with pytest.raises(TypeError, match="pairs \\(inputs, labels\\)"):
+        TrialData.of([torch.zeros(3)])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="at least 2 batches, got 1"):
+        TrialData.of(batches(1))
+    with pytest.raises(ValueError, match="all 3 held-out labels are 1"):
+        TrialData.of([(torch.zeros(3), torch.ones(3))] * 5)
+
+
+class Outputs(nn.Module):
+    def forward(self, outputs: Tensor) -> Tensor:
+        return outputs
+
+
+def test_the_area_is_that_of_scikit_learn() -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    torch.manual_seed(0)
+    outputs = torch.randint(0, 9, (500,)).float()  # with many equal ones
+    labels = (torch.rand(500) < outputs / 9).float()
+    held_out = TrialData([], [(outputs[:200], labels[:200]), (outputs[200:], labels[200:])])
+    expected = metrics.roc_auc_score(labels, outputs)
+    assert area_under_curve(Outputs(), held_out) == pytest.approx(expected)
+    assert area_under_curve(Outputs(), TrialData([], [(outputs / 0, labels)])) == 0.0
+
+
+def test_the_standard_error_is_that_of_chance() -> None:
+    torch.manual_seed(0)
+    labels = (torch.rand(400) < 0.3).float()
+    areas = [
+        area_under_curve(Outputs(), TrialData([], [(torch.rand(400), labels)])) for _ in range(300)
+    ]
+    expected = standard_error(TrialData([], [(labels, labels)]))
+    assert expected == pytest.approx(float(torch.tensor(areas).std()), rel=0.15)
+
+
+@dataclass(frozen=True)
+class Fake(Method):
+    """Stands for a plan; its number says how good."""
+
+    number: int = 0
+
+    def sizes(self, table: Any) -> range:
+        raise NotImplementedError
+
+    def plan(self, table: Any, size: int) -> Any:
+        raise NotImplementedError
+
+
+class Noisy(nn.Module):
+    """Predicts labels, the better the larger the number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number, self.weight = number, nn.Parameter(torch.ones(()))
+
+    def forward(self, label: Tensor) -> Tensor:
+        noise = torch.randn(label.shape, generator=torch.Generator().manual_seed(0))
+        return self.weight * (self.number / 10 * label + noise)
+
+
+def fake_build(method: Method) -> nn.Module:
+    assert isinstance(method, Fake)
+    return Noisy(method.number)
+
+
+@pytest.fixture
+def labels() -> TrialData:
+    torch.manual_seed(3)
+    drawn = [(torch.rand(200) < 0.5).float() for _ in range(20)]
+    return TrialData.of([(label, label) for label in drawn])
+
+
+def test_the_better_half_goes_on_and_the_best_guess_stays(labels: TrialData) -> None:
+    methods = [Fake(0), *(Fake(number) for number in (3, 9, 6, 4, 8, 5, 7))]
+    tried = successive_halving(methods, fake_build, labels, 60)
+    assert [trial.method for trial in tried[:2]] == [Fake(9), Fake(0)]
+    assert [trial.passes for trial in tried] == [4, 4, 2, 1, 1, 0.5, 0.5, 0.5]
+    assert tried[2].method == Fake(8)
+
+
+def test_the_best_guess_wins_what_cannot_be_told_apart(labels: TrialData) -> None:
+    first, other = (area_under_curve(Noisy(number), labels) for number in (50, 51))
+    assert 0 <= other - first < indistinguishable(labels)
+    tried = successive_halving([Fake(50), Fake(51)], fake_build, labels, 60)
+    assert tried[0].method == Fake(50)
+
+
+def test_without_time_the_best_guess_is_taken(labels: TrialData) -> None:
+    tried = successive_halving([Fake(1), Fake(9)], fake_build, labels, 0.0)
+    assert [(trial.method, trial.passes) for trial in tried] == [(Fake(1), 0), (Fake(9), 0)]
+
+
+# ------------------------------------------------------------------------------------- counts
+
+
+def test_lookups_are_counted_and_the_model_is_left_as_it_was() -> None:
+    model = nn.ModuleDict({"user": nn.Embedding(10, 4), "dropout": nn.Dropout()})
+    model["dropout"].eval()
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tables = model
+            self.collection = ec.EmbeddingBagCollection(
+                [ec.TableConfig("bag", 6, 4), ec.TableConfig("other", 3, 4)]
+            )
+
+        def forward(self, user: Tensor, bag: Tensor) -> Tensor:
+            assert not self.training
+            vectors = self.collection({"bag": bag, "other": user % 3})
+            return self.tables["user"](input=user).sum(1) + vectors.sum(1)
+
+    wrapped = Wrapped()
+    inputs = {"user": torch.tensor([1, 1, 9]), "bag": torch.tensor([[5, 5], [0, 1], [2, 5]])}
+    tables = [model["user"], *wrapped.collection.embedding_bags.values()]
+    counts = count_lookups(wrapped, tables, [(inputs, torch.zeros(3))] * 2)
+    assert [counts[table].tolist() for table in tables] == [
+        [0, 4, 0, 0, 0, 0, 0, 0, 0, 2],
+        [2, 2, 2, 0, 0, 6],
+        [2, 4, 0],
+    ]
+    assert wrapped.training and not model["dropout"].training
+    assert not model["user"]._forward_pre_hooks and not wrapped.collection._forward_hooks
+
+
+# ----------------------------------------------------------------------------- compress(data=)
+
+
+def test_compress_tries_plans_on_data() -> None:
+    reports = []
+    for _ in range(2):
+        model = Model()
+        scale, state = model.scale.clone(), torch.get_rng_state()
+        report = ec.compress(model, budget="8%", data=batches())
+        reports.append(report.explain())
+        assert torch.equal(model.scale, scale)  # copies are trained
+        assert ec.memory(model).total <= 0.08 * (USERS + ITEMS) * 8 * 4
+        torch.set_rng_state(state)
+    assert reports[0] == reports[1]
+    assert "by known counts" in reports[0] and "Tried on 5,400 examples" in reports[0]
+    assert len(report.explanations[0].tried) > 1
+    assert isinstance(model.item, ec.EmbeddingBag) and model.item.mode == "sum"
+
+
+def test_trials_leave_no_trace_in_the_global_random_numbers() -> None:
+    weights = []
+    for data in (None, batches()):
+        model = Model()
+        counts = count_lookups(model, [model.user, model.item], TrialData.of(batches()).training)
+        torch.manual_seed(7)
+        ec.compress(
+            model,
+            method=ec.Auto(),
+            budget="99%",  # every setting gives the same plan
+            data=data,
+            counts={"user": counts[model.user], "item": counts[model.item]},
+        )
+        weights.append({key: value for key, value in model.state_dict().items()})
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "either budget or max_auc_loss"),
+        ({"budget": "5%", "max_auc_loss": 0.1}, "either budget or max_auc_loss"),
+        ({"max_auc_loss": 0.1}, "give data=batches"),
+        ({"max_auc_loss": 0.0, "data": []}, "max_auc_loss must be positive, got 0.0"),
+        ({"budget": "5%", "plan_seconds": 0}, "plan_seconds must be positive, got 0"),
+        ({"budget": "5%", "data": [], "keep_weights": True}, "leave one of them out"),
+        ({"budget": "5%", "data": [], "method": "hash"}, "one method='auto' must be among"),
+        ({"max_auc_loss": 0.1, "data": [], "method": {"user": "auto", "item": "hash"}},
+         "for all tables"),
+    ],
+)  # fmt: skip
+def test_arguments_that_do_not_go_together(arguments: dict[str, Any], message: str) -> None:
+    model = Model()
+    with pytest.raises(ValueError, match=message):
+        ec.compress(model, **arguments)
+    assert type(model.user) is nn.Embedding
+
+
+def test_other_methods_may_stand_beside_the_planner() -> None:
+    model = Model()
+    report = ec.compress(
+        model, method={"user": "hash", "item": "auto"}, budget="10%", data=batches(20)
+    )
+    assert [table.method for table in report.tables] == ["hash", "auto"]
+    assert len(report.explanations) == 1 and report.explanations[0].tables[0].name == "item"
+
+
+# ------------------------------------------------------------------------------------ quality
+
+
+def test_a_quality_is_a_budget() -> None:
+    sizes = []
+    for max_auc_loss in (0.15, 0.02):
+        model = Model()
+        report = ec.compress(model, max_auc_loss=max_auc_loss, data=batches(), plan_seconds=90)
+        sizes.append(ec.memory(model).total)
+        assert sizes[-1] <= report.budget < report.before
+        text = report.explain()
+        assert f"At most {max_auc_loss:g} of the full tables' AUC" in text and "lose" in text
+    assert sizes[0] < sizes[1]
+
+
+class Measured(PlanSearch):
+    """Its trainings are a formula of the bytes."""
+
+    def _measure(self, method: Method, budget_bytes: int) -> float | None:
+        return 0.8 - 0.1 * expected_loss(method, budget_bytes)
+
+
+def expected_loss(method: Method, budget_bytes: int) -> float:
+    if budget_bytes < 50:
+        return math.inf
+    return max(0.0, math.log10(100_000 / budget_bytes)) if method == ec.Auto() else 0.0
+
+
+@pytest.mark.parametrize("max_auc_loss", [0.3, 0.1, 0.03, 0.004])
+def test_the_fewest_bytes_that_keep_a_quality(labels: TrialData, max_auc_loss: float) -> None:
+    search = Measured(
+        lambda method, limit: nn.Identity(), lambda method, limit: limit, expected_loss,
+        dense_bytes=100_000, data=labels, seconds=60, seed=0,
+    )  # fmt: skip
+    found = search.smallest(ec.Auto(), max_auc_loss)
+    exact = max(50, 100_000 * 10 ** (-max_auc_loss / 0.1))
+    assert found.budget_bytes == pytest.approx(exact, rel=0.01)
+    assert list(found.measurements) == sorted(found.measurements, key=lambda each: -each.bytes)
+    assert f"so {found.budget_bytes:,} bytes" in str(found)
+
+
+def test_too_little_time_for_a_quality_is_an_error() -> None:
+    with pytest.raises(ValueError, match="plan_seconds=1e-09 is too short"):
+        ec.compress(Model(), max_auc_loss=0.1, data=batches(4), plan_seconds=1e-9)
+
+
+# ------------------------------------------------------------------------------------- recipe
+
+
+def test_the_guard_keeps_the_best_epoch() -> None:
+    model, guard = nn.Linear(1, 1, bias=False), OverfittingGuard(patience=2)
+    stops = []
+    for epoch, score in enumerate([0.5, 0.7, 0.7, 0.6], 1):
+        nn.init.constant_(model.weight, epoch)
+        stops.append(guard.end_epoch(model, score))
+    assert stops == [False, False, False, True]
+    assert guard.best_epoch == 2 and set(guard.states) == {1, 2}
+    guard.restore(model)
+    assert model.weight.item() == 2
+    guard.restore(model, 1)
+    assert model.weight.item() == 1
+
+
+def test_all_methods_start_with_one_deviation() -> None:
+    for name in ("full", "hash", "multihash", "qr", "low_dim", "low_bit", "auto"):
+        torch.manual_seed(0)
+        table = ec.Embedding(3000, 16, method=name, budget=None if name == "full" else "10%")
+        initialize_tables(nn.Sequential(table), 0.05)
+        assert float(table.to_dense().std()) == pytest.approx(0.05, rel=0.4), name
+
+
+def test_a_trial_ends_in_the_middle_of_a_pass(data: TrialData) -> None:
+    class Endless(list[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            raise AssertionError
+
+    trial = Trial(ec.Auto())
+    trial.train(lambda method: Model(), data, 1.0, end=0.0)
+    assert trial.passes == 0 and trial.auc == 0
