@@ -32,9 +32,14 @@ inline Dtype float_dtype(const Tensor& tensor, const char* name) {
     return type == ScalarType::Half ? Dtype::kFloat16 : Dtype::kBFloat16;
 }
 
-inline StoreView view_store(const Tensor& store) {
-    STD_TORCH_CHECK(store.is_cpu() && store.is_contiguous(),
-                    "stores must be contiguous CPU tensors");
+// Whether a tensor is where the ids are: on the device whose kernels run.
+inline bool is_beside(const Tensor& tensor, const Tensor& ids) {
+    return tensor.device() == ids.device();
+}
+
+inline StoreView view_store(const Tensor& store, const Tensor& ids) {
+    STD_TORCH_CHECK(is_beside(store, ids) && store.is_contiguous(),
+                    "stores must be contiguous tensors on the device of the ids");
     const int64_t bytes = store.numel() * static_cast<int64_t>(store.element_size());
     if (store.scalar_type() == ScalarType::Byte) {
         STD_TORCH_CHECK(store.dim() == 1, "packed stores must be 1-D");
@@ -199,56 +204,49 @@ inline void read_encoding(Lookup& lookup, const Tensor& encoding) {
                     "encoding: columns or probes of no feature");
 }
 
-inline void check_offsets(Lookup& lookup, bool ends_are_given) {
+inline void check_number_of_offsets(const Lookup& lookup, bool ends_are_given) {
     const int64_t bags = lookup.header.num_features * lookup.batch;
     STD_TORCH_CHECK(bags >= 0 && lookup.num_offsets == bags + ends_are_given, "offsets has ",
                     lookup.num_offsets, " entries, which is not ", lookup.header.num_features,
                     " features * B", ends_are_given ? " + 1" : "");
-    STD_TORCH_CHECK(lookup.offset(0) == 0, "offsets[0] must be 0");
-    STD_TORCH_CHECK(lookup.offset(bags) == lookup.num_ids,
-                    "the last offset must be the number of ids, ", lookup.num_ids);
-    const Lengths lengths = bag_lengths(lookup);
-    STD_TORCH_CHECK(bags == 0 || (lengths.shortest >= 0 && lengths.longest <= lookup.num_ids),
-                    "offsets must rise from 0 to the number of ids");
-    lookup.longest_bag = lengths.longest;
-    if (lengths.shortest == 1 && lengths.longest == 1) lookup.offsets = nullptr;
 }
 
 inline bool is_32_bit(const Tensor& tensor) {
     STD_TORCH_CHECK(
         tensor.scalar_type() == ScalarType::Int || tensor.scalar_type() == ScalarType::Long,
         "ids and offsets must be int32 or int64");
-    STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 1 && tensor.is_contiguous(),
-                    "ids and offsets must be contiguous 1-D CPU tensors");
+    STD_TORCH_CHECK(tensor.dim() == 1 && tensor.is_contiguous(),
+                    "ids and offsets must be contiguous 1-D tensors");
     return tensor.scalar_type() == ScalarType::Int;
 }
 
+// What the arguments of a call describe. The values of ids and offsets are left to the kernels.
 inline Lookup make_lookup(const std::vector<Tensor>& stores, const Tensor& ids,
                           const std::optional<Tensor>& offsets,
                           const std::optional<Tensor>& weights, const Tensor& encoding,
                           bool ends_are_given) {
     Lookup lookup{};
-    for (const Tensor& store : stores) lookup.stores.push_back(view_store(store));
+    for (const Tensor& store : stores) lookup.stores.push_back(view_store(store, ids));
     read_encoding(lookup, encoding);
     lookup.ids = ids.const_data_ptr();
     lookup.ids_are_32_bit = is_32_bit(ids);
     lookup.num_ids = ids.numel();
     if (offsets.has_value()) {
-        STD_TORCH_CHECK(is_32_bit(*offsets) == lookup.ids_are_32_bit,
-                        "ids and offsets must be of one dtype");
+        STD_TORCH_CHECK(is_32_bit(*offsets) == lookup.ids_are_32_bit && is_beside(*offsets, ids),
+                        "ids and offsets must be of one dtype and device");
         lookup.offsets = offsets->const_data_ptr();
         lookup.num_offsets = offsets->numel();
         lookup.batch = (offsets->numel() - ends_are_given) / lookup.header.num_features;
-        check_offsets(lookup, ends_are_given);
+        check_number_of_offsets(lookup, ends_are_given);
     } else {
         STD_TORCH_CHECK(lookup.header.num_features == 1, "many features need offsets");
         lookup.batch = lookup.num_ids;
         lookup.longest_bag = 1;
     }
     if (weights.has_value()) {
-        STD_TORCH_CHECK(weights->is_cpu() && weights->is_contiguous() && weights->dim() == 1 &&
-                            weights->numel() == lookup.num_ids,
-                        "per_sample_weights must be a contiguous 1-D CPU tensor, one for each of ",
+        STD_TORCH_CHECK(is_beside(*weights, ids) && weights->is_contiguous() &&
+                            weights->dim() == 1 && weights->numel() == lookup.num_ids,
+                        "per_sample_weights must be a contiguous 1-D tensor, one for each of ",
                         lookup.num_ids, " ids");
         lookup.weights_dtype = float_dtype(*weights, "per_sample_weights");
         lookup.weights = weights->const_data_ptr();
@@ -258,20 +256,23 @@ inline Lookup make_lookup(const std::vector<Tensor>& stores, const Tensor& ids,
 
 inline void check_ids(bool valid) { STD_TORCH_CHECK(valid, "an id is outside the vocabulary"); }
 
-inline Tensor check_gradient(const Tensor& grad, const Lookup& lookup) {
-    STD_TORCH_CHECK(grad.is_cpu() && grad.dim() == 2 && grad.scalar_type() == ScalarType::Float &&
-                        grad.size(0) == lookup.batch && grad.size(1) == lookup.header.num_columns,
+inline Tensor check_gradient(const Tensor& grad, const Tensor& ids, const Lookup& lookup) {
+    STD_TORCH_CHECK(is_beside(grad, ids) && grad.dim() == 2 &&
+                        grad.scalar_type() == ScalarType::Float && grad.size(0) == lookup.batch &&
+                        grad.size(1) == lookup.header.num_columns,
                     "the gradient must be float32 of the output's shape");
     return torch::stable::contiguous(grad);
 }
 
-// A wanted store: float, and wanted once.
-inline const StoreView& wanted_store(const Lookup& lookup, const std::vector<GradientSink*>& sinks,
-                                     int64_t store) {
-    const StoreView& view = store_at(lookup, store);
-    STD_TORCH_CHECK(view.dtype != Dtype::kPacked, "packed stores have no gradient");
-    STD_TORCH_CHECK(sinks[store] == nullptr, "the gradient of store ", store, " is wanted twice");
-    return view;
+// The stores whose gradient is wanted: float, and each wanted once.
+inline void check_wanted(const Lookup& lookup, const std::vector<int64_t>& wanted) {
+    std::vector<bool> seen(lookup.stores.size(), false);
+    for (const int64_t store : wanted) {
+        STD_TORCH_CHECK(store_at(lookup, store).dtype != Dtype::kPacked,
+                        "packed stores have no gradient");
+        STD_TORCH_CHECK(!seen[store], "the gradient of store ", store, " is wanted twice");
+        seen[store] = true;
+    }
 }
 
 inline Optimizer read_optimizer(const Tensor& settings, int64_t kind) {
@@ -290,12 +291,30 @@ inline Optimizer read_optimizer(const Tensor& settings, int64_t kind) {
     return optimizer;
 }
 
-inline void check_state(const std::vector<Tensor>& state, size_t number, ScalarType type,
-                        int64_t numbers) {
-    STD_TORCH_CHECK(number < state.size() && state[number].is_cpu() &&
+inline void check_state(const std::vector<Tensor>& state, size_t number, const Tensor& beside,
+                        ScalarType type, int64_t numbers) {
+    STD_TORCH_CHECK(number < state.size() && is_beside(state[number], beside) &&
                         state[number].is_contiguous() && state[number].scalar_type() == type &&
                         state[number].numel() == numbers,
-                    "optimizer state of the wrong shape or dtype, or of too few stores");
+                    "optimizer state of the wrong shape, dtype or device, or of too few stores");
+}
+
+// State of an update: where the optimizer has it, that of each wanted store, and its steps.
+inline void check_states(const Optimizer& optimizer, const Lookup& lookup, const Tensor& ids,
+                         const std::vector<int64_t>& wanted, const std::vector<Tensor>& first,
+                         const std::vector<Tensor>& second, const std::vector<Tensor>& steps) {
+    for (size_t k = 0; k < wanted.size(); ++k) {
+        const StoreView& view = lookup.stores[wanted[k]];
+        STD_TORCH_CHECK(view.dtype == Dtype::kFloat32, "fused updates need float32 stores");
+        const int64_t numbers = view.rows * state_width(optimizer.kind, view.width);
+        if (has_first(optimizer.kind)) check_state(first, k, ids, ScalarType::Float, numbers);
+        if (has_second(optimizer.kind)) check_state(second, k, ids, ScalarType::Float, numbers);
+        STD_TORCH_CHECK(k < steps.size() && steps[k].is_cpu(),
+                        "optimizer state: steps of each wanted store must be on the CPU");
+        check_state(steps, k, steps[k], ScalarType::Long, 1);
+        STD_TORCH_CHECK(*static_cast<const int64_t*>(steps[k].const_data_ptr()) >= 0,
+                        "a negative number of steps");
+    }
 }
 
 }  // namespace embcompress

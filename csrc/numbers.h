@@ -2,10 +2,10 @@
 
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 
 #include "plan.h"
 
@@ -56,13 +56,13 @@ struct Latent {
 // The same operations as in embcompress/engine/quantization.py, so the same bits.
 EMBCOMPRESS_INLINE Latent read_latent(float value, float step, const float* bias, int64_t bits) {
     const float last = static_cast<float>((1 << bits) - 1), middle = last / 2;
-    const float divisor = step == 0.0f ? std::numeric_limits<float>::min() : step;
+    const float divisor = step == 0.0f ? FLT_MIN : step;
     Latent latent;
     latent.position = bias == nullptr ? value / divisor + middle : (value - *bias) / divisor;
     latent.inside = latent.position >= -0.5f && latent.position <= last + 0.5f;
     // In this order a position that is NaN stays one.
-    const float clamped = std::min(std::max(latent.position, 0.0f), last);
-    latent.code = std::nearbyint(clamped);
+    const float raised = latent.position < 0.0f ? 0.0f : latent.position;
+    latent.code = nearbyintf(last < raised ? last : raised);
     latent.value = bias == nullptr ? step * (latent.code - middle) : step * latent.code + *bias;
     return latent;
 }

@@ -24,12 +24,32 @@ namespace {
 
 int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
+void check_offsets(Lookup& lookup) {
+    const int64_t bags = lookup.header.num_features * lookup.batch;
+    STD_TORCH_CHECK(lookup.offset(0) == 0, "offsets[0] must be 0");
+    STD_TORCH_CHECK(lookup.offset(bags) == lookup.num_ids,
+                    "the last offset must be the number of ids, ", lookup.num_ids);
+    const Lengths lengths = bag_lengths(lookup);
+    STD_TORCH_CHECK(bags == 0 || (lengths.shortest >= 0 && lengths.longest <= lookup.num_ids),
+                    "offsets must rise from 0 to the number of ids");
+    lookup.longest_bag = lengths.longest;
+    if (lengths.shortest == 1 && lengths.longest == 1) lookup.offsets = nullptr;
+}
+
+Lookup check_lookup(const std::vector<Tensor>& stores, const Tensor& ids,
+                    const std::optional<Tensor>& offsets, const std::optional<Tensor>& weights,
+                    const Tensor& encoding, bool ends_are_given) {
+    Lookup lookup = make_lookup(stores, ids, offsets, weights, encoding, ends_are_given);
+    if (lookup.offsets != nullptr) check_offsets(lookup);
+    return lookup;
+}
+
 // ------------------------------------------------------------------------------------ operators
 
 Tensor lookup(std::vector<Tensor> stores, Tensor ids, std::optional<Tensor> offsets,
               std::optional<Tensor> weights, Tensor encoding, bool ends_are_given,
               int64_t num_features, int64_t num_columns, bool /*sparse: for the backward*/) {
-    const Lookup what = make_lookup(stores, ids, offsets, weights, encoding, ends_are_given);
+    const Lookup what = check_lookup(stores, ids, offsets, weights, encoding, ends_are_given);
     STD_TORCH_CHECK(
         num_features == what.header.num_features && num_columns == what.header.num_columns,
         "num_features and num_columns are not the encoding's");
@@ -42,13 +62,14 @@ std::vector<Tensor> lookup_backward(Tensor grad, std::vector<Tensor> stores, Ten
                                     std::optional<Tensor> offsets, std::optional<Tensor> weights,
                                     Tensor encoding, bool ends_are_given,
                                     std::vector<int64_t> wanted) {
-    const Lookup what = make_lookup(stores, ids, offsets, weights, encoding, ends_are_given);
-    const Tensor gradient = check_gradient(grad, what);
+    const Lookup what = check_lookup(stores, ids, offsets, weights, encoding, ends_are_given);
+    const Tensor gradient = check_gradient(grad, ids, what);
+    check_wanted(what, wanted);
     std::vector<Tensor> results;
     std::vector<GradientSink> sinks(stores.size());
     std::vector<GradientSink*> pointers(stores.size(), nullptr);
     for (const int64_t store : wanted) {
-        const StoreView& view = wanted_store(what, pointers, store);
+        const StoreView& view = what.stores[store];
         Tensor dense = torch::stable::empty({view.rows, view.width}, ScalarType::Float);
         torch::stable::zero_(dense);
         sinks[store].dense = static_cast<float*>(dense.mutable_data_ptr());
@@ -66,12 +87,13 @@ std::vector<Tensor> lookup_backward_sparse(Tensor grad, std::vector<Tensor> stor
                                            std::optional<Tensor> offsets,
                                            std::optional<Tensor> weights, Tensor encoding,
                                            bool ends_are_given, std::vector<int64_t> wanted) {
-    const Lookup what = make_lookup(stores, ids, offsets, weights, encoding, ends_are_given);
-    const Tensor gradient = check_gradient(grad, what);
+    const Lookup what = check_lookup(stores, ids, offsets, weights, encoding, ends_are_given);
+    const Tensor gradient = check_gradient(grad, ids, what);
+    check_wanted(what, wanted);
     std::vector<GradientSink> sinks(stores.size());
     std::vector<GradientSink*> pointers(stores.size(), nullptr);
     for (const int64_t store : wanted) {
-        sinks[store].width = wanted_store(what, pointers, store).width;
+        sinks[store].width = what.stores[store].width;
         pointers[store] = &sinks[store];
     }
     check_ids(accumulate_gradients(what, static_cast<const float*>(gradient.const_data_ptr()),
@@ -109,8 +131,8 @@ std::vector<Tensor> lookup_backward_sparse(Tensor grad, std::vector<Tensor> stor
 Tensor lookup_backward_weights(Tensor grad, std::vector<Tensor> stores, Tensor ids,
                                std::optional<Tensor> offsets, std::optional<Tensor> weights,
                                Tensor encoding, bool ends_are_given) {
-    const Lookup what = make_lookup(stores, ids, offsets, weights, encoding, ends_are_given);
-    const Tensor gradient = check_gradient(grad, what);
+    const Lookup what = check_lookup(stores, ids, offsets, weights, encoding, ends_are_given);
+    const Tensor gradient = check_gradient(grad, ids, what);
     Tensor out = torch::stable::empty({what.num_ids}, ScalarType::Float);
     check_ids(weights_gradient(what, static_cast<const float*>(gradient.const_data_ptr()),
                                static_cast<float*>(out.mutable_data_ptr()), threads()));
@@ -126,9 +148,9 @@ struct Updated {
 };
 
 void update_rows(const TouchedRows& touched, const Updated& store) {
-    const bool rowwise = store.optimizer.kind == OptimizerKind::kRowwiseAdagrad;
+    const int64_t state = state_width(store.optimizer.kind, store.width);
     for (size_t i = 0; i < touched.rows().size(); ++i) {
-        const int64_t row = touched.rows()[i], at = row * (rowwise ? 1 : store.width);
+        const int64_t row = touched.rows()[i], at = row * state;
         update_row(store.optimizer, store.width, touched.values() + i * store.width,
                    store.data + row * store.width,
                    store.first == nullptr ? nullptr : store.first + at,
@@ -156,25 +178,16 @@ void lookup_backward_update(Tensor grad, std::vector<Tensor> stores, Tensor ids,
                             Tensor encoding, bool ends_are_given, std::vector<int64_t> wanted,
                             std::vector<Tensor> first, std::vector<Tensor> second,
                             std::vector<Tensor> steps, Tensor settings, int64_t kind) {
-    const Lookup what = make_lookup(stores, ids, offsets, weights, encoding, ends_are_given);
-    const Tensor gradient = check_gradient(grad, what);
+    const Lookup what = check_lookup(stores, ids, offsets, weights, encoding, ends_are_given);
+    const Tensor gradient = check_gradient(grad, ids, what);
     const Optimizer optimizer = read_optimizer(settings, kind);
-    const bool rowwise = optimizer.kind == OptimizerKind::kRowwiseAdagrad;
-    const bool has_first = optimizer.kind != OptimizerKind::kSgd;
-    const bool has_second = optimizer.kind == OptimizerKind::kAdam;
+    check_wanted(what, wanted);
+    check_states(optimizer, what, ids, wanted, first, second, steps);
     std::vector<GradientSink> sinks(stores.size());
     std::vector<GradientSink*> pointers(stores.size(), nullptr);
-    for (size_t k = 0; k < wanted.size(); ++k) {
-        const StoreView& view = wanted_store(what, pointers, wanted[k]);
-        STD_TORCH_CHECK(view.dtype == Dtype::kFloat32, "fused updates need float32 stores");
-        const int64_t numbers = view.rows * (rowwise ? 1 : view.width);
-        if (has_first) check_state(first, k, ScalarType::Float, numbers);
-        if (has_second) check_state(second, k, ScalarType::Float, numbers);
-        check_state(steps, k, ScalarType::Long, 1);
-        STD_TORCH_CHECK(*static_cast<const int64_t*>(steps[k].const_data_ptr()) >= 0,
-                        "a negative number of steps");
-        sinks[wanted[k]].width = view.width;
-        pointers[wanted[k]] = &sinks[wanted[k]];
+    for (const int64_t store : wanted) {
+        sinks[store].width = what.stores[store].width;
+        pointers[store] = &sinks[store];
     }
     // All gradients are complete before any row moves: a product reads the other stores' rows.
     check_ids(accumulate_gradients(what, static_cast<const float*>(gradient.const_data_ptr()),
@@ -184,8 +197,10 @@ void lookup_backward_update(Tensor grad, std::vector<Tensor> stores, Tensor ids,
         Updated update{optimizer, what.stores[wanted[k]].width, nullptr, nullptr, nullptr};
         update.optimizer.step = ++*static_cast<int64_t*>(steps[k].mutable_data_ptr());
         update.data = static_cast<float*>(stores[wanted[k]].mutable_data_ptr());
-        if (has_first) update.first = static_cast<float*>(first[k].mutable_data_ptr());
-        if (has_second) update.second = static_cast<float*>(second[k].mutable_data_ptr());
+        if (has_first(optimizer.kind))
+            update.first = static_cast<float*>(first[k].mutable_data_ptr());
+        if (has_second(optimizer.kind))
+            update.second = static_cast<float*>(second[k].mutable_data_ptr());
         updates.push_back(update);
     }
     // A row is in the same partition of every store, so tables that share a tensor never update a

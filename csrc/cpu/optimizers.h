@@ -19,6 +19,14 @@ struct Optimizer {
     int64_t step;  // of Adam, from 1
 };
 
+// What state an optimizer keeps of a store: one or two tensors, as wide as the store or one number
+// a row.
+inline bool has_first(OptimizerKind kind) { return kind != OptimizerKind::kSgd; }
+inline bool has_second(OptimizerKind kind) { return kind == OptimizerKind::kAdam; }
+inline int64_t state_width(OptimizerKind kind, int64_t width) {
+    return kind == OptimizerKind::kRowwiseAdagrad ? 1 : width;
+}
+
 // Updates one row of `width` numbers. `first` and `second` are the row's state: Adagrad's sum of
 // squares (one number for the row-wise form), Adam's two moments.
 inline void update_row(const Optimizer& optimizer, int64_t width, const float* gradient, float* row,
