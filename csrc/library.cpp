@@ -31,6 +31,8 @@ STABLE_TORCH_LIBRARY(embcompress, m) {
         "Tensor? weights, Tensor encoding, bool ends_are_given, int num_features, "
         "int num_columns, int[] wanted, Tensor[] first, Tensor[] second, Tensor[] steps, "
         "Tensor settings, int kind) -> Tensor");
+    // Raises what the kernels of a device have reported, of lookups that nobody waited for.
+    m.def("raise_reported(Tensor on) -> ()");
 }
 
 // An empty Python module: importing it loads the library, which registers the operators.

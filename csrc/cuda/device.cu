@@ -3,6 +3,7 @@
 #include <mutex>
 
 #include "kernels.h"
+#include "launch.h"
 
 namespace embcompress {
 namespace cuda {

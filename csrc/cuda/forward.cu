@@ -1,6 +1,7 @@
 // Forward: a group of lanes pools a run of bags. Its lanes first find the rows of a tile of ids, an
 // id each, then read the rows of one id after another together, 16 bytes a lane.
 
+#include "gather.cuh"
 #include "kernels.h"
 
 namespace embcompress {
@@ -57,7 +58,7 @@ __device__ const BoundProbe* copy_plan(const PoolArguments& arguments, const Pla
             const bool wide = reinterpret_cast<uintptr_t>(from) % 16 == 0;
             const int64_t quads = wide ? store.bytes / 16 : 0;
             for (int64_t q = thread; q < quads; q += threads) {
-                reinterpret_cast<uint4*>(to)[q] = reinterpret_cast<const uint4*>(from)[q];
+                at<uint4>(to + 16 * q) = at<uint4>(from + 16 * q);
             }
             for (int64_t b = quads * 16 + thread; b < store.bytes; b += threads) to[b] = from[b];
             if (thread == 0) bound[t].store.data = to;

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "inputs.h"
 #include "launch.h"
 
 namespace embcompress {
@@ -78,6 +79,14 @@ EMBCOMPRESS_DEVICE float probe_scale(const BoundProbe& bound, int64_t id) {
     return load_float(bound.scale.data, bound.scale.dtype, row * bound.scale.width + scale.column);
 }
 
+// The id at a position if it is in the vocabulary and no padding; -1 otherwise.
+EMBCOMPRESS_DEVICE int64_t checked_id(const Inputs& inputs, const Feature& feature,
+                                      int64_t position, bool* inside) {
+    const int64_t id = inputs.id(position);
+    *inside = static_cast<uint64_t>(id) < static_cast<uint64_t>(feature.num_embeddings);
+    return *inside && id != feature.padding_idx ? id : -1;
+}
+
 // ------------------------------------------------------------------------------------ numbers
 
 EMBCOMPRESS_DEVICE bool is_packed(const BoundProbe& bound) {
@@ -133,9 +142,15 @@ EMBCOMPRESS_DEVICE float value_of(const BoundProbe& bound, int64_t row, int64_t 
 
 // ------------------------------------------------------------------------------ many at once
 
-// 16 or 8 bytes in one access.
+// What lies at an address, in one access of sizeof(T) bytes.
+template <typename T>
+EMBCOMPRESS_DEVICE T& at(const void* pointer) {
+    EMBCOMPRESS_CHECK_ALIGNED(pointer, sizeof(T));
+    return *static_cast<T*>(const_cast<void*>(pointer));
+}
+
 EMBCOMPRESS_DEVICE void load_16(const void* from, uint32_t* words) {
-    const uint4 quad = *static_cast<const uint4*>(EMBCOMPRESS_ALIGNED(from, 16));
+    const uint4 quad = at<uint4>(from);
     words[0] = quad.x;
     words[1] = quad.y;
     words[2] = quad.z;
@@ -143,7 +158,7 @@ EMBCOMPRESS_DEVICE void load_16(const void* from, uint32_t* words) {
 }
 
 EMBCOMPRESS_DEVICE void load_8(const void* from, uint32_t* words) {
-    const uint2 pair = *static_cast<const uint2*>(EMBCOMPRESS_ALIGNED(from, 8));
+    const uint2 pair = at<uint2>(from);
     words[0] = pair.x;
     words[1] = pair.y;
 }
@@ -152,8 +167,7 @@ template <int C>
 EMBCOMPRESS_DEVICE void load_floats(const float* from, float (&to)[C]) {
 #pragma unroll
     for (int c = 0; c < C; c += 4) {
-        const float4 quad =
-            *static_cast<const float4*>(EMBCOMPRESS_ALIGNED(static_cast<const void*>(from + c), 16));
+        const float4 quad = at<float4>(from + c);
         to[c] = quad.x;
         to[c + 1] = quad.y;
         to[c + 2] = quad.z;
@@ -165,9 +179,7 @@ template <int C>
 EMBCOMPRESS_DEVICE void store_floats(float* to, const float (&from)[C]) {
 #pragma unroll
     for (int c = 0; c < C; c += 4) {
-        EMBCOMPRESS_ALIGNED(to + c, 16);
-        *reinterpret_cast<float4*>(to + c) =
-            make_float4(from[c], from[c + 1], from[c + 2], from[c + 3]);
+        at<float4>(to + c) = make_float4(from[c], from[c + 1], from[c + 2], from[c + 3]);
     }
 }
 
@@ -205,9 +217,9 @@ EMBCOMPRESS_DEVICE uint64_t load_codes(const StoreView& store, int64_t position,
             return static_cast<uint64_t>(words[1]) << 32 | words[0];
         }
         case 32:
-            return *static_cast<const uint32_t*>(EMBCOMPRESS_ALIGNED(static_cast<const void*>(from), 4));
+            return at<uint32_t>(from);
         case 16:
-            return *static_cast<const uint16_t*>(EMBCOMPRESS_ALIGNED(static_cast<const void*>(from), 2));
+            return at<uint16_t>(from);
         case 8:
             return *from;
         default:  // four single bits

@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "inputs.cuh"
+#include "inputs.h"
 #include "shapes.h"
 
 namespace embcompress {

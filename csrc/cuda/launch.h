@@ -3,20 +3,10 @@
 #pragma once
 
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 
 #include "device_plan.h"
 
-#if defined(EMBCOMPRESS_EMULATION)
-#include "emulation.h"
-#else
-#include <cuda_runtime.h>
-// Memory that the threads of a block share, of the size given at launch.
-#define EMBCOMPRESS_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
-// A pointer that is read or written so many bytes at once.
-#define EMBCOMPRESS_ALIGNED(pointer, bytes) (pointer)
-#endif
+#include "runtime.h"
 
 #define EMBCOMPRESS_DEVICE __device__ __forceinline__
 
@@ -33,12 +23,6 @@ struct LaunchShape {
     int threads = kThreads;
     int64_t shared_bytes = 0;
 };
-
-inline void check(cudaError_t error, const char* what) {
-    if (error == cudaSuccess) return;
-    throw std::runtime_error(std::string("embcompress: CUDA failed in ") + what + ": " +
-                             cudaGetErrorString(error));
-}
 
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape,

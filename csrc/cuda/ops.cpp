@@ -294,6 +294,11 @@ void lookup_backward_update(Tensor grad, std::vector<Tensor> stores, Tensor ids,
     for (size_t k = 0; k < wanted.size(); ++k) ++*pointer<int64_t>(steps[k]);
 }
 
+void raise_reported_on(Tensor on) {
+    const Place place(on);
+    raise_reported();
+}
+
 }  // namespace
 }  // namespace cuda
 }  // namespace embcompress
@@ -310,4 +315,5 @@ STABLE_TORCH_LIBRARY_IMPL(embcompress, CUDA, m) {
     m.impl("lookup_backward_weights", TORCH_BOX(&embcompress::cuda::lookup_backward_weights));
     m.impl("lookup_backward_update", TORCH_BOX(&embcompress::cuda::lookup_backward_update));
     m.impl("lookup_fused", TORCH_BOX(&embcompress::cuda::lookup_fused));
+    m.impl("raise_reported", TORCH_BOX(&embcompress::cuda::raise_reported_on));
 }

@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include "gather.cuh"
 #include "kernels.h"
 
 namespace embcompress {

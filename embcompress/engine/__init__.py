@@ -154,8 +154,8 @@ class Program:
             return self._run_compiled(self._encoded, stores, bags, fused)
         if fused is not None:
             raise TypeError(
-                "a fused optimizer takes ids on the CPU and per_sample_weights of float32 at "
-                "most; call .float() on the weights"
+                "a fused optimizer takes ids on the CPU or a CUDA device and per_sample_weights of "
+                "float32 at most; call .float() on the weights"
             )
         return self._run_reference(stores, bags.complete())
 
@@ -326,7 +326,9 @@ def _output_dtype(plans: Sequence[LookupPlan]) -> torch.dtype:
 
 
 def _is_for_kernels(bags: Bags) -> bool:
-    return bags.ids.is_cpu and (bags.weights is None or bags.weights.dtype != torch.float64)
+    if bags.weights is not None and bags.weights.dtype == torch.float64:
+        return False
+    return ops.runs_on(bags.ids.device)
 
 
 def lookup(

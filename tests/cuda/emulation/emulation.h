@@ -56,9 +56,8 @@ float exchange(unsigned mask, float value, int distance);
 
 void fail(const char* what);
 
-inline const void* aligned(const void* pointer, std::size_t bytes) {
+inline void check_aligned(const void* pointer, std::size_t bytes) {
     if (reinterpret_cast<std::uintptr_t>(pointer) % bytes != 0) fail("an access is not aligned");
-    return pointer;
 }
 
 }  // namespace emulation
@@ -80,7 +79,7 @@ inline float atomicAdd(float* to, float value) {
 }
 
 #define EMBCOMPRESS_SHARED(name) unsigned char* name = emulation::shared_memory
-#define EMBCOMPRESS_ALIGNED(pointer, bytes) emulation::aligned(pointer, bytes)
+#define EMBCOMPRESS_CHECK_ALIGNED(pointer, bytes) emulation::check_aligned(pointer, bytes)
 
 // ---------------------------------------------------------------------------- runtime library
 

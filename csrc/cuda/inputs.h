@@ -2,7 +2,8 @@
 
 #pragma once
 
-#include "gather.cuh"
+#include "../numbers.h"
+#include "runtime.h"
 
 namespace embcompress {
 namespace cuda {
@@ -25,41 +26,33 @@ struct Inputs {
     Dtype weights_dtype;
     bool ids_are_32_bit;
 
-    EMBCOMPRESS_DEVICE int64_t id(int64_t position) const {
+    EMBCOMPRESS_INLINE int64_t id(int64_t position) const {
         return ids_are_32_bit ? static_cast<const int32_t*>(ids)[position]
                               : static_cast<const int64_t*>(ids)[position];
     }
 
-    EMBCOMPRESS_DEVICE int64_t offset(int64_t bag) const {
+    EMBCOMPRESS_INLINE int64_t offset(int64_t bag) const {
         if (offsets == nullptr) return bag;
         if (bag == num_offsets) return num_ids;
         return ids_are_32_bit ? static_cast<const int32_t*>(offsets)[bag]
                               : static_cast<const int64_t*>(offsets)[bag];
     }
 
-    EMBCOMPRESS_DEVICE int64_t clamp(int64_t offset) const {
+    EMBCOMPRESS_INLINE int64_t clamp(int64_t offset) const {
         return offset < 0 ? 0 : (offset > num_ids ? num_ids : offset);
     }
 
     // Whether a bag's ends are right: all of them are where all bags' are.
-    EMBCOMPRESS_DEVICE bool is_bag(int64_t bag, int64_t num_bags) const {
+    EMBCOMPRESS_INLINE bool is_bag(int64_t bag, int64_t num_bags) const {
         const int64_t begin = offset(bag), end = offset(bag + 1);
         return begin >= 0 && begin <= end && end <= num_ids && (bag > 0 || begin == 0) &&
                (bag + 1 < num_bags || end == num_ids);
     }
 
-    EMBCOMPRESS_DEVICE float weight(int64_t position) const {
+    EMBCOMPRESS_INLINE float weight(int64_t position) const {
         return weights == nullptr ? 1.0f : load_float(weights, weights_dtype, position);
     }
 };
-
-// The id at a position if it is in the vocabulary and no padding; -1 otherwise.
-EMBCOMPRESS_DEVICE int64_t checked_id(const Inputs& inputs, const Feature& feature,
-                                      int64_t position, bool* inside) {
-    const int64_t id = inputs.id(position);
-    *inside = static_cast<uint64_t>(id) < static_cast<uint64_t>(feature.num_embeddings);
-    return *inside && id != feature.padding_idx ? id : -1;
-}
 
 }  // namespace cuda
 }  // namespace embcompress
