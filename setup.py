@@ -4,7 +4,7 @@ With a CUDA build of torch and a CUDA toolkit (nvcc), the CUDA kernels are built
 architectures of TORCH_CUDA_ARCH_LIST (default: 8.0, 9.0 and PTX of 9.0).
 
 EMBCOMPRESS_BUILD_EXTENSION=0 never builds it, =1 makes a failure to build it an error.
-EMBCOMPRESS_BUILD_CUDA=0 leaves the CUDA kernels out, =1 makes it an error that they cannot be built.
+EMBCOMPRESS_BUILD_CUDA=0 leaves the CUDA kernels out, =1 makes a failure to build them an error.
 EMBCOMPRESS_SANITIZE=1 builds it with AddressSanitizer and UndefinedBehaviorSanitizer.
 """
 

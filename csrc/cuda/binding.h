@@ -1,4 +1,5 @@
-// From checked arguments to what the kernels take: plans with their stores, launches, backward passes.
+// From checked arguments to what the kernels take: plans with their stores, launches, backward
+// passes.
 
 #pragma once
 
@@ -63,8 +64,8 @@ inline void add_records(const Lookup& lookup, const std::vector<BoundProbe>& bou
     plan.layout.probes = plan.add(bound.data(), static_cast<int64_t>(bound.size()));
     plan.layout.num_features = static_cast<int32_t>(lookup.header.num_features);
     for (int64_t f = 0; f < lookup.header.num_features; ++f) {
-        plan.layout.most_probes = std::max(plan.layout.most_probes,
-                                           static_cast<int32_t>(lookup.features[f].num_probes));
+        plan.layout.most_probes =
+            std::max(plan.layout.most_probes, static_cast<int32_t>(lookup.features[f].num_probes));
     }
 }
 
@@ -84,6 +85,7 @@ inline ForwardPlan plan_forward(const Lookup& lookup, const DeviceLimits& device
         std::vector<int64_t> features;
         int64_t staged_bytes;
         int64_t width;
+        int64_t probes;
     };
     std::vector<Members> classes;
     for (int64_t f = 0; f < lookup.header.num_features; ++f) {
@@ -92,10 +94,11 @@ inline ForwardPlan plan_forward(const Lookup& lookup, const DeviceLimits& device
         const FeatureClass which = classify(feature, probes);
         auto found = std::find_if(classes.begin(), classes.end(),
                                   [&](const Members& each) { return each.which == which; });
-        if (found == classes.end()) found = classes.insert(found, Members{which, {}, 0, 0});
+        if (found == classes.end()) found = classes.insert(found, Members{which, {}, 0, 0, 0});
         found->features.push_back(f);
         found->staged_bytes = std::max(found->staged_bytes, stage_stores(feature, probes));
         found->width = std::max(found->width, feature.width);
+        found->probes = std::max(found->probes, feature.num_probes);
     }
     add_records(lookup, bound, plan.words);
     std::vector<int64_t> order;
@@ -103,9 +106,9 @@ inline ForwardPlan plan_forward(const Lookup& lookup, const DeviceLimits& device
     for (const Members& each : classes) {
         const int64_t count = static_cast<int64_t>(each.features.size());
         const PoolShape shape = pool_shape(each.which, lookup.batch, count, lookup.num_ids / bags,
-                                           plan.words.layout.most_probes, each.width,
-                                           each.staged_bytes, device);
-        plan.launches.push_back({each.which, shape, static_cast<int64_t>(order.size()), count});
+                                           each.probes, each.width, each.staged_bytes, device);
+        plan.launches.push_back({each.which, shape, static_cast<int64_t>(order.size()), count,
+                                 static_cast<int32_t>(each.probes)});
         order.insert(order.end(), each.features.begin(), each.features.end());
     }
     plan.words.layout.order = plan.words.add(order.data(), static_cast<int64_t>(order.size()));
@@ -213,8 +216,8 @@ inline BackwardPlan plan_backward(const Lookup& lookup, const std::vector<int64_
     for (int64_t f = 0; f < lookup.header.num_features; ++f) {
         backward.widest_feature = std::max(backward.widest_feature, lookup.features[f].width);
     }
-    if (sink == SinkKind::kUpdate && (gradients_read_rows(lookup) || backward.rounds > 1 ||
-                                      backward.widest > kWidestGroup)) {
+    if (sink == SinkKind::kUpdate &&
+        (gradients_read_rows(lookup) || backward.rounds > 1 || backward.widest > kWidestGroup)) {
         sink = SinkKind::kCompact;
     }
     backward.sink = sink;
@@ -224,8 +227,8 @@ inline BackwardPlan plan_backward(const Lookup& lookup, const std::vector<int64_
     const int64_t scratch =
         sorted ? static_cast<int64_t>(scratch_bytes(touches, backward.key.bits)) : 0;
     const BackwardOptions options{sink == SinkKind::kCompact, sorted, backward.has_scalars};
-    backward.layout = backward_layout(targets, lookup.num_ids, layout.uses_per_feature, options,
-                                      scratch);
+    backward.layout =
+        backward_layout(targets, lookup.num_ids, layout.uses_per_feature, options, scratch);
     return plan;
 }
 

@@ -3,7 +3,7 @@
 #include <mutex>
 
 #include "kernels.h"
-#include "launch.h"
+#include "launch.cuh"
 
 namespace embcompress {
 namespace cuda {

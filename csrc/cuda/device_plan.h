@@ -52,9 +52,9 @@ struct Target {
 struct PlanLayout {
     int32_t features;
     int32_t probes;
-    int32_t uses;       // uses_per_feature for each feature
+    int32_t uses;  // uses_per_feature for each feature
     int32_t targets;
-    int32_t order;      // numbers of the features, class by class
+    int32_t order;  // numbers of the features, class by class
     int32_t num_words;
     int32_t num_features;
     int32_t uses_per_feature;

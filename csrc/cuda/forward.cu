@@ -19,10 +19,10 @@ struct PoolArguments {
 
 // What a group knows of a tile of ids, in shared memory.
 struct Tile {
-    int64_t* rows;   // probe by probe, -1: none
-    int64_t* ends;   // of the bags of the run
-    float* scales;   // probe by probe
-    float* weights;  // 0 for padding
+    int64_t* rows;     // probe by probe, -1: none
+    int64_t* ends;     // of the bags of the run
+    float* scales;     // probe by probe
+    float* weights;    // 0 for padding
     int32_t* counted;  // 1, or 0 for padding
     int size;
 
@@ -156,9 +156,9 @@ EMBCOMPRESS_DEVICE void combine_plain(const Feature& feature, const BoundProbe* 
 // Pools bags [first, first + count) of a feature into columns [column, column + C).
 template <int C, Kind kKind>
 EMBCOMPRESS_DEVICE void pool_run(const PoolArguments& arguments, const Group& group,
-                                 const Feature& feature, const BoundProbe* bound,
-                                 const Tile& tile, int64_t feature_number, int64_t first,
-                                 int count, int64_t column, int64_t num_bags) {
+                                 const Feature& feature, const BoundProbe* bound, const Tile& tile,
+                                 int64_t feature_number, int64_t first, int count, int64_t column,
+                                 int64_t num_bags) {
     constexpr int U = 16 / C;
     const Inputs& inputs = arguments.inputs;
     const int64_t bag = feature_number * inputs.batch + first;
@@ -171,8 +171,7 @@ EMBCOMPRESS_DEVICE void pool_run(const PoolArguments& arguments, const Group& gr
     const bool active = column < feature.width;
     const bool weighted = inputs.weights != nullptr, mean = feature.pool == Pool::kMean;
     float* out = arguments.out + first * inputs.num_columns + feature.out_column;
-    const bool aligned =
-        is_aligned(arguments.out + feature.out_column, inputs.num_columns);
+    const bool aligned = is_aligned(arguments.out + feature.out_column, inputs.num_columns);
     float sum[C];
     int32_t counted = 0;
     int k = 0;
@@ -255,8 +254,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 template <int C, Kind kKind>
-void launch_pool(const PlanArgument& plan, const PoolArguments& arguments,
-                 const PoolLaunch& which, cudaStream_t stream) {
+void launch_pool(const PlanArgument& plan, const PoolArguments& arguments, const PoolLaunch& which,
+                 cudaStream_t stream) {
     LaunchShape shape;
     shape.blocks = which.shape.blocks;
     shape.features = which.count;
@@ -276,7 +275,7 @@ void pool(const PlanArgument& plan, const Inputs& inputs, const PoolLaunch& whic
     arguments.out = out;
     arguments.first_feature = which.first;
     arguments.lanes = which.which.lanes;
-    arguments.most_probes = plan.layout.most_probes;
+    arguments.most_probes = which.most_probes;
     if (which.which.columns == 8) {
         launch_pool<8, Kind::kAny>(plan, arguments, which, stream);
     } else if (which.which.kind == Kind::kOne) {

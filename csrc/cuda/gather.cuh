@@ -3,7 +3,7 @@
 #pragma once
 
 #include "inputs.h"
-#include "launch.h"
+#include "launch.cuh"
 
 namespace embcompress {
 namespace cuda {
@@ -341,8 +341,8 @@ EMBCOMPRESS_DEVICE void load_values(const BoundProbe& bound, const int64_t* rows
 struct Group {
     int lanes;
     int lane;
-    int number;      // in the block
-    unsigned mask;   // of its lanes in the warp
+    int number;     // in the block
+    unsigned mask;  // of its lanes in the warp
 
     __device__ explicit Group(int lanes_) : lanes(lanes_) {
         const int thread = static_cast<int>(threadIdx.x);

@@ -36,6 +36,7 @@ struct PoolLaunch {
     PoolShape shape;
     int64_t first;
     int64_t count;
+    int32_t most_probes;  // of one of them
 };
 
 void pool(const PlanArgument& plan, const Inputs& inputs, const PoolLaunch& launch, float* out,
@@ -56,7 +57,7 @@ struct Backward {
     int64_t num_bags;
     int64_t widest;          // row of a target
     int64_t widest_feature;  // before heads
-    int rounds;  // of updates
+    int rounds;              // of updates
     bool has_scalars;
 };
 
@@ -66,6 +67,8 @@ size_t scratch_bytes(int64_t touches, int key_bits);
 void find_touches(const Backward& backward, const DeviceLimits& device, cudaStream_t stream);
 // Adds up the gradients of all rows, into the sink.
 void add_gradients(const Backward& backward, const DeviceLimits& device, cudaStream_t stream);
+// Numbers the rows that sorted touches touch, for a compact sink.
+void number_segments(const Backward& backward, const DeviceLimits& device, cudaStream_t stream);
 // The update of the rows that a compact sink holds.
 void update_segments(const Backward& backward, const DeviceLimits& device, cudaStream_t stream);
 // Waits. bounds[k] is the number of the first touched row of target k, of num_targets + 1.

@@ -74,8 +74,8 @@ Lookup check_lookup(const std::vector<Tensor>& stores, const Tensor& ids,
                     const Tensor& encoding, bool ends_are_given) {
     raise_reported();
     const Lookup lookup = make_lookup(stores, ids, offsets, weights, encoding, ends_are_given);
-    STD_TORCH_CHECK(lookup.batch > 0 || lookup.num_ids == 0, "offsets describe no bags, but ids has ",
-                    lookup.num_ids, " entries");
+    STD_TORCH_CHECK(lookup.batch > 0 || lookup.num_ids == 0,
+                    "offsets describe no bags, but ids has ", lookup.num_ids, " entries");
     STD_TORCH_CHECK(lookup.header.num_features < 65536, "more than 65535 features in one call");
     const int64_t bags = lookup.header.num_features * lookup.batch;
     STD_TORCH_CHECK(bags <= kMostTouches, "more than 2^32 bags in one call");
@@ -201,8 +201,7 @@ std::vector<Tensor> lookup_backward(Tensor grad, std::vector<Tensor> stores, Ten
     for (const int64_t store : wanted) {
         const StoreView& view = pass.lookup.stores[store];
         Tensor dense = new_tensor(ids, {view.rows, view.width}, ScalarType::Float);
-        fill_zero(pointer<float>(dense), view.rows * view.width * sizeof(float),
-                  pass.place.stream);
+        fill_zero(pointer<float>(dense), view.rows * view.width * sizeof(float), pass.place.stream);
         targets.push_back(target_of(view, pointer<float>(dense)));
         results.push_back(dense);
     }
@@ -273,8 +272,7 @@ void lookup_backward_update(Tensor grad, std::vector<Tensor> stores, Tensor ids,
     check_states(optimizer, pass.lookup, ids, wanted, first, second, steps);
     std::vector<Target> targets;
     for (size_t k = 0; k < wanted.size(); ++k) {
-        Target target =
-            target_of(pass.lookup.stores[wanted[k]], pointer<float>(stores[wanted[k]]));
+        Target target = target_of(pass.lookup.stores[wanted[k]], pointer<float>(stores[wanted[k]]));
         if (has_first(optimizer.kind)) target.first = pointer<float>(first[k]);
         if (has_second(optimizer.kind)) target.second = pointer<float>(second[k]);
         target.adam_scale = adam_scale(optimizer, *pointer<int64_t>(steps[k]) + 1);
@@ -283,8 +281,11 @@ void lookup_backward_update(Tensor grad, std::vector<Tensor> stores, Tensor ids,
     if (pass.lookup.batch > 0) {
         pass.start(ids, wanted, targets, SinkKind::kUpdate);
         Backward& backward = pass.backward();
-        backward.optimizer = {static_cast<int32_t>(optimizer.kind), optimizer.learning_rate,
-                              optimizer.epsilon, optimizer.weight_decay, optimizer.beta1,
+        backward.optimizer = {static_cast<int32_t>(optimizer.kind),
+                              optimizer.learning_rate,
+                              optimizer.epsilon,
+                              optimizer.weight_decay,
+                              optimizer.beta1,
                               optimizer.beta2};
         add_gradients(backward, pass.device, pass.place.stream);
         if (backward.sink == SinkKind::kCompact) {

@@ -1,9 +1,9 @@
 // Backward, second half: the gradients of rows, added up over touches that are sorted by row.
 //
-// A group of lanes takes a chunk of touches. A row whose touches all lie in the chunk is complete and
-// goes to the sink; a row that goes on in another chunk leaves a partial sum. The partial sums, two of
-// a chunk at most, are the touches of the next level. Chunks have a fixed size, so the order of every
-// sum is fixed by the batch alone.
+// A group of lanes takes a chunk of touches. A row whose touches all lie in the chunk is complete
+// and goes to the sink; a row that goes on in another chunk leaves a partial sum. The partial sums,
+// two of a chunk at most, are the touches of the next level. Chunks have a fixed size, so the order
+// of every sum is fixed by the batch alone.
 
 #include "update.cuh"
 
@@ -11,9 +11,7 @@ namespace embcompress {
 namespace cuda {
 namespace {
 
-constexpr int kColumns = 4;  // of a lane
-constexpr int kAtOnce = 4;   // touches whose loads are under way together
-constexpr int64_t kNone = -1;
+constexpr int kAtOnce = 4;  // touches whose loads are under way together
 
 // One level: touches, or the partial sums of the level before.
 struct Level {
@@ -75,10 +73,9 @@ __device__ void read_touch(const BackwardArguments& arguments, const PlanView& p
         tile.rows[t * tile.size + i] = row;
         tile.scales[t * tile.size + i] = row < 0 ? 0.0f : probe_scale(bound[t], id);
     }
-    tile.factors[i] =
-        arrays.coefficients[position] * tile.scales[use.probe * tile.size + i];
-    tile.gradients[i] = bag % inputs.batch * inputs.num_columns + feature.out_column +
-                        (concat ? probe.column : 0);
+    tile.factors[i] = arrays.coefficients[position] * tile.scales[use.probe * tile.size + i];
+    tile.gradients[i] =
+        bag % inputs.batch * inputs.num_columns + feature.out_column + (concat ? probe.column : 0);
     tile.uses[i] = static_cast<uint32_t>(use_number);
     tile.touches[i] = touch;
     tile.keys[i] = key;
@@ -146,11 +143,12 @@ EMBCOMPRESS_DEVICE void touch_values(const BackwardArguments& arguments, const P
     }
 }
 
-// Hands over the complete gradient of a row.
-template <int C>
-EMBCOMPRESS_DEVICE void write_row(const BackwardArguments& arguments, const PlanView& plan,
-                                  const Group& group, int64_t key, int64_t column,
-                                  const float (&sum)[C]) {
+// Hands over the complete gradient of a row. Not inlined: it is the end of every row's sum, in many
+// places of the loop over touches.
+__device__ __noinline__ void write_row(const BackwardArguments& arguments, const PlanView plan,
+                                       const Group group, int64_t key, int64_t column,
+                                       const float4 row_sum) {
+    const float sum[kColumns] = {row_sum.x, row_sum.y, row_sum.z, row_sum.w};
     if (arguments.sink == SinkKind::kCompact) {
         const Arrays arrays(arguments.workspace, arguments.layout);
         const int64_t stride = arguments.layout.stride;
@@ -164,7 +162,7 @@ EMBCOMPRESS_DEVICE void write_row(const BackwardArguments& arguments, const Plan
         store_some(to, column, target.width, is_aligned(target.data, target.width), sum);
     } else if (arguments.sink == SinkKind::kAtomic) {
 #pragma unroll
-        for (int c = 0; c < C; ++c) {
+        for (int c = 0; c < kColumns; ++c) {
             if (column + c < target.width) atomicAdd(to + column + c, sum[c]);
         }
     } else {
@@ -209,7 +207,8 @@ EMBCOMPRESS_DEVICE void reduce_chunk(const BackwardArguments& arguments, const L
                                true, zeros);
                 }
             } else {
-                write_row(arguments, plan, group, key, column, sum);
+                write_row(arguments, plan, group, key, column,
+                          make_float4(sum[0], sum[1], sum[2], sum[3]));
             }
             is_first = false;
         }
@@ -223,8 +222,8 @@ EMBCOMPRESS_DEVICE void reduce_chunk(const BackwardArguments& arguments, const L
                 const int64_t none = int64_t{plan.layout->num_targets} << arguments.key.row_bits;
                 const bool compact = arguments.sink == SinkKind::kCompact;
                 if (compact ? each < 0 : each >= none) continue;
-                const uint32_t touch = atomic ? arrays.touches[position + i]
-                                              : arrays.sorted_touches[position + i];
+                const uint32_t touch =
+                    atomic ? arrays.touches[position + i] : arrays.sorted_touches[position + i];
                 read_touch(arguments, plan, each, touch, tile, i);
             } else {
                 tile.keys[i] = each;
@@ -280,8 +279,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int probes = kTouches ? argument.layout.most_probes : 0;
     const TouchTile tile(shared + group.number * touch_group_bytes(reduce.tile, probes),
                          reduce.tile, probes);
-    const int64_t column =
-        (static_cast<int64_t>(blockIdx.z) * group.lanes + group.lane) * kColumns;
+    const int64_t column = (static_cast<int64_t>(blockIdx.z) * group.lanes + group.lane) * kColumns;
     const int64_t groups = blockDim.x / group.lanes;
     const int64_t chunks = (reduce.level.count + kTouchesPerChunk - 1) / kTouchesPerChunk;
     for (int64_t chunk = blockIdx.x * groups + group.number; chunk < chunks;
@@ -290,110 +288,15 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
 }
 
-// 1 where the touches of another row begin.
-__global__ void __launch_bounds__(kThreads)
-    heads_kernel(const __grid_constant__ BackwardArguments arguments, int64_t none) {
-    const Arrays arrays(arguments.workspace, arguments.layout);
-    const int64_t count = arguments.layout.num_touches, step = int64_t{gridDim.x} * blockDim.x;
-    for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count; i += step) {
-        const int64_t key = arrays.sorted_keys[i];
-        arrays.flags[i] = key < none && (i == 0 || arrays.sorted_keys[i - 1] != key) ? 1 : 0;
-    }
-}
-
-// Numbers the rows that are touched, from the running sum of the heads.
-__global__ void __launch_bounds__(kThreads)
-    segments_kernel(const __grid_constant__ BackwardArguments arguments, int64_t none) {
-    const Arrays arrays(arguments.workspace, arguments.layout);
-    const int64_t count = arguments.layout.num_touches, step = int64_t{gridDim.x} * blockDim.x;
-    if (*arrays.failed) return;
-    for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count; i += step) {
-        const int64_t key = arrays.sorted_keys[i], segment = int64_t{arrays.flags[i]} - 1;
-        arrays.segments[i] = key < none ? segment : kNone;
-        if (key < none && (i == 0 || arrays.sorted_keys[i - 1] != key)) {
-            arrays.unique_keys[segment] = key;
-        }
-        if (i + 1 == count) *arrays.num_segments = segment + 1;
-    }
-}
-
-// A group of lanes for each touched row.
-__global__ void __launch_bounds__(kThreads)
-    update_kernel(const __grid_constant__ PlanArgument argument,
-                  const __grid_constant__ BackwardArguments arguments, int lanes, int round) {
-    const PlanView plan(argument);
-    const Group group(lanes);
-    const Arrays arrays(arguments.workspace, arguments.layout);
-    const OptimizerSettings& optimizer = arguments.optimizer;
-    const int64_t groups = blockDim.x / lanes;
-    if (*arrays.failed) return;
-    for (int64_t segment = blockIdx.x * groups + group.number; segment < *arrays.num_segments;
-         segment += gridDim.x * groups) {
-        const int64_t key = arrays.unique_keys[segment], row = arguments.row_in(key);
-        const Target& target = plan.target(arguments.target_of(key));
-        if (target.round != round) continue;
-        const float* values = arrays.values + segment * arguments.layout.stride;
-        float gradient[kColumns];
-        float squares = 0.0f;
-        for (int64_t c = group.lane * kColumns; c < target.width; c += lanes * kColumns) {
-            load_floats(values + c, gradient);
-            squares += sum_of_squares(optimizer, target, row, c, gradient);
-        }
-        const float state = advance_state(optimizer, group, target, row, squares);
-        for (int64_t c = group.lane * kColumns; c < target.width; c += lanes * kColumns) {
-            load_floats(values + c, gradient);
-            update_columns(optimizer, target, row, c, gradient, state);
-        }
-    }
-}
-
-// bounds[k]: the first touched row of target k among all.
-__global__ void bounds_kernel(const __grid_constant__ BackwardArguments arguments,
-                              int num_targets) {
-    const Arrays arrays(arguments.workspace, arguments.layout);
-    const int64_t count = *arrays.failed ? 0 : *arrays.num_segments;
-    for (int k = static_cast<int>(threadIdx.x); k <= num_targets; k += blockDim.x) {
-        const int64_t key = static_cast<int64_t>(k) << arguments.key.row_bits;
-        int64_t low = 0, high = count;
-        while (low < high) {
-            const int64_t middle = (low + high) / 2;
-            if (arrays.unique_keys[middle] < key) {
-                low = middle + 1;
-            } else {
-                high = middle;
-            }
-        }
-        arrays.bounds[k] = low;
-    }
-}
-
-__global__ void __launch_bounds__(kThreads)
-    copy_kernel(const __grid_constant__ BackwardArguments arguments, int64_t begin, int64_t count,
-                int64_t width, int64_t* rows, float* values) {
-    const Arrays arrays(arguments.workspace, arguments.layout);
-    const int64_t step = int64_t{gridDim.x} * blockDim.x;
-    for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count * width; i += step) {
-        const int64_t number = i / width, column = i % width;
-        values[i] = arrays.values[(begin + number) * arguments.layout.stride + column];
-        if (column == 0) rows[number] = arguments.row_in(arrays.unique_keys[begin + number]);
-    }
-}
-
-LaunchShape flat_shape(int64_t items, const DeviceLimits& device) {
-    LaunchShape shape;
-    shape.blocks = grid_blocks(items, shape.threads, device);
-    return shape;
-}
-
 template <bool kTouches>
 void launch_reduce(const Backward& backward, const Level& level, const DeviceLimits& device,
                    cudaStream_t stream) {
     ReduceArguments reduce{};
     reduce.level = level;
-    reduce.lanes = lanes_for(backward.widest, kColumns);
+    const int probes = kTouches ? backward.plan.layout.most_probes : 0;
+    reduce.lanes = lanes_for(backward.widest, kColumns, probes);
     reduce.tile = static_cast<int32_t>(tile_size(reduce.lanes));
-    const int64_t bytes =
-        touch_group_bytes(reduce.tile, kTouches ? backward.plan.layout.most_probes : 0);
+    const int64_t bytes = touch_group_bytes(reduce.tile, probes);
     LaunchShape shape;
     shape.threads = threads_for(reduce.lanes, bytes);
     const int64_t groups = shape.threads / reduce.lanes;
@@ -402,19 +305,6 @@ void launch_reduce(const Backward& backward, const Level& level, const DeviceLim
     shape.shared_bytes = groups * bytes;
     launch("reduce_kernel", reduce_kernel<kTouches>, shape, stream, backward.plan,
            BackwardArguments(backward), reduce);
-}
-
-// Numbers the touched rows, so that their gradients lie side by side.
-void number_segments(const Backward& backward, const DeviceLimits& device, cudaStream_t stream) {
-    const BackwardArguments arguments(backward);
-    const Arrays arrays(backward.workspace, backward.layout);
-    const int64_t count = backward.layout.num_touches;
-    const int64_t none = int64_t{backward.plan.layout.num_targets} << backward.key.row_bits;
-    const LaunchShape shape = flat_shape(count, device);
-    launch("heads_kernel", heads_kernel, shape, stream, arguments, none);
-    running_sum(backward.workspace + backward.layout.scratch,
-                scratch_bytes(count, backward.key.bits), arrays.flags, count, stream);
-    launch("segments_kernel", segments_kernel, shape, stream, arguments, none);
 }
 
 }  // namespace
@@ -455,41 +345,6 @@ void add_gradients(const Backward& backward, const DeviceLimits& device, cudaStr
         level.keys = level.partial_keys;
         level.values = level.partial_values;
     }
-}
-
-void update_segments(const Backward& backward, const DeviceLimits& device, cudaStream_t stream) {
-    if (backward.layout.num_touches == 0) return;
-    const int lanes = lanes_for(backward.widest, kColumns);
-    LaunchShape shape;
-    shape.blocks =
-        grid_blocks(backward.layout.most_segments, shape.threads / lanes, device);
-    for (int round = 0; round < backward.rounds; ++round) {
-        launch("update_kernel", update_kernel, shape, stream, backward.plan,
-               BackwardArguments(backward), lanes, round);
-    }
-}
-
-void count_touched_rows(const Backward& backward, std::vector<int64_t>& bounds,
-                        cudaStream_t stream) {
-    const int num_targets = backward.plan.layout.num_targets;
-    bounds.assign(num_targets + 1, 0);
-    LaunchShape shape;
-    shape.threads = 32;
-    launch("bounds_kernel", bounds_kernel, shape, stream, BackwardArguments(backward),
-           num_targets);
-    const Arrays arrays(backward.workspace, backward.layout);
-    check(cudaMemcpyAsync(bounds.data(), arrays.bounds, bounds.size() * sizeof(int64_t),
-                          cudaMemcpyDeviceToHost, stream),
-          "count_touched_rows");
-    check(cudaStreamSynchronize(stream), "count_touched_rows");
-}
-
-void copy_touched_rows(const Backward& backward, int64_t begin, int64_t count, int64_t width,
-                       int64_t* rows, float* values, const DeviceLimits& device,
-                       cudaStream_t stream) {
-    if (count == 0) return;
-    launch("copy_kernel", copy_kernel, flat_shape(count * width, device), stream,
-           BackwardArguments(backward), begin, count, width, rows, values);
 }
 
 }  // namespace cuda

@@ -28,9 +28,11 @@ constexpr int64_t kSmallestTile = 4;
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t align_up(int64_t bytes, int64_t unit) { return divide_up(bytes, unit) * unit; }
 
-// Lanes of a warp that share one row: a power of two, so that narrow rows leave none idle.
-inline int lanes_for(int64_t width, int columns) {
-    int lanes = 1;
+// Lanes of a warp that share one row: a power of two, so that narrow rows leave none idle. With
+// many probes a warp is a few groups at most, whose rows fit shared memory.
+constexpr int64_t kManyProbes = 8;
+inline int lanes_for(int64_t width, int columns, int64_t probes) {
+    int lanes = probes > kManyProbes ? 4 : 1;
     while (lanes < 32 && lanes * columns < width) lanes *= 2;
     return lanes;
 }
@@ -60,7 +62,7 @@ inline FeatureClass classify(const Feature& feature, const BoundProbe* bound) {
         plain &= is_plain(bound[t]);
     }
     FeatureClass result{narrow ? 8 : 4, 0, Kind::kAny};
-    result.lanes = lanes_for(feature.width, result.columns);
+    result.lanes = lanes_for(feature.width, result.columns, feature.num_probes);
     if (plain && feature.num_probes == 1) result.kind = Kind::kOne;
     if (plain && feature.num_probes == 2) result.kind = Kind::kTwo;
     return result;
@@ -72,8 +74,7 @@ inline int64_t pool_group_bytes(int64_t tile, int64_t probes) {
     return tile * (probes * 12 + 4 + 4 + 8);
 }
 
-// Threads of a block whose groups need so many bytes each. With very many probes a block is one
-// group, and the shared memory sets the limit: then the tile is smaller.
+// Threads of a block whose groups need so many bytes each: one warp at least.
 inline int threads_for(int lanes, int64_t group_bytes) {
     int threads = kThreads;
     while (threads > 32 && threads / lanes * group_bytes > kTileBytes) threads /= 2;
@@ -82,8 +83,8 @@ inline int threads_for(int lanes, int64_t group_bytes) {
 
 // Blocks for a number of items, each of which one of a block's groups takes.
 inline int64_t grid_blocks(int64_t items, int64_t groups, const DeviceLimits& device) {
-    return std::max<int64_t>(1, std::min(divide_up(items, groups),
-                                         device.multiprocessors * kBlocksPerMultiprocessor));
+    return std::max<int64_t>(
+        1, std::min(divide_up(items, groups), device.multiprocessors * kBlocksPerMultiprocessor));
 }
 
 struct PoolShape {
@@ -98,8 +99,7 @@ struct PoolShape {
     int64_t shared_bytes;
 };
 
-// The launch for the features of one class. `longest` is the widest feature's width, `probes` the
-// most probes of one.
+// The launch for the features of one class; `probes` and `width` are the most that one of them has.
 inline PoolShape pool_shape(const FeatureClass& which, int64_t batch, int64_t num_features,
                             int64_t ids_per_bag, int64_t probes, int64_t width,
                             int64_t staged_bytes, const DeviceLimits& device) {
@@ -121,8 +121,8 @@ inline PoolShape pool_shape(const FeatureClass& which, int64_t batch, int64_t nu
     const int64_t records = sizeof(Feature) + probes * sizeof(BoundProbe);
     shape.plan_bytes = records <= kPlanBytes ? align_up(records, 16) : 0;
     // Copying a store pays where a block reads it several times over.
-    const int64_t reads = divide_up(runs, groups * shape.blocks) * groups * shape.bags *
-                          ids_per_bag * width * 4;
+    const int64_t reads =
+        divide_up(runs, groups * shape.blocks) * groups * shape.bags * ids_per_bag * width * 4;
     shape.staged_bytes = shape.plan_bytes > 0 && reads >= 4 * staged_bytes ? staged_bytes : 0;
     shape.shared_bytes =
         shape.plan_bytes + shape.staged_bytes + align_up(groups * shape.group_bytes, 16);

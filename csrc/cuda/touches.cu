@@ -222,13 +222,15 @@ void find_touches(const Backward& backward, const DeviceLimits& device, cudaStre
     const Arrays arrays(backward.workspace, backward.layout);
     fill_zero(arrays.failed, sizeof(int), stream);
     const int64_t length = divide_up(inputs.num_ids, std::max<int64_t>(1, backward.num_bags));
-    const int lanes = lanes_for(length, 1);
+    const int lanes = lanes_for(length, 1, 0);
     LaunchShape shape;
     shape.features = backward.plan.layout.num_features;
     shape.blocks = grid_blocks(inputs.batch, shape.threads / lanes, device);
     launch("touch_kernel", touch_kernel, shape, stream, backward.plan, arguments, lanes);
     if (backward.layout.num_touches == 0 || !backward.has_scalars) return;
-    const int wide = lanes_for(backward.widest_feature, 4), size = static_cast<int>(tile_size(wide));
+    const int probes = backward.plan.layout.most_probes;
+    const int wide = lanes_for(backward.widest_feature, 4, probes),
+              size = static_cast<int>(tile_size(wide));
     launch("dot_kernel", dot_kernel, tiles_shape(backward, device, wide, size), stream,
            backward.plan, arguments, wide, size, static_cast<float*>(nullptr));
 }
@@ -237,7 +239,9 @@ void weights_gradient(const Backward& backward, float* out, const DeviceLimits& 
                       cudaStream_t stream) {
     if (backward.inputs.num_ids == 0) return;
     const BackwardArguments arguments(backward);
-    const int lanes = lanes_for(backward.widest_feature, 4), size = static_cast<int>(tile_size(lanes));
+    const int probes = backward.plan.layout.most_probes;
+    const int lanes = lanes_for(backward.widest_feature, 4, probes),
+              size = static_cast<int>(tile_size(lanes));
     launch("dot_kernel", dot_kernel, tiles_shape(backward, device, lanes, size), stream,
            backward.plan, arguments, lanes, size, out);
 }

@@ -1,5 +1,5 @@
-// Touches: what the gradient of a store's row is made of. Touch e of a batch of N ids is that of the
-// id at position e % N through use e / N of its feature.
+// Touches: what the gradient of a store's row is made of. Touch e of a batch of N ids is that of
+// the id at position e % N through use e / N of its feature.
 
 #pragma once
 
@@ -8,6 +8,9 @@
 
 namespace embcompress {
 namespace cuda {
+
+constexpr int kColumns = 4;  // of a lane
+constexpr int64_t kNone = -1;
 
 // Arrays of a backward pass in its workspace.
 struct Arrays {
@@ -73,8 +76,8 @@ struct BackwardArguments {
 // The output's gradient for a feature of a bag.
 EMBCOMPRESS_DEVICE const float* gradient_of(const BackwardArguments& arguments,
                                             const Feature& feature, int64_t bag) {
-    return arguments.gradient +
-           bag % arguments.inputs.batch * arguments.inputs.num_columns + feature.out_column;
+    return arguments.gradient + bag % arguments.inputs.batch * arguments.inputs.num_columns +
+           feature.out_column;
 }
 
 // What multiplies the gradients of the step and bias of latents: 1 / sqrt(N * (2^bits - 1)), N
@@ -94,8 +97,9 @@ EMBCOMPRESS_DEVICE float step_factor(const BoundProbe& bound, Role role, int64_t
     const float stored = stored_number(bound, row, column);
     if (!is_latent(bound)) return role == Role::kBias ? 1.0f : stored - zero;
     const Latent latent = latent_of(bound, row, column, stored);
-    const float factor = role == Role::kBias ? (latent.inside ? 0.0f : 1.0f)
-                                             : latent.code - (latent.inside ? latent.position : zero);
+    const float factor = role == Role::kBias
+                             ? (latent.inside ? 0.0f : 1.0f)
+                             : latent.code - (latent.inside ? latent.position : zero);
     return factor * damping(bound);
 }
 

@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <cmath>
+
 #include "../cpu/optimizers.h"
 #include "touches.cuh"
 
@@ -46,7 +48,8 @@ EMBCOMPRESS_DEVICE void update_columns(const OptimizerSettings& optimizer, const
         } else if (kind == OptimizerKind::kRowwiseAdagrad) {
             step = rate / (sqrtf(state) + epsilon) * g;
         } else {
-            const float first = target.first[at] + (1.0f - optimizer.beta1) * (g - target.first[at]);
+            const float first =
+                target.first[at] + (1.0f - optimizer.beta1) * (g - target.first[at]);
             const float second =
                 target.second[at] + (1.0f - optimizer.beta2) * (g * g - target.second[at]);
             target.first[at] = first;
@@ -61,8 +64,7 @@ EMBCOMPRESS_DEVICE void update_columns(const OptimizerSettings& optimizer, const
 EMBCOMPRESS_DEVICE float advance_state(const OptimizerSettings& optimizer, const Group& group,
                                        const Target& target, int64_t row, float squares) {
     if (static_cast<OptimizerKind>(optimizer.kind) != OptimizerKind::kRowwiseAdagrad) return 0.0f;
-    const float state =
-        target.first[row] + group.sum(squares) / static_cast<float>(target.width);
+    const float state = target.first[row] + group.sum(squares) / static_cast<float>(target.width);
     group.sync();  // all have read it
     if (group.lane == 0) target.first[row] = state;
     return state;

@@ -66,9 +66,9 @@ def runs_on(device: torch.device) -> bool:
     """
     if device.type == "cuda" and not has_cuda_kernels():
         raise RuntimeError(
-            "embcompress was built without its CUDA kernels: install it again where torch is a CUDA "
-            "build and nvcc is found (the build says what it built), move tables and ids to the "
-            "CPU, or set EMBCOMPRESS_ENGINE=reference for the slow pure-torch engine"
+            "embcompress was built without its CUDA kernels: install it again where torch is a "
+            "CUDA build and nvcc is found (the build says what it built), move tables and ids to "
+            "the CPU, or set EMBCOMPRESS_ENGINE=reference for the slow pure-torch engine"
         )
     return device.type in ("cpu", "cuda")
 

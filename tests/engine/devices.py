@@ -24,8 +24,6 @@ def to_device(case: Case, device: str) -> Case:
     """The case with its tensors on a device; gradients flow back to where they were."""
     bags = case.bags
     weights = None if bags.weights is None else bags.weights.to(device)
-    bags = replace(
-        bags, ids=bags.ids.to(device), offsets=bags.offsets.to(device), weights=weights
-    )
+    bags = replace(bags, ids=bags.ids.to(device), offsets=bags.offsets.to(device), weights=weights)
     stores = {name: tensor.to(device) for name, tensor in case.stores.items()}
     return replace(case, stores=stores, bags=bags)

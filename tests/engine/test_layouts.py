@@ -1,4 +1,4 @@
-"""Shapes that kernels treat apart: wide rows, many features, hot rows, tables that are one tensor."""
+"""Shapes that kernels treat apart: wide rows, many features, hot rows, tied tables."""
 
 from __future__ import annotations
 
@@ -102,9 +102,7 @@ def test_codebooks_that_are_hot(device: str, dtype: str) -> None:
     check(make_case(plan, [7] * 900), device)
 
 
-def test_atomics_give_the_same_up_to_rounding(
-    device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_atomics_give_the_same_up_to_rounding(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBCOMPRESS_CUDA_BACKWARD", "atomic")
     stores = (Store("rows", 20, 12), Store("other", 9, 12), Store("scales", 4, 1))
     probes = (

@@ -89,12 +89,8 @@ def build(folder: Path = ROOT / "build" / "emulation") -> Path:
         list(pool.map(_run, commands))
     partial = folder / f"{unique}.so"
     libraries = Path(torch.__file__).parent / "lib"
-    _run(
-        [
-            cxx, "-shared", "-o", str(partial), *map(str, objects), f"-L{libraries}",
-            "-ltorch", "-ltorch_cpu", "-lc10",
-        ]  # fmt: skip
-    )
+    link = [cxx, "-shared", "-o", str(partial), *map(str, objects), f"-L{libraries}"]
+    _run([*link, "-ltorch", "-ltorch_cpu", "-lc10"])
     partial.rename(library)
     for path in objects:
         path.unlink()

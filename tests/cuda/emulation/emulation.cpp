@@ -187,9 +187,8 @@ namespace cuda {
 
 size_t scratch_bytes(int64_t, int) { return 256; }
 
-void sort_touches(void*, size_t, const int64_t* keys, int64_t* sorted_keys,
-                  const uint32_t* touches, uint32_t* sorted_touches, int64_t count, int key_bits,
-                  cudaStream_t) {
+void sort_touches(void*, size_t, const int64_t* keys, int64_t* sorted_keys, const uint32_t* touches,
+                  uint32_t* sorted_touches, int64_t count, int key_bits, cudaStream_t) {
     const uint64_t mask = key_bits >= 64 ? ~0ULL : (1ULL << key_bits) - 1;
     std::vector<int64_t> order(count);
     std::iota(order.begin(), order.end(), 0);

@@ -1,9 +1,9 @@
 // CUDA on the CPU, for tests: every thread of a block is a fiber that runs until it has to wait for
 // others. What is emulated is what the kernels of csrc/cuda use, and nothing else.
 //
-// Stricter than a GPU: accesses of 16 and 8 bytes must be aligned, a barrier that some of its threads
-// never reach is an error, and lanes between two barriers run one after the other, from the last to
-// the first in every other block, so that a missing barrier changes results.
+// Stricter than a GPU: accesses of 16 and 8 bytes must be aligned, a barrier that some of its
+// threads never reach is an error, and lanes between two barriers run one after the other, from the
+// last to the first in every other block, so that a missing barrier changes results.
 
 #pragma once
 
@@ -17,6 +17,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
 #define __grid_constant__
 #define __launch_bounds__(...)
 

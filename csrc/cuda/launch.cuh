@@ -5,16 +5,12 @@
 #include <cstdint>
 
 #include "device_plan.h"
-
 #include "runtime.h"
 
 #define EMBCOMPRESS_DEVICE __device__ __forceinline__
 
 namespace embcompress {
 namespace cuda {
-
-
-
 
 struct LaunchShape {
     int64_t blocks = 1;    // grid.x
@@ -35,7 +31,9 @@ void launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& 
     emulation::run(grid, block, shared, [&] { kernel(arguments...); });
     (void)stream;
 #else
+    // clang-format off
     kernel<<<grid, block, shared, stream>>>(arguments...);
+    // clang-format on
 #endif
     check(cudaGetLastError(), name);
 }

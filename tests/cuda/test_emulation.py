@@ -1,0 +1,74 @@
+"""The CUDA kernels and their binding equal the reference, launched by an emulation on the CPU.
+
+The library of ``tests/cuda/emulation`` runs the engine's own tests: generated cases, features in
+one call, fused optimizers, hostile input. `make emulate` runs all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from embcompress.engine import ops
+from tests.cuda.emulation import build
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = [
+    pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler"),
+    pytest.mark.skipif(
+        not ops.is_available() or "EMBCOMPRESS_LIBRARY" in os.environ,
+        reason="the C++ extension is not built, or another build of it is loaded",
+    ),
+]
+
+CASES = "tests/engine/test_generated.py::test_generated_cases"
+SELECTIONS = {
+    "generated cases": [
+        *(f"{CASES}[{number}-cpu]" for number in range(0, 600, 100)),
+        "tests/engine/test_generated.py::test_sparse_gradients[2000-cpu]",
+        "tests/engine/test_generated.py::test_features_in_one_call[0-cpu]",
+        "tests/engine/test_generated.py::test_hot_ids_give_the_same_bits_every_time",
+        "tests/engine/test_generated.py::test_damaged_codes_read_nothing",
+    ],
+    "layouts, optimizers, hostile input": [
+        "tests/engine/test_layouts.py",
+        "tests/engine/test_latents.py",
+        "tests/engine/test_hostile.py",
+        "tests/engine/test_hashing.py",
+        "tests/test_optimizers.py",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    return build.build()
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_the_engine_s_own_tests(library: Path, selection: str) -> None:
+    command = [
+        sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow",
+        *SELECTIONS[selection],
+    ]  # fmt: skip
+    environment = {**os.environ, "EMBCOMPRESS_LIBRARY": str(library), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+def test_the_emulated_library_is_what_runs(library: Path) -> None:
+    """The operators are those of csrc/cuda, not the CPU's."""
+    program = (
+        "import torch; from embcompress.engine import ops;"
+        "print(torch._C._dispatch_dump('embcompress::lookup_forward'))"
+    )
+    environment = {**os.environ, "EMBCOMPRESS_LIBRARY": str(library)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "csrc/cuda/ops.cpp" in done.stdout
