@@ -47,7 +47,7 @@ class Place {
 #endif
 };
 
-// Raises what kernels have reported since the last call.
+// Raises what kernels have reported since the last call. Python knows these errors by their end.
 void raise_reported() {
     volatile Errors* errors = error_flags();
     const bool ids = errors->ids != 0, offsets = errors->offsets != 0;

@@ -73,6 +73,11 @@ def runs_on(device: torch.device) -> bool:
     return device.type in ("cpu", "cuda")
 
 
+def is_report(error: RuntimeError) -> bool:
+    """Whether an operator raised what a CUDA kernel reported, of this call or an earlier one."""
+    return "CUDA_LAUNCH_BLOCKING=1 tells which" in str(error)
+
+
 def synchronize(device: torch.device | str | int | None = None) -> None:
     """Wait for a CUDA device, and raise what its lookups have found wrong with ids or offsets.
 

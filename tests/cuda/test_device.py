@@ -143,3 +143,22 @@ def test_more_numbers_than_32_bits_count() -> None:
     ids = torch.tensor([rows - 1, 0, rows - 1], device="cuda")
     output = lookup(plan, {"rows": table}, Bags(ids, torch.tensor([0, 1, 3], device="cuda")))
     assert output.tolist() == [[3.0] * 32] * 2
+
+
+@pytest.mark.cuda
+@needs_gpu
+def test_a_report_is_not_lost_by_a_module() -> None:
+    """Modules try the cheapest call first; what it raises of an earlier one is not tried again."""
+    table = ec.EmbeddingBag(100, 16, mode="sum", method="hash", budget="50%").cuda()
+    offsets = torch.arange(4, device="cuda")
+    bad = torch.tensor([1, 2, 3, 100], device="cuda")
+    with torch.no_grad():
+        table(bad[:3].contiguous() * 0, offsets[:3])
+        torch.cuda.synchronize()
+        try:
+            table(bad, offsets)
+            torch.cuda.synchronize()
+        except (IndexError, RuntimeError):
+            return  # the kernel was quick
+        with pytest.raises(RuntimeError, match="earlier"):
+            table(bad[:3].contiguous(), offsets[:3])
