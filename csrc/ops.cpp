@@ -40,7 +40,7 @@ Lookup check_lookup(const std::vector<Tensor>& stores, const Tensor& ids,
                     const std::optional<Tensor>& offsets, const std::optional<Tensor>& weights,
                     const Tensor& encoding, bool ends_are_given) {
     Lookup lookup = make_lookup(stores, ids, offsets, weights, encoding, ends_are_given);
-    if (lookup.offsets != nullptr) check_offsets(lookup);
+    if (offsets.has_value()) check_offsets(lookup);
     return lookup;
 }
 
