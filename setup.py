@@ -101,6 +101,8 @@ def extension_arguments() -> dict[str, object]:
         "-ffp-contract=off",
         "-fvisibility=hidden",
         "-Wall",
+        # Vectors are only ever passed between functions that are inlined.
+        "-Wno-psabi",
         *(sanitizers if SANITIZE else ["-O3"]),
     ]
     nvcc = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler=-fvisibility=hidden,-Wall"]

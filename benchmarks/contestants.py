@@ -157,7 +157,7 @@ def composed(method: str, plan: LookupPlan, sparse: bool) -> nn.Module:
 
 
 def default_methods() -> list[str]:
-    return [name for name in ("hash", "qr", "multihash", "low_dim") if name in ec.methods()]
+    return ["hash", "qr", "multihash", "low_dim"]
 
 
 def engine_name() -> str:
@@ -178,9 +178,20 @@ class Compressed:
 
 
 def compressed_tables(
-    rows: int, width: int, methods: Sequence[str], budgets: Sequence[str], *, sparse: bool = False
+    rows: int,
+    width: int,
+    methods: Sequence[str],
+    budgets: Sequence[str],
+    *,
+    sparse: bool = False,
+    deployed: bool = False,
 ) -> list[Compressed]:
-    """Every method at every budget that it can meet; ``sparse`` is for the composition."""
+    """Every method at every budget that it can meet.
+
+    Args:
+        sparse: gradients of the composition.
+        deployed: quantized stores are packed, as they are served.
+    """
     found = []
     spec = TableSpec(rows, width)
     for budget in budgets:
@@ -191,7 +202,7 @@ def compressed_tables(
             except ec.BudgetError as error:
                 print(f"left out: {error}")
                 continue
-            table = ec.EmbeddingBag.from_plan(plan, method)
+            table = ec.EmbeddingBag.from_plan(plan, method, deployed=deployed)
             found.append(Compressed(method, budget, table, composed(method, plan, sparse)))
     return found
 

@@ -47,7 +47,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", default=[2048, 16384])
     parser.add_argument("--distributions", nargs="+", default=["power-law", "uniform"])
     parser.add_argument("--budgets", nargs="+", default=["10%", "1%"])
-    parser.add_argument("--methods", nargs="+", default=default_methods())
+    parser.add_argument("--methods", nargs="+", default=[*default_methods(), "low_bit"])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--no-tables", action="store_true", help="the collection alone")
@@ -103,7 +103,7 @@ def run_tables(options: argparse.Namespace, benchmark: Benchmark) -> None:
                 fbgemm, (weight,) = fbgemm_tables([(rows, width)])
             # Both full tables read the same memory: at 8M × 128 there is no room for two.
             full = torch_full(full_weight(rows, width) if weight is None else weight)
-            tables = compressed_tables(rows, width, options.methods, options.budgets)
+            tables = compressed_tables(rows, width, options.methods, options.budgets, deployed=True)
             for setting in settings(options, f"{rows:,} rows", width):
                 benchmark.measure(
                     setting,
@@ -155,6 +155,7 @@ def collection_contestants(options: argparse.Namespace, width: int) -> list[Cont
         for method in options.methods:
             try:
                 ours = ec.EmbeddingBagCollection(configs, method=method, budget=budget)
+                ec.deploy(ours)
             except ec.BudgetError as error:
                 print(f"left out: {error}")
                 continue

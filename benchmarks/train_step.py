@@ -52,6 +52,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--widths", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--bags", type=int, nargs="+", default=[1, 20], help="ids a bag")
     parser.add_argument("--batches", type=int, nargs="+", default=[2048, 16384])
+    parser.add_argument(
+        "--dlrm-batches",
+        type=int,
+        nargs="+",
+        default=[128, 2048, 16384],
+        help="of the DLRM; 128 is that of its own script for Criteo Kaggle",
+    )
     parser.add_argument("--distributions", nargs="+", default=["power-law"])
     parser.add_argument("--budgets", nargs="+", default=["10%", "1%"])
     parser.add_argument("--methods", nargs="+", default=default_methods())
@@ -64,7 +71,7 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.quick:
         options.rows, options.widths, options.bags = [200_000], [16], [1]
-        options.batches, options.rounds = [2048], 5
+        options.batches, options.dlrm_batches, options.rounds = [2048], [2048], 5
     return options
 
 
@@ -255,7 +262,7 @@ def run_dlrm(options: argparse.Namespace, benchmark: Benchmark) -> None:
         ]
 
     for distribution in options.distributions:
-        for size in options.batches:
+        for size in options.dlrm_batches:
             benchmark.measure(
                 Setting("DLRM, 26 tables of Criteo", WIDTH, distribution, 1, size),
                 contestants,

@@ -11,9 +11,8 @@
 #include <optional>
 #include <vector>
 
-#include "cpu/gradients.h"
 #include "cpu/lookup.h"
-#include "cpu/optimizers.h"
+#include "optimizer.h"
 
 namespace embcompress {
 
@@ -83,7 +82,8 @@ inline void check_packed_store(const StoreView& store, int64_t rows, int64_t wid
 
 inline void check_quantization(const Lookup& lookup, const Probe& probe, int64_t rows) {
     const Quantization& q = probe.quantization;
-    STD_TORCH_CHECK(q.bits >= 1 && q.bits <= 8, "encoding: values of ", q.bits, " bits");
+    STD_TORCH_CHECK(q.bits == 1 || q.bits == 2 || q.bits == 4 || q.bits == 8,
+                    "encoding: values of ", q.bits, " bits");
     const StoreView& store = store_at(lookup, probe.store);
     if (store.dtype == Dtype::kPacked) {
         check_packed_store(store, rows, probe.width, q.bits);
@@ -158,9 +158,18 @@ inline void check_feature(const Lookup& lookup, const Feature& feature, int64_t 
     STD_TORCH_CHECK(feature.combine == Combine::kSum || feature.combine == Combine::kMul ||
                         feature.combine == Combine::kConcat,
                     "encoding: unknown combine");
-    STD_TORCH_CHECK(feature.out_column == column && feature.width >= 1 &&
-                        feature.width <= lookup.header.num_columns - column,
+    STD_TORCH_CHECK(feature.out_column == column && feature.width >= 1 && feature.out_width >= 1 &&
+                        feature.out_width <= lookup.header.num_columns - column,
                     "encoding: columns of a feature");
+    if (feature.head_store < 0) {
+        STD_TORCH_CHECK(feature.width == feature.out_width, "encoding: width of a feature");
+    } else {
+        const StoreView& head = store_at(lookup, feature.head_store);
+        STD_TORCH_CHECK(head.dtype != Dtype::kPacked && head.rows == feature.out_width &&
+                            head.width == feature.width,
+                        "encoding: a head of ", head.rows, " x ", head.width, " for ",
+                        feature.width, " columns to ", feature.out_width);
+    }
     STD_TORCH_CHECK(feature.first_probe == probe && feature.num_probes >= 1 &&
                         feature.num_probes <= lookup.header.num_probes - probe,
                     "encoding: probes of a feature");
@@ -197,7 +206,7 @@ inline void read_encoding(Lookup& lookup, const Tensor& encoding) {
     for (int64_t f = 0; f < header.num_features; ++f) {
         const Feature& feature = lookup.features[f];
         check_feature(lookup, feature, column, probe);
-        column += feature.width;
+        column += feature.out_width;
         probe += feature.num_probes;
     }
     STD_TORCH_CHECK(column == header.num_columns && probe == header.num_probes,

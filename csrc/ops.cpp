@@ -5,12 +5,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <optional>
 #include <utility>
 #include <vector>
 
 #include "arguments.h"
+#include "cpu/gradients.h"
 
 namespace embcompress {
 
@@ -44,6 +44,27 @@ Lookup check_lookup(const std::vector<Tensor>& stores, const Tensor& ids,
     return lookup;
 }
 
+const float* floats(const Tensor& tensor) {
+    return static_cast<const float*>(tensor.const_data_ptr());
+}
+
+float* mutable_floats(Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+
+// Room for the touched rows of a wanted store and their gradients.
+struct Touched {
+    Tensor rows;
+    Tensor values;
+
+    Touched(const StoreGradients& gradients, size_t k, int64_t width)
+        : rows(torch::stable::empty({gradients.num_touched(k)}, ScalarType::Long)),
+          values(torch::stable::empty({gradients.num_touched(k), width}, ScalarType::Float)) {}
+
+    GradientSink sink() {
+        return {nullptr, static_cast<int64_t*>(rows.mutable_data_ptr()), mutable_floats(values),
+                nullptr};
+    }
+};
+
 // ------------------------------------------------------------------------------------ operators
 
 Tensor lookup(std::vector<Tensor> stores, Tensor ids, std::optional<Tensor> offsets,
@@ -65,20 +86,18 @@ std::vector<Tensor> lookup_backward(Tensor grad, std::vector<Tensor> stores, Ten
     const Lookup what = check_lookup(stores, ids, offsets, weights, encoding, ends_are_given);
     const Tensor gradient = check_gradient(grad, ids, what);
     check_wanted(what, wanted);
+    StoreGradients gradients(what, floats(gradient), wanted, threads());
+    check_ids(gradients.prepare());
     std::vector<Tensor> results;
-    std::vector<GradientSink> sinks(stores.size());
-    std::vector<GradientSink*> pointers(stores.size(), nullptr);
+    std::vector<GradientSink> sinks;
     for (const int64_t store : wanted) {
         const StoreView& view = what.stores[store];
         Tensor dense = torch::stable::empty({view.rows, view.width}, ScalarType::Float);
         torch::stable::zero_(dense);
-        sinks[store].dense = static_cast<float*>(dense.mutable_data_ptr());
-        sinks[store].width = view.width;
-        pointers[store] = &sinks[store];
+        sinks.push_back({mutable_floats(dense), nullptr, nullptr, nullptr});
         results.push_back(dense);
     }
-    check_ids(accumulate_gradients(what, static_cast<const float*>(gradient.const_data_ptr()),
-                                   pointers, threads()));
+    gradients.reduce(sinks);
     return results;
 }
 
@@ -90,41 +109,17 @@ std::vector<Tensor> lookup_backward_sparse(Tensor grad, std::vector<Tensor> stor
     const Lookup what = check_lookup(stores, ids, offsets, weights, encoding, ends_are_given);
     const Tensor gradient = check_gradient(grad, ids, what);
     check_wanted(what, wanted);
-    std::vector<GradientSink> sinks(stores.size());
-    std::vector<GradientSink*> pointers(stores.size(), nullptr);
-    for (const int64_t store : wanted) {
-        sinks[store].width = what.stores[store].width;
-        pointers[store] = &sinks[store];
-    }
-    check_ids(accumulate_gradients(what, static_cast<const float*>(gradient.const_data_ptr()),
-                                   pointers, threads()));
+    StoreGradients gradients(what, floats(gradient), wanted, threads());
+    check_ids(gradients.prepare());
     std::vector<Tensor> results;
-    for (const int64_t store : wanted) {
-        struct Entry {
-            int64_t row;
-            const float* values;
-        };
-        std::vector<Entry> entries;
-        const int64_t width = sinks[store].width;
-        for (const TouchedRows& touched : sinks[store].touched) {
-            for (size_t i = 0; i < touched.rows().size(); ++i) {
-                entries.push_back({touched.rows()[i], touched.values() + i * width});
-            }
-        }
-        std::sort(entries.begin(), entries.end(),
-                  [](const Entry& a, const Entry& b) { return a.row < b.row; });
-        const int64_t count = static_cast<int64_t>(entries.size());
-        Tensor rows = torch::stable::empty({count}, ScalarType::Long);
-        Tensor values = torch::stable::empty({count, width}, ScalarType::Float);
-        int64_t* row = static_cast<int64_t*>(rows.mutable_data_ptr());
-        float* value = static_cast<float*>(values.mutable_data_ptr());
-        for (int64_t i = 0; i < count; ++i) {
-            row[i] = entries[i].row;
-            std::copy(entries[i].values, entries[i].values + width, value + i * width);
-        }
-        results.push_back(rows);
-        results.push_back(values);
+    std::vector<GradientSink> sinks;
+    for (size_t k = 0; k < wanted.size(); ++k) {
+        Touched touched(gradients, k, what.stores[wanted[k]].width);
+        sinks.push_back(touched.sink());
+        results.push_back(touched.rows);
+        results.push_back(touched.values);
     }
+    gradients.reduce(sinks);
     return results;
 }
 
@@ -139,25 +134,6 @@ Tensor lookup_backward_weights(Tensor grad, std::vector<Tensor> stores, Tensor i
     return out;
 }
 
-struct Updated {
-    Optimizer optimizer;
-    int64_t width;
-    float* data;
-    float* first;  // state, or nullptr
-    float* second;
-};
-
-void update_rows(const TouchedRows& touched, const Updated& store) {
-    const int64_t state = state_width(store.optimizer.kind, store.width);
-    for (size_t i = 0; i < touched.rows().size(); ++i) {
-        const int64_t row = touched.rows()[i], at = row * state;
-        update_row(store.optimizer, store.width, touched.values() + i * store.width,
-                   store.data + row * store.width,
-                   store.first == nullptr ? nullptr : store.first + at,
-                   store.second == nullptr ? nullptr : store.second + at);
-    }
-}
-
 // The same as lookup; its gradient formula updates the wanted stores. `anchor` requires a gradient,
 // so that there is a backward pass.
 Tensor lookup_fused(Tensor /*anchor*/, std::vector<Tensor> stores, Tensor ids,
@@ -170,6 +146,17 @@ Tensor lookup_fused(Tensor /*anchor*/, std::vector<Tensor> stores, Tensor ids,
                   std::move(encoding), ends_are_given, num_features, num_columns, false);
 }
 
+// How a wanted store is updated, from state that is checked.
+Updated read_updated(const Lookup& what, const Optimizer& optimizer, Tensor& store, int64_t number,
+                     size_t k, std::vector<Tensor>& first, std::vector<Tensor>& second,
+                     const std::vector<Tensor>& steps) {
+    Updated updated{optimizer, what.stores[number].width, mutable_floats(store), nullptr, nullptr};
+    if (has_first(optimizer.kind)) updated.first = mutable_floats(first[k]);
+    if (has_second(optimizer.kind)) updated.second = mutable_floats(second[k]);
+    updated.optimizer.step = *static_cast<const int64_t*>(steps[k].const_data_ptr()) + 1;
+    return updated;
+}
+
 // The backward pass and the update of the touched rows in one. `first` and `second` are the
 // optimizer's state for each wanted store (nothing where it has none), `steps` counts the updates
 // of each, `settings` are learning rate, epsilon, weight decay and Adam's betas.
@@ -180,37 +167,35 @@ void lookup_backward_update(Tensor grad, std::vector<Tensor> stores, Tensor ids,
                             std::vector<Tensor> steps, Tensor settings, int64_t kind) {
     const Lookup what = check_lookup(stores, ids, offsets, weights, encoding, ends_are_given);
     const Tensor gradient = check_gradient(grad, ids, what);
-    const Optimizer optimizer = read_optimizer(settings, kind);
     check_wanted(what, wanted);
+    const Optimizer optimizer = read_optimizer(settings, kind);
     check_states(optimizer, what, ids, wanted, first, second, steps);
-    std::vector<GradientSink> sinks(stores.size());
-    std::vector<GradientSink*> pointers(stores.size(), nullptr);
-    for (const int64_t store : wanted) {
-        sinks[store].width = what.stores[store].width;
-        pointers[store] = &sinks[store];
-    }
-    // All gradients are complete before any row moves: a product reads the other stores' rows.
-    check_ids(accumulate_gradients(what, static_cast<const float*>(gradient.const_data_ptr()),
-                                   pointers, threads()));
-    std::vector<Updated> updates;
+    std::vector<Updated> updated;
     for (size_t k = 0; k < wanted.size(); ++k) {
-        Updated update{optimizer, what.stores[wanted[k]].width, nullptr, nullptr, nullptr};
-        update.optimizer.step = ++*static_cast<int64_t*>(steps[k].mutable_data_ptr());
-        update.data = static_cast<float*>(stores[wanted[k]].mutable_data_ptr());
-        if (has_first(optimizer.kind))
-            update.first = static_cast<float*>(first[k].mutable_data_ptr());
-        if (has_second(optimizer.kind))
-            update.second = static_cast<float*>(second[k].mutable_data_ptr());
-        updates.push_back(update);
+        updated.push_back(
+            read_updated(what, optimizer, stores[wanted[k]], wanted[k], k, first, second, steps));
     }
-    // A row is in the same partition of every store, so tables that share a tensor never update a
-    // row at the same time.
-    const size_t partitions = wanted.empty() ? 0 : sinks[wanted[0]].touched.size();
-    parallel(static_cast<int>(partitions), [&](int partition) {
-        for (size_t k = 0; k < wanted.size(); ++k) {
-            update_rows(sinks[wanted[k]].touched[partition], updates[k]);
+    StoreGradients gradients(what, floats(gradient), wanted, threads());
+    check_ids(gradients.prepare());
+    // Rows that other gradients are read from must not move before those are complete.
+    std::vector<GradientSink> sinks;
+    std::vector<std::pair<size_t, Touched>> later;
+    for (size_t k = 0; k < wanted.size(); ++k) {
+        if (gradients.may_update(k)) {
+            sinks.push_back({nullptr, nullptr, nullptr, &updated[k]});
+        } else {
+            later.emplace_back(k, Touched(gradients, k, updated[k].width));
+            sinks.push_back(later.back().second.sink());
         }
-    });
+    }
+    gradients.reduce(sinks);
+    for (auto& [k, touched] : later) {
+        update_rows(updated[k], static_cast<const int64_t*>(touched.rows.const_data_ptr()),
+                    floats(touched.values), gradients.num_touched(k), threads());
+    }
+    for (size_t k = 0; k < wanted.size(); ++k) {
+        *static_cast<int64_t*>(steps[k].mutable_data_ptr()) = updated[k].optimizer.step;
+    }
 }
 
 }  // namespace

@@ -18,7 +18,7 @@
 
 namespace embcompress {
 
-constexpr int64_t kFormat = 3;
+constexpr int64_t kFormat = 4;
 
 enum class Pool : int64_t { kNone = 0, kSum = 1, kMean = 2 };
 enum class Combine : int64_t { kSum = 0, kMul = 1, kConcat = 2 };
@@ -41,6 +41,8 @@ struct Feature {
     int64_t out_column;  // where it begins in the output
     int64_t first_probe;
     int64_t num_probes;
+    int64_t head_store;  // -1: none; else out_width rows of width numbers
+    int64_t out_width;   // of the output; width where there is no head
 };
 
 // A digit, (id / a) % b; a keyed hash into b buckets with key a; or a word of MurmurHash3_x64_128
@@ -95,7 +97,7 @@ struct Probe {
 constexpr int64_t kHeaderFields = sizeof(Header) / sizeof(int64_t);
 constexpr int64_t kFeatureFields = sizeof(Feature) / sizeof(int64_t);
 constexpr int64_t kProbeFields = sizeof(Probe) / sizeof(int64_t);
-static_assert(kHeaderFields == 4 && kFeatureFields == 8 && kProbeFields == 39,
+static_assert(kHeaderFields == 4 && kFeatureFields == 10 && kProbeFields == 39,
               "change embcompress/engine/encoding.py too");
 
 // ------------------------------------------------------------------------------------ hashing

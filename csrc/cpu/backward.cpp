@@ -1,358 +1,416 @@
-// Backward: gradients of rows, learned scales and per-sample weights, the same for any number of
-// threads: every partition of a store's rows goes over all ids and keeps to its own rows.
+// Gradients of stores. Ids are sorted by the row they touch, and the gradient of every row is
+// added up in one go, in the order of the batch: as forward pools the rows of a bag, backward pools
+// the gradients of a row. Stores that fit the first-level cache, and what touches one row alone or
+// all of them (steps of a whole store, heads), are added up in pieces of the batch instead, whose
+// length depends on the batch alone. So the number of threads changes no bit.
 
-#include <cmath>
+#include <algorithm>
+#include <cstring>
 
-#include "gradients.h"
-#include "rows.h"
+#include "reducer.h"
 
 namespace embcompress {
 namespace {
 
-// Below this many ids a thread costs more than it gives.
-constexpr int64_t kIdsPerThread = 512;
+constexpr int64_t kPiece = 4096;  // of ids, or of entries of one row
+// Pieces of the batch: few of them, because each has a gradient of the whole store.
+constexpr int64_t kShortestPiece = 1024;
+constexpr int64_t kMostPieces = 16;
+constexpr int64_t kSmallGradient = 16384;  // numbers
+constexpr int64_t kUpdatesPerThread = 512;
 
-// Numbers of the bags of consecutive positions.
-class BagCursor {
-  public:
-    BagCursor(const Lookup& lookup, int64_t bag) : lookup_(lookup), bag_(bag) {}
-    EMBCOMPRESS_INLINE int64_t at(int64_t position) {
-        while (lookup_.offset(bag_ + 1) <= position) ++bag_;
-        return bag_;
+EMBCOMPRESS_CLONES void reduce_rows(Reducer& reducer, const StoreGradient& gradient, int64_t begin,
+                                    int64_t end, Destination& destination) {
+    reducer.reduce_inline(gradient, begin, end, destination);
+}
+
+EMBCOMPRESS_CLONES void add_entries(Reducer& reducer, const StoreGradient& gradient, int64_t begin,
+                                    int64_t end, float* target) {
+    reducer.add_inline(gradient, begin, end, target);
+}
+
+EMBCOMPRESS_CLONES bool add_batch(Reducer& reducer, const StoreGradient& gradient,
+                                  const Source& source, int64_t begin, int64_t end, float* sums,
+                                  uint8_t* touched) {
+    return reducer.add_batch_inline(gradient, source, begin, end, sums, touched);
+}
+
+EMBCOMPRESS_CLONES void update_range(const Updated& store, const int64_t* rows, const float* values,
+                                     int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+        if (i + 8 < end) store.prefetch(rows[i + 8]);
+        store.update(rows[i], values + i * store.width);
     }
+}
 
-  private:
-    const Lookup& lookup_;
-    int64_t bag_;
+// Whether the entries of a source read rows of a store while they are added up.
+bool reads(const Lookup& lookup, const Source& source, int64_t store) {
+    for (int64_t t = 0; t < source.feature->num_probes; ++t) {
+        const Probe& probe = lookup.probes[source.feature->first_probe + t];
+        if (!source.is_product && t != source.use.probe) continue;
+        const Quantization& q = probe.quantization;
+        if (t != source.use.probe && probe.store == store) return true;
+        if (probe.scale.kind == ScaleKind::kWeight && probe.scale.store == store) return true;
+        if (q.bits > 0 && (q.scale_store == store || q.bias_store == store)) return true;
+    }
+    return false;
+}
+
+// A piece of the batch of one use, and what it adds to the whole store.
+struct Piece {
+    StoreGradient* gradient;
+    const Source* source;
+    int64_t begin;
+    int64_t end;
+    std::vector<float> sums;
+    std::vector<uint8_t> touched;
 };
 
-// What multiplies the output's gradient for each id: per-sample weight and 1 / count of a mean.
-class Coefficients {
-  public:
-    Coefficients(const Lookup& lookup, const Feature& feature)
-        : lookup_(lookup), feature_(feature) {}
-
-    EMBCOMPRESS_INLINE float at(int64_t position, int64_t bag) {
-        float value = lookup_.weights == nullptr
-                          ? 1.0f
-                          : load_float(lookup_.weights, lookup_.weights_dtype, position);
-        if (feature_.pool == Pool::kMean) value *= reciprocal(bag);
-        return value;
-    }
-
-  private:
-    EMBCOMPRESS_INLINE float reciprocal(int64_t bag) {
-        if (bag == bag_) return reciprocal_;
-        bag_ = bag;
-        int64_t count = 0;
-        for (int64_t p = lookup_.offset(bag); p < lookup_.offset(bag + 1); ++p) {
-            count += lookup_.id(p) != feature_.padding_idx;
-        }
-        reciprocal_ = 1.0f / static_cast<float>(std::max<int64_t>(count, 1));
-        return reciprocal_;
-    }
-
-    const Lookup& lookup_;
-    const Feature& feature_;
-    int64_t bag_ = -1;
-    float reciprocal_ = 0.0f;
-};
-
-// What a store is to a probe: its rows, its learned scale, or the step or bias of packed rows.
-enum class Role { kRows, kScale, kStep, kBias };
-
-struct Use {
-    const Feature* feature;
-    int64_t number;  // of the feature
-    int probe;
-    Role role;
-};
-
-// The row of the store that an id touches in this role; -1: none.
-EMBCOMPRESS_INLINE int64_t touched_row(const RowBlock& rows, const Use& use, int i) {
-    if (use.role == Role::kScale) return rows.scale_row(use.probe, i);
-    const int64_t row = rows.rows(use.probe)[i];
-    const bool shared = use.role != Role::kRows && !rows.probe(use.probe).quantization.per_row;
-    return row >= 0 && shared ? 0 : row;
-}
-
-// The ids of a block that belong to a partition, with their gradients.
-struct Chosen {
-    int count = 0;
-    int64_t ids[kBlock];
-    const float* gradients[kBlock];
-    float coefficients[kBlock];
-};
-
-// target += gradient * coefficient * (scale of the probe) * (other rows where probes multiply)
-EMBCOMPRESS_INLINE void add_row_gradient(const RowBlock& rows, const Feature& feature, int t, int i,
-                                         const float* gradient, float coefficient, float* target) {
-    const Probe& probe = rows.probe(t);
-    float factor = coefficient;
-    if (rows.scaled()) factor *= rows.scales(t)[i];
-    if (feature.combine != Combine::kMul) {
-        const float* mine = gradient + (feature.combine == Combine::kConcat ? probe.column : 0);
-        for (int64_t c = 0; c < probe.width; ++c) target[c] += factor * mine[c];
-        return;
-    }
-    const int count = rows.num_probes();
-    if (count == 2 && !rows.scaled()) {
-        const float* other = rows.pointers(1 - t)[i];
-        for (int64_t c = 0; c < probe.width; ++c) target[c] += factor * gradient[c] * other[c];
-        return;
-    }
-    for (int64_t c = 0; c < probe.width; ++c) {
-        float value = factor * gradient[c];
-        for (int u = 0; u < count; ++u) {
-            if (u != t) value *= rows.scales(u)[i] * rows.pointers(u)[i][c];
-        }
-        target[c] += value;
-    }
-}
-
-// Gradient of the scale of probe t: the dot product of the gradient with what it multiplies.
-EMBCOMPRESS_INLINE float scale_gradient(const RowBlock& rows, const Feature& feature, int t, int i,
-                                        const float* gradient, float coefficient) {
-    const Probe& probe = rows.probe(t);
-    const float* mine = gradient + (feature.combine == Combine::kConcat ? probe.column : 0);
-    float total = 0.0f;
-    for (int64_t c = 0; c < probe.width; ++c) {
-        float value = mine[c] * rows.pointers(t)[i][c];
-        if (feature.combine == Combine::kMul) {
-            for (int u = 0; u < rows.num_probes(); ++u) {
-                if (u != t) value *= rows.scales(u)[i] * rows.pointers(u)[i][c];
-            }
-        }
-        total += value;
-    }
-    return coefficient * total;
-}
-
-// Gradient of latents from that of the row's values: straight through, inside the codes' range.
-EMBCOMPRESS_INLINE void add_latent_gradient(const RowBlock& rows, int t, int i,
-                                            const float* of_values, float* target) {
-    const int64_t row = rows.rows(t)[i];
-    for (int64_t c = 0; c < rows.probe(t).width; ++c) {
-        if (rows.latent(t, row, c).inside) target[c] += of_values[c];
-    }
-}
-
-// Gradient of the step or the bias of packed rows, from the gradient of the row's values.
-EMBCOMPRESS_INLINE void add_quantization_gradient(const RowBlock& rows, const Use& use, int i,
-                                                  const float* of_values, float* target) {
-    const Probe& probe = rows.probe(use.probe);
-    const Quantization& q = probe.quantization;
-    const float zero = q.bias_store < 0 ? static_cast<float>((1 << q.bits) - 1) / 2 : 0.0f;
-    const bool is_latent = rows.is_latent(use.probe);
-    const float damping = is_latent ? rows.damping(use.probe) : 1.0f;
-    const int64_t row = rows.rows(use.probe)[i];
-    for (int64_t c = 0; c < probe.width; ++c) {
-        float of_step, of_bias = 1.0f;
-        if (is_latent) {
-            const Latent latent = rows.latent(use.probe, row, c);
-            of_step = latent.code - (latent.inside ? latent.position : zero);
-            of_bias = latent.inside ? 0.0f : 1.0f;
-        } else {
-            of_step = rows.packed_code(use.probe, row, c) - zero;
-        }
-        const float factor = use.role == Role::kBias ? of_bias : of_step;
-        target[q.per_column ? c : 0] += of_values[c] * factor * damping;
-    }
-}
-
-struct Pass {
-    const Lookup& lookup;
-    const float* grad;
-    int partition;
-    int partitions;
-};
-
-EMBCOMPRESS_INLINE float* sink_row(GradientSink& sink, int partition, int64_t row) {
-    return sink.dense != nullptr ? sink.dense + row * sink.width : sink.touched[partition].at(row);
-}
-
-// Adds the ids chosen from one block. `values` has room for one row.
-EMBCOMPRESS_INLINE void add_chosen(const Pass& pass, const Use& use, const Chosen& chosen,
-                                   RowBlock& rows, GradientSink& sink, std::vector<float>& values) {
-    const Feature& feature = *use.feature;
-    const int t = use.probe, n = chosen.count;
-    rows.set_ids(chosen.ids, n);
-    const bool needs_others = feature.combine == Combine::kMul;
-    for (int u = 0; u < rows.num_probes(); ++u) {
-        if (u != t && !needs_others) continue;
-        rows.find_rows(u, n);
-        if (u != t || use.role == Role::kScale || rows.scaled()) rows.find_pointers(u, n);
-    }
-    for (int i = 0; i < n; ++i) {
-        const float* gradient = chosen.gradients[i];
-        const float coefficient = chosen.coefficients[i];
-        float* target = sink_row(sink, pass.partition, touched_row(rows, use, i));
-        if (use.role == Role::kRows && !rows.is_latent(t)) {
-            add_row_gradient(rows, feature, t, i, gradient, coefficient, target);
-        } else if (use.role == Role::kScale) {
-            target[rows.probe(t).scale.column] +=
-                scale_gradient(rows, feature, t, i, gradient, coefficient);
-        } else {
-            std::fill(values.begin(), values.end(), 0.0f);
-            add_row_gradient(rows, feature, t, i, gradient, coefficient, values.data());
-            if (use.role == Role::kRows) {
-                add_latent_gradient(rows, t, i, values.data(), target);
-            } else {
-                add_quantization_gradient(rows, use, i, values.data(), target);
-            }
+void add_sums(const Piece& piece) {
+    std::vector<float>& sums = piece.gradient->sums;
+    const int64_t rows = piece.gradient->store.rows, width = piece.gradient->store.width;
+    const bool is_transposed = piece.source->use.role == Role::kHead;
+    for (int64_t r = 0; r < rows; ++r) {
+        if (!piece.touched[r]) continue;
+        piece.gradient->touched[r] = 1;
+        for (int64_t c = 0; c < width; ++c) {
+            sums[r * width + c] += piece.sums[is_transposed ? c * rows + r : r * width + c];
         }
     }
-}
-
-// Goes over all ids of a feature and adds those whose row is in the partition.
-EMBCOMPRESS_INLINE bool add_use_inline(const Pass& pass, const Use& use, GradientSink& sink) {
-    const Lookup& lookup = pass.lookup;
-    const Feature& feature = *use.feature;
-    const int64_t first_bag = use.number * lookup.batch;
-    const int64_t begin = lookup.offset(first_bag), end = lookup.offset(first_bag + lookup.batch);
-    RowBlock finder(lookup, feature), rows(lookup, feature);
-    BagCursor bags(lookup, first_bag);
-    Coefficients coefficients(lookup, feature);
-    std::vector<float> values(finder.probe(use.probe).width);
-    bool valid = true;
-    for (int64_t position = begin; position < end; position += kBlock) {
-        const int n = static_cast<int>(std::min<int64_t>(kBlock, end - position));
-        valid &= finder.load_ids(position, n);
-        if (use.role != Role::kScale) finder.find_rows(use.probe, n);
-        Chosen chosen;
-        for (int i = 0; i < n; ++i) {
-            const int64_t row = touched_row(finder, use, i);
-            if (row < 0 || partition_of(row, pass.partitions) != pass.partition) continue;
-            const int64_t bag = bags.at(position + i);
-            chosen.ids[chosen.count] = finder.ids()[i];
-            chosen.gradients[chosen.count] =
-                pass.grad + (bag - first_bag) * lookup.header.num_columns + feature.out_column;
-            chosen.coefficients[chosen.count++] = coefficients.at(position + i, bag);
-        }
-        add_chosen(pass, use, chosen, rows, sink, values);
-    }
-    return valid;
-}
-
-EMBCOMPRESS_CLONES bool add_use(const Pass& pass, const Use& use, GradientSink& sink) {
-    return add_use_inline(pass, use, sink);
-}
-
-std::vector<Use> uses_of(const Lookup& lookup, int64_t store) {
-    std::vector<Use> uses;
-    for (int64_t f = 0; f < lookup.header.num_features; ++f) {
-        const Feature& feature = lookup.features[f];
-        for (int t = 0; t < feature.num_probes; ++t) {
-            const Probe& probe = lookup.probes[feature.first_probe + t];
-            const Quantization& q = probe.quantization;
-            if (probe.store == store) uses.push_back({&feature, f, t, Role::kRows});
-            if (probe.scale.kind == ScaleKind::kWeight && probe.scale.store == store) {
-                uses.push_back({&feature, f, t, Role::kScale});
-            }
-            if (q.bits > 0 && q.scale_store == store) {
-                uses.push_back({&feature, f, t, Role::kStep});
-            }
-            if (q.bits > 0 && q.bias_store == store) {
-                uses.push_back({&feature, f, t, Role::kBias});
-            }
-        }
-    }
-    return uses;
-}
-
-// How many rows of a store a batch touches at most.
-int64_t touches(const Lookup& lookup, int64_t store, const std::vector<Use>& uses) {
-    int64_t count = 0;
-    for (const Use& use : uses) {
-        const int64_t bag = use.number * lookup.batch;
-        count += lookup.offset(bag + lookup.batch) - lookup.offset(bag);
-    }
-    return std::min(count, lookup.stores[store].rows);
-}
-
-// Gradient of the per-sample weights of one feature: its vector times the output's gradient.
-EMBCOMPRESS_CLONES bool weights_range(const Lookup& lookup, int64_t number, int64_t begin,
-                                      int64_t end, const float* grad, float* out) {
-    const Feature& feature = lookup.features[number];
-    const int64_t first_bag = number * lookup.batch;
-    RowBlock rows(lookup, feature);
-    BagCursor bags(lookup, first_bag);
-    std::vector<float> vector(feature.width);
-    bool valid = true;
-    for (int64_t position = begin; position < end; position += kBlock) {
-        const int n = static_cast<int>(std::min<int64_t>(kBlock, end - position));
-        valid &= rows.load_ids(position, n);
-        rows.find_all(n);
-        for (int i = 0; i < n; ++i) {
-            const float* gradient =
-                grad + (bags.at(position + i) - first_bag) * lookup.header.num_columns +
-                feature.out_column;
-            float total = 0.0f;
-            for (int t = 0; t < rows.num_probes() && !rows.skipped(i); ++t) {
-                if (feature.combine == Combine::kMul) {
-                    total = t == 0 ? scale_gradient(rows, feature, 0, i, gradient, 1.0f) : total;
-                } else {
-                    total +=
-                        rows.scales(t)[i] * scale_gradient(rows, feature, t, i, gradient, 1.0f);
-                }
-            }
-            if (feature.combine == Combine::kMul && !rows.skipped(i)) total *= rows.scales(0)[i];
-            out[position + i] = total;
-        }
-    }
-    return valid;
 }
 
 }  // namespace
 
-bool accumulate_gradients(const Lookup& lookup, const float* grad,
-                          std::vector<GradientSink*>& sinks, int max_threads) {
-    const int num_threads = static_cast<int>(
-        std::max<int64_t>(1, std::min<int64_t>(max_threads, lookup.num_ids / kIdsPerThread)));
-    struct Task {
-        int64_t store;
-        int partition;
-    };
-    std::vector<Task> tasks;
-    std::vector<std::vector<Use>> uses(sinks.size());
-    for (size_t store = 0; store < sinks.size(); ++store) {
-        if (sinks[store] == nullptr) continue;
-        uses[store] = uses_of(lookup, static_cast<int64_t>(store));
-        for (int p = 0; p < num_threads; ++p) tasks.push_back({static_cast<int64_t>(store), p});
-        if (sinks[store]->dense == nullptr) sinks[store]->touched.resize(num_threads);
-    }
+struct StoreGradients::State {
+    const Lookup& lookup;
+    const OutputGradient output;
+    const int num_threads;
+    std::vector<StoreGradient> stores;
     std::atomic<bool> valid{true};
-    std::atomic<size_t> next{0};
-    parallel(num_threads, [&](int) {
-        for (size_t number = next++; number < tasks.size(); number = next++) {
-            const Task& task = tasks[number];
-            GradientSink& sink = *sinks[task.store];
-            if (sink.dense == nullptr) {
-                // An eighth more: partitions are even only on average.
-                const int64_t share = touches(lookup, task.store, uses[task.store]) / num_threads;
-                sink.touched[task.partition].start(sink.width, share + share / 8 + 64);
+
+    State(const Lookup& lookup, const float* grad, int num_threads)
+        : lookup(lookup), output(lookup, grad, num_threads), num_threads(num_threads) {}
+
+    void add_store(int64_t number);
+    Source source_of(const Use& use) const;
+    bool add_piece(Piece& piece, RowBlock& block, Reducer& reducer) const;
+    void add_pieces();
+    void add_contributions_of_ids();
+    void sort();
+    void reduce_tasks(const std::vector<GradientSink>& sinks);
+    void reduce_huge(const StoreGradient& gradient, const SortedRows::Task& task,
+                     Destination& destination, Reducer& reducer);
+    void deliver_sums(StoreGradient& gradient, const GradientSink& sink) const;
+    int64_t most_probes() const;
+};
+
+Source StoreGradients::State::source_of(const Use& use) const {
+    Source source{};
+    source.use = use;
+    source.feature = &lookup.features[use.feature];
+    source.first = ids_of(lookup, use.feature).begin;
+    if (use.role == Role::kHead) return source;
+    source.probe = &probe_of(lookup, use);
+    if (use.role != Role::kRows) {
+        source.width = contribution_width(lookup, use);
+        source.column = contribution_column(lookup, use);
+        return source;
+    }
+    source.width = source.probe->width;
+    source.is_product = source.feature->combine == Combine::kMul && source.feature->num_probes > 1;
+    source.has_coefficients =
+        output.has_coefficients(use.feature) || source.probe->scale.kind != ScaleKind::kNone;
+    for (int64_t t = 0; source.is_product && t < source.feature->num_probes; ++t) {
+        const Probe& other = lookup.probes[source.feature->first_probe + t];
+        source.has_coefficients |= other.scale.kind != ScaleKind::kNone;
+    }
+    return source;
+}
+
+void StoreGradients::State::add_store(int64_t number) {
+    StoreGradient& gradient = stores.emplace_back();
+    gradient.store = lookup.stores[number];
+    gradient.number = number;
+    int64_t count = 0;
+    const std::vector<Use> uses = uses_of(lookup, number);
+    for (const Use& use : uses) count += ids_of(lookup, use.feature).size();
+    const int64_t rows = gradient.store.rows, numbers = rows * gradient.store.width;
+    const bool is_small = numbers <= kSmallGradient && rows <= count;
+    for (const Use& use : uses) {
+        const Source source = source_of(use);
+        if (use.role == Role::kRows && is_latent(lookup, *source.probe)) {
+            gradient.latents = source.probe;
+        }
+        const bool is_summed =
+            use.role == Role::kHead || (use.role == Role::kRows ? is_small : rows == 1);
+        (is_summed ? gradient.summed : gradient.sources).push_back(source);
+        gradient.has_products |= source.is_product;
+    }
+    if (!gradient.summed.empty()) {
+        gradient.sums.assign(numbers, 0.0f);
+        gradient.touched.assign(rows, 0);
+    }
+}
+
+int64_t StoreGradients::State::most_probes() const {
+    int64_t most = 1;
+    for (int64_t f = 0; f < lookup.header.num_features; ++f) {
+        most = std::max(most, lookup.features[f].num_probes);
+    }
+    return most;
+}
+
+bool StoreGradients::State::add_piece(Piece& piece, RowBlock& block, Reducer& reducer) const {
+    piece.sums.assign(piece.gradient->sums.size(), 0.0f);
+    piece.touched.assign(piece.gradient->touched.size(), 0);
+    const Source& source = *piece.source;
+    float* sums = piece.sums.data();
+    if (source.use.role == Role::kRows) {
+        return add_batch(reducer, *piece.gradient, source, piece.begin, piece.end, sums,
+                         piece.touched.data());
+    }
+    std::fill(piece.touched.begin(), piece.touched.end(), uint8_t{1});
+    if (source.use.role == Role::kHead) {
+        return add_head_gradient(output, source.use.feature, piece.begin, piece.end, sums);
+    }
+    return add_contributions(output, source.use, piece.begin, piece.end, block,
+                             sums + source.column, 0);
+}
+
+// Pieces of the batch in parallel, then their sum in order.
+void StoreGradients::State::add_pieces() {
+    std::vector<Piece> pieces;
+    for (StoreGradient& gradient : stores) {
+        for (const Source& source : gradient.summed) {
+            const bool is_head = source.use.role == Role::kHead;
+            const int64_t count =
+                is_head ? lookup.batch : ids_of(lookup, source.use.feature).size();
+            const int64_t length =
+                std::max(kShortestPiece, (count + kMostPieces - 1) / kMostPieces);
+            for (int64_t at = 0; at < count; at += length) {
+                pieces.push_back({&gradient, &source, at, std::min(at + length, count), {}, {}});
             }
-            const Pass pass{lookup, grad, task.partition, num_threads};
-            for (const Use& use : uses[task.store]) {
-                if (!add_use(pass, use, sink)) valid = false;
+        }
+    }
+    std::atomic<size_t> next{0};
+    parallel(static_cast<int>(std::min<int64_t>(num_threads, pieces.size())), [&](int) {
+        RowBlock block(lookup);
+        Reducer reducer(output, most_probes());
+        for (size_t number = next++; number < pieces.size(); number = next++) {
+            if (!add_piece(pieces[number], block, reducer)) valid = false;
+        }
+    });
+    for (const Piece& piece : pieces) add_sums(piece);
+}
+
+// What every id adds to the row it touches, where that is no gathered row.
+void StoreGradients::State::add_contributions_of_ids() {
+    struct Part {
+        Source* source;
+        int64_t begin;
+        int64_t end;
+    };
+    std::vector<Part> parts;
+    for (StoreGradient& gradient : stores) {
+        for (Source& source : gradient.sources) {
+            if (source.use.role == Role::kRows) continue;
+            const int64_t count = ids_of(lookup, source.use.feature).size();
+            source.added.assign(count * source.width, 0.0f);
+            for (int64_t at = 0; at < count; at += kPiece) {
+                parts.push_back({&source, at, std::min(at + kPiece, count)});
+            }
+        }
+    }
+    std::atomic<size_t> next{0};
+    parallel(static_cast<int>(std::min<int64_t>(num_threads, parts.size())), [&](int) {
+        RowBlock block(lookup);
+        for (size_t number = next++; number < parts.size(); number = next++) {
+            const Part& part = parts[number];
+            Source& source = *part.source;
+            float* out = source.added.data() + part.begin * source.width;
+            if (!add_contributions(output, source.use, part.begin, part.end, block, out,
+                                   source.width)) {
+                valid = false;
             }
         }
     });
-    return valid;
 }
 
-bool weights_gradient(const Lookup& lookup, const float* grad, float* out, int num_threads) {
-    std::atomic<bool> valid{true};
-    for (int64_t f = 0; f < lookup.header.num_features; ++f) {
-        const int64_t begin = lookup.offset(f * lookup.batch);
-        const int64_t end = lookup.offset((f + 1) * lookup.batch);
-        parallel(num_threads, [&](int part) {
-            const int64_t from = begin + (end - begin) * part / num_threads;
-            const int64_t to = begin + (end - begin) * (part + 1) / num_threads;
-            if (!weights_range(lookup, f, from, to, grad, out)) valid = false;
+// Stores that are most of the work are sorted by all threads, the others by one each.
+void StoreGradients::State::sort() {
+    std::vector<std::vector<Use>> uses(stores.size());
+    std::vector<int64_t> work(stores.size());
+    int64_t total = 0;
+    for (size_t k = 0; k < stores.size(); ++k) {
+        for (const Source& source : stores[k].sources) {
+            uses[k].push_back(source.use);
+            work[k] += ids_of(lookup, source.use.feature).size();
+        }
+        total += work[k];
+    }
+    const auto sort_one = [&](size_t k, int threads) {
+        if (uses[k].empty()) return;
+        StoreGradient& gradient = stores[k];
+        if (!gradient.sorted.sort(lookup, uses[k], gradient.store.rows, threads)) valid = false;
+        if (!valid || gradient.sums.empty()) return;
+        for (const SortedRows::Task& task : gradient.sorted.tasks()) {
+            for (int64_t at = task.begin; at < task.end; ++at) {
+                gradient.touched[gradient.sorted.row(at)] = 1;
+            }
+        }
+    };
+    std::vector<size_t> small;
+    for (size_t k = 0; k < stores.size(); ++k) {
+        if (2 * work[k] * num_threads > total) {
+            sort_one(k, num_threads);
+        } else {
+            small.push_back(k);
+        }
+    }
+    std::atomic<size_t> next{0};
+    parallel(static_cast<int>(std::min<int64_t>(num_threads, small.size())), [&](int) {
+        for (size_t number = next++; number < small.size(); number = next++) {
+            sort_one(small[number], 1);
+        }
+    });
+}
+
+// A row of very many entries: pieces in parallel, then their sum in order.
+void StoreGradients::State::reduce_huge(const StoreGradient& gradient, const SortedRows::Task& task,
+                                        Destination& destination, Reducer& reducer) {
+    const int64_t pieces = (task.end - task.begin + kPiece - 1) / kPiece, width = gradient.width();
+    std::vector<float> partial(pieces * width);
+    const int parts = static_cast<int>(std::min<int64_t>(num_threads, pieces));
+    const auto add_piece = [&](Reducer& own, int64_t piece) {
+        const int64_t begin = task.begin + piece * kPiece;
+        add_entries(own, gradient, begin, std::min(begin + kPiece, task.end),
+                    partial.data() + piece * width);
+    };
+    std::atomic<int64_t> next{0};
+    if (parts == 1) {
+        for (int64_t piece = 0; piece < pieces; ++piece) add_piece(reducer, piece);
+    } else {
+        parallel(parts, [&](int) {
+            Reducer own(output, most_probes());
+            for (int64_t piece = next++; piece < pieces; piece = next++) add_piece(own, piece);
         });
     }
-    return valid;
+    float* target = destination.start(gradient.sorted.row(task.begin));
+    if (destination.starts_from_nothing()) std::fill(target, target + width, 0.0f);
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+        for (int64_t c = 0; c < width; ++c) target[c] += partial[piece * width + c];
+    }
+    destination.finish(target);
+}
+
+void StoreGradients::State::reduce_tasks(const std::vector<GradientSink>& sinks) {
+    struct Item {
+        size_t k;
+        const SortedRows::Task* task;
+    };
+    std::vector<Item> items, huge;
+    for (size_t k = 0; k < stores.size(); ++k) {
+        const SortedRows& sorted = stores[k].sorted;
+        for (const SortedRows::Task& task : sorted.tasks()) {
+            const bool is_huge = task.end - task.begin > kHugeRow &&
+                                 sorted.row(task.begin) == sorted.row(task.end - 1);
+            (is_huge ? huge : items).push_back({k, &task});
+        }
+    }
+    std::atomic<size_t> next{0};
+    parallel(static_cast<int>(std::min<int64_t>(num_threads, items.size())), [&](int) {
+        Reducer reducer(output, most_probes());
+        for (size_t number = next++; number < items.size(); number = next++) {
+            const auto [k, task] = items[number];
+            Destination destination(lookup, stores[k], sinks[k], task->first_row);
+            reduce_rows(reducer, stores[k], task->begin, task->end, destination);
+        }
+    });
+    if (huge.empty()) return;
+    Reducer reducer(output, most_probes());
+    for (const auto& [k, task] : huge) {
+        Destination destination(lookup, stores[k], sinks[k], task->first_row);
+        reduce_huge(stores[k], *task, destination, reducer);
+    }
+}
+
+void StoreGradients::State::deliver_sums(StoreGradient& gradient, const GradientSink& sink) const {
+    const int64_t width = gradient.width();
+    int64_t number = 0;
+    for (int64_t row = 0; row < gradient.store.rows; ++row) {
+        if (!gradient.touched[row]) continue;
+        float* values = gradient.sums.data() + row * width;
+        mask_row(lookup, gradient, row, values);
+        if (sink.updated != nullptr) {
+            sink.updated->update(row, values);
+        } else if (sink.dense != nullptr) {
+            for (int64_t c = 0; c < width; ++c) sink.dense[row * width + c] += values[c];
+        } else {
+            sink.rows[number] = row;
+            std::copy(values, values + width, sink.values + number++ * width);
+        }
+    }
+}
+
+StoreGradients::StoreGradients(const Lookup& lookup, const float* grad,
+                               const std::vector<int64_t>& wanted, int num_threads)
+    : state_(new State(lookup, grad, num_threads)) {
+    state_->stores.reserve(wanted.size());
+    for (const int64_t number : wanted) state_->add_store(number);
+}
+
+StoreGradients::~StoreGradients() = default;
+
+bool StoreGradients::prepare() {
+    if (state_->lookup.num_ids == 0) return true;
+    state_->add_pieces();
+    if (state_->valid) state_->add_contributions_of_ids();
+    if (state_->valid) state_->sort();
+    return state_->valid;
+}
+
+int64_t StoreGradients::num_touched(size_t k) const {
+    if (state_->lookup.num_ids == 0) return 0;
+    const StoreGradient& gradient = state_->stores[k];
+    if (gradient.sums.empty()) return gradient.sorted.num_touched();
+    return std::count(gradient.touched.begin(), gradient.touched.end(), 1);
+}
+
+// Sums are delivered when all else has been read; entries read factors, scales and steps before.
+bool StoreGradients::may_update(size_t k) const {
+    const Lookup& lookup = state_->lookup;
+    const StoreGradient& mine = state_->stores[k];
+    for (const StoreGradient& other : state_->stores) {
+        // Tables may hold one tensor as two stores.
+        if (other.number != mine.number && other.store.data == mine.store.data) return false;
+        for (const Source& source : other.sources) {
+            if (mine.sums.empty() && reads(lookup, source, mine.number)) return false;
+        }
+    }
+    return true;
+}
+
+void StoreGradients::reduce(const std::vector<GradientSink>& sinks) {
+    if (state_->lookup.num_ids == 0) return;
+    std::vector<GradientSink> targets = sinks;
+    for (size_t k = 0; k < sinks.size(); ++k) {
+        StoreGradient& gradient = state_->stores[k];
+        if (!gradient.sums.empty()) targets[k] = GradientSink{gradient.sums.data()};
+    }
+    state_->reduce_tasks(targets);
+    for (size_t k = 0; k < sinks.size(); ++k) {
+        StoreGradient& gradient = state_->stores[k];
+        if (!gradient.sums.empty()) state_->deliver_sums(gradient, sinks[k]);
+    }
+}
+
+void update_rows(const Updated& store, const int64_t* rows, const float* values, int64_t count,
+                 int num_threads) {
+    const int parts =
+        static_cast<int>(std::clamp<int64_t>(count / kUpdatesPerThread, 1, num_threads));
+    parallel(parts, [&](int part) {
+        update_range(store, rows, values, count * part / parts, count * (part + 1) / parts);
+    });
 }
 
 }  // namespace embcompress

@@ -3,7 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
-#include "rows.h"
+#include "head.h"
+#include "pooling.h"
 
 namespace embcompress {
 namespace {
@@ -15,120 +16,6 @@ constexpr int64_t kPiece = 4096;
 constexpr int64_t kPrefetchedFloats = 8192;
 // Below this many floats gathered a thread costs more than it gives.
 constexpr int64_t kFloatsPerThread = 16384;
-
-#if defined(__GNUC__) && !defined(__clang__)
-// Vectors are only ever passed between functions that are inlined.
-#pragma GCC diagnostic ignored "-Wpsabi"
-#endif
-
-// `kLanes` floats in registers. A vector extension of GCC and clang: it becomes whatever the
-// target has, and rounds as scalars do.
-template <int kLanes>
-struct Lanes {
-    typedef float Type __attribute__((vector_size(kLanes * sizeof(float))));
-};
-template <>
-struct Lanes<1> {
-    typedef float Type;
-};
-
-template <typename V>
-EMBCOMPRESS_INLINE V load_lanes(const float* from) {
-    V lanes;
-    std::memcpy(&lanes, from, sizeof(V));
-    return lanes;
-}
-
-template <typename V>
-EMBCOMPRESS_INLINE void store_lanes(float* to, V lanes) {
-    std::memcpy(to, &lanes, sizeof(V));
-}
-
-// The rows of some probes, for every id of a block.
-struct ProbeRows {
-    const float* const* pointers;  // of the first probe; the next one's are kBlock further
-    const float* scales;           // likewise; nullptr: none of them is scaled
-    int count;
-};
-
-// Columns [column, column + lanes) of id number i, its probes combined. kProbes is their number,
-// unscaled, or 0 where neither is known.
-template <typename V, bool kMul, int kProbes>
-EMBCOMPRESS_INLINE V combine_lanes(const ProbeRows& rows, int i, int64_t column) {
-    const int count = kProbes == 0 ? rows.count : kProbes;
-    V value = load_lanes<V>(rows.pointers[i] + column);
-    if (kProbes == 0 && rows.scales != nullptr) value *= rows.scales[i];
-    for (int t = 1; t < count; ++t) {
-        V next = load_lanes<V>(rows.pointers[t * kBlock + i] + column);
-        if (kProbes == 0 && rows.scales != nullptr) next *= rows.scales[t * kBlock + i];
-        value = kMul ? value * next : value + next;
-    }
-    return value;
-}
-
-// What becomes of a block's vectors: ids [begin, end) are added to `out` (to zero where `start`),
-// or id number i is written to out + i * stride. Weights are of the ids, or nullptr.
-struct Target {
-    int begin;
-    int end;
-    const float* weights;
-    bool start;
-    int64_t stride;  // 0: the ids are added up
-    float* out;
-};
-
-// kVectors vectors of kLanes columns, from `column` on. Sums run over ids in order, so the width
-// of the vectors changes no bit.
-template <int kLanes, int kVectors, bool kMul, int kProbes>
-EMBCOMPRESS_INLINE void pool_lanes(const ProbeRows& rows, const Target& target, int64_t column) {
-    typedef typename Lanes<kLanes>::Type V;
-    float* out = target.out + column;
-    if (target.stride != 0) {
-        for (int i = target.begin; i < target.end; ++i) {
-            float* to = out + i * target.stride;
-            for (int v = 0; v < kVectors; ++v) {
-                V value = combine_lanes<V, kMul, kProbes>(rows, i, column + v * kLanes);
-                if (target.weights != nullptr) value *= target.weights[i];
-                store_lanes(to + v * kLanes, value);
-            }
-        }
-        return;
-    }
-    V sums[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-        sums[v] = target.start ? V{} : load_lanes<V>(out + v * kLanes);
-    }
-    for (int i = target.begin; i < target.end; ++i) {
-        for (int v = 0; v < kVectors; ++v) {
-            V value = combine_lanes<V, kMul, kProbes>(rows, i, column + v * kLanes);
-            if (target.weights != nullptr) value *= target.weights[i];
-            sums[v] += value;
-        }
-    }
-    for (int v = 0; v < kVectors; ++v) store_lanes(out + v * kLanes, sums[v]);
-}
-
-template <bool kMul, int kProbes>
-EMBCOMPRESS_INLINE void pool_columns(const ProbeRows& rows, const Target& target, int64_t width) {
-    int64_t c = 0;
-    for (; c + 64 <= width; c += 64) pool_lanes<16, 4, kMul, kProbes>(rows, target, c);
-    for (; c + 16 <= width; c += 16) pool_lanes<16, 1, kMul, kProbes>(rows, target, c);
-    for (; c + 4 <= width; c += 4) pool_lanes<4, 1, kMul, kProbes>(rows, target, c);
-    for (; c < width; ++c) pool_lanes<1, 1, kMul, kProbes>(rows, target, c);
-}
-
-template <bool kMul>
-EMBCOMPRESS_INLINE void pool_probes(const ProbeRows& rows, const Target& target, int64_t width) {
-    if (rows.scales != nullptr) {
-        pool_columns<kMul, 0>(rows, target, width);
-    } else if (rows.count == 1) {
-        pool_columns<false, 1>(rows, target, width);
-    } else if (rows.count == 2) {
-        pool_columns<kMul, 2>(rows, target, width);
-    } else {
-        pool_columns<kMul, 0>(rows, target, width);
-    }
-}
 
 // Pools the vectors of a block's ids; probes are combined per id, before.
 EMBCOMPRESS_INLINE void pool_ids(const RowBlock& rows, const Feature& feature, Target target) {
@@ -295,9 +182,9 @@ bool is_huge(const Lookup& lookup, int64_t bag) {
 }
 
 // Pools bags [begin, end) of one feature, but for huge ones.
-bool pool_bags(const Lookup& lookup, RowBlock& rows, int64_t begin, int64_t end, float* out) {
+bool pool_bags(const Lookup& lookup, RowBlock& rows, int64_t begin, int64_t end, float* out,
+               int64_t stride) {
     bool valid = true;
-    const int64_t stride = lookup.header.num_columns;
     const bool some_are_huge = lookup.longest_bag > kHugeBag;
     for (int64_t bag = begin; bag < end;) {
         int64_t last = some_are_huge ? bag : end;
@@ -311,6 +198,45 @@ bool pool_bags(const Lookup& lookup, RowBlock& rows, int64_t begin, int64_t end,
     return valid;
 }
 
+EMBCOMPRESS_CLONES void apply_head(const float* columns, const Feature& feature, const float* in,
+                                   float* out, int64_t out_stride, int64_t count) {
+    multiply({in, feature.width, 1, columns, feature.out_width, out, out_stride, count,
+              feature.width, feature.out_width, false});
+}
+
+// The heads of all features, and room for the vectors that they are applied to.
+class Heads {
+  public:
+    explicit Heads(const Lookup& lookup) {
+        for (int64_t f = 0; f < lookup.header.num_features; ++f) {
+            columns_.push_back(load_head(lookup, lookup.features[f], true));
+            if (columns_.back().empty()) continue;
+            widest_ = std::max(widest_, lookup.features[f].width);
+        }
+    }
+    bool has(int64_t feature) const { return !columns_[feature].empty(); }
+    const float* columns(int64_t feature) const { return columns_[feature].data(); }
+    int64_t widest() const { return widest_; }
+
+  private:
+    std::vector<std::vector<float>> columns_;
+    int64_t widest_ = 0;
+};
+
+// Pools bags of a feature with a head, a block at a time, into `pooled`.
+bool pool_and_map(const Lookup& lookup, RowBlock& rows, const float* columns, int64_t begin,
+                  int64_t end, float* pooled, float* out) {
+    bool valid = true;
+    const Feature& feature = rows.feature();
+    const int64_t stride = lookup.header.num_columns;
+    for (int64_t bag = begin; bag < end; bag += kBlock) {
+        const int64_t last = std::min<int64_t>(bag + kBlock, end);
+        valid &= pool_bags(lookup, rows, bag, last, pooled, feature.width);
+        apply_head(columns, feature, pooled, out + (bag - begin) * stride, stride, last - bag);
+    }
+    return valid;
+}
+
 // Features write pieces of the output's rows, a stride apart, which no hardware foresees.
 void prefetch_output(const Lookup& lookup, int64_t begin, int64_t end, float* out) {
     const float* last = out + end * lookup.header.num_columns;
@@ -320,14 +246,20 @@ void prefetch_output(const Lookup& lookup, int64_t begin, int64_t end, float* ou
 }
 
 // Pools samples [begin, end) of the batch for every feature: the output is written row by row.
-bool pool_samples(const Lookup& lookup, RowBlock& rows, int64_t begin, int64_t end, float* out) {
+bool pool_samples(const Lookup& lookup, RowBlock& rows, const Heads& heads, int64_t begin,
+                  int64_t end, float* pooled, float* out) {
     bool valid = true;
+    const int64_t stride = lookup.header.num_columns;
     if (lookup.header.num_features > 1) prefetch_output(lookup, begin, end, out);
     for (int64_t f = 0; f < lookup.header.num_features; ++f) {
         rows.use(lookup.features[f]);
-        float* first_out = out + begin * lookup.header.num_columns + lookup.features[f].out_column;
-        const int64_t first = f * lookup.batch;
-        valid &= pool_bags(lookup, rows, first + begin, first + end, first_out);
+        float* first_out = out + begin * stride + lookup.features[f].out_column;
+        const int64_t first = f * lookup.batch + begin, last = f * lookup.batch + end;
+        if (heads.has(f)) {
+            valid &= pool_and_map(lookup, rows, heads.columns(f), first, last, pooled, first_out);
+        } else {
+            valid &= pool_bags(lookup, rows, first, last, first_out, stride);
+        }
     }
     return valid;
 }
@@ -398,21 +330,41 @@ bool lookup_forward(const Lookup& lookup, float* out, int num_threads) {
         std::max<int64_t>(1, std::min<int64_t>(num_threads, work * width / kFloatsPerThread)));
     // Few samples at once, so that the output's rows stay in the cache between features.
     const int64_t step = lookup.header.num_features > 1 ? kBlock / 2 : lookup.batch;
+    const Heads heads(lookup);
     std::atomic<bool> valid{true};
     parallel(parts, [&](int part) {
         RowBlock rows(lookup);
+        std::vector<float> pooled(heads.widest() * kBlock);
         const int64_t last = first_sample(lookup, part + 1, parts);
         for (int64_t begin = first_sample(lookup, part, parts); begin < last; begin += step) {
             const int64_t end = std::min(begin + step, last);
-            if (!pool_samples(lookup, rows, begin, end, out)) valid = false;
+            if (!pool_samples(lookup, rows, heads, begin, end, pooled.data(), out)) valid = false;
         }
     });
     if (lookup.longest_bag <= kHugeBag) return valid;
+    std::vector<float> pooled(heads.widest());
     for (int64_t bag = 0; bag < bags; ++bag) {
         if (!is_huge(lookup, bag)) continue;
-        const Feature& feature = lookup.features[bag / lookup.batch];
-        float* acc = out + (bag % lookup.batch) * lookup.header.num_columns + feature.out_column;
-        if (!pool_huge_bag(lookup, feature, bag, acc, num_threads)) valid = false;
+        const int64_t f = bag / lookup.batch;
+        const Feature& feature = lookup.features[f];
+        float* row = out + (bag % lookup.batch) * lookup.header.num_columns + feature.out_column;
+        float* target = heads.has(f) ? pooled.data() : row;
+        if (!pool_huge_bag(lookup, feature, bag, target, num_threads)) valid = false;
+        if (heads.has(f)) apply_head(heads.columns(f), feature, target, row, feature.out_width, 1);
+    }
+    return valid;
+}
+
+bool pool_before_head(const Lookup& lookup, int64_t feature, int64_t begin, int64_t end,
+                      float* out) {
+    const Feature& which = lookup.features[feature];
+    const int64_t first = feature * lookup.batch;
+    RowBlock rows(lookup, which);
+    bool valid = pool_bags(lookup, rows, first + begin, first + end, out, which.width);
+    for (int64_t bag = begin; bag < end && lookup.longest_bag > kHugeBag; ++bag) {
+        if (!is_huge(lookup, first + bag)) continue;
+        float* row = out + (bag - begin) * which.width;
+        valid &= pool_huge_bag(lookup, which, first + bag, row, 1);
     }
     return valid;
 }

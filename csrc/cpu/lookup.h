@@ -56,17 +56,23 @@ struct Lengths {
 };
 Lengths bag_lengths(const Lookup& lookup);
 
+// Where the bags of a feature begin among the ids, and where they end.
+struct Range {
+    int64_t begin;
+    int64_t end;
+    int64_t size() const { return end - begin; }
+};
+inline Range ids_of(const Lookup& lookup, int64_t feature) {
+    return {lookup.offset(feature * lookup.batch), lookup.offset((feature + 1) * lookup.batch)};
+}
+
 // The forward pass: `out` is float32, batch rows of header.num_columns. Returns false if an id
 // was outside the vocabulary; nothing was read out of bounds then, and `out` is unspecified.
 bool lookup_forward(const Lookup& lookup, float* out, int num_threads);
 
-// Gradients wanted from the backward pass.
-struct GradientSink;
-
-// Adds up the gradient of every row of the wanted stores, in the order of the ids, whatever the
-// number of threads. `grad` is float32 of the output's shape.
-bool accumulate_gradients(const Lookup& lookup, const float* grad,
-                          std::vector<GradientSink*>& sinks_of_stores, int num_threads);
+// Vectors of samples [begin, end) of a feature before its head, (end - begin, width) float32.
+bool pool_before_head(const Lookup& lookup, int64_t feature, int64_t begin, int64_t end,
+                      float* out);
 
 // Gradient of the per-sample weights, (num_ids,) float32.
 bool weights_gradient(const Lookup& lookup, const float* grad, float* out, int num_threads);

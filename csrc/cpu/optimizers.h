@@ -2,35 +2,18 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
-#include <cstdint>
+
+#include "../optimizer.h"
+#include "pooling.h"
 
 namespace embcompress {
 
-enum class OptimizerKind : int64_t { kSgd = 0, kAdagrad = 1, kRowwiseAdagrad = 2, kAdam = 3 };
-
-struct Optimizer {
-    OptimizerKind kind;
-    float learning_rate;
-    float epsilon;
-    float weight_decay;
-    float beta1;
-    float beta2;
-    int64_t step;  // of Adam, from 1
-};
-
-// What state an optimizer keeps of a store: one or two tensors, as wide as the store or one number
-// a row.
-inline bool has_first(OptimizerKind kind) { return kind != OptimizerKind::kSgd; }
-inline bool has_second(OptimizerKind kind) { return kind == OptimizerKind::kAdam; }
-inline int64_t state_width(OptimizerKind kind, int64_t width) {
-    return kind == OptimizerKind::kRowwiseAdagrad ? 1 : width;
-}
-
 // Updates one row of `width` numbers. `first` and `second` are the row's state: Adagrad's sum of
 // squares (one number for the row-wise form), Adam's two moments.
-inline void update_row(const Optimizer& optimizer, int64_t width, const float* gradient, float* row,
-                       float* first, float* second) {
+EMBCOMPRESS_INLINE void update_row(const Optimizer& optimizer, int64_t width, const float* gradient,
+                                   float* row, float* first, float* second) {
     const float rate = optimizer.learning_rate, decay = optimizer.weight_decay;
     const float epsilon = optimizer.epsilon;
     switch (optimizer.kind) {
@@ -45,11 +28,10 @@ inline void update_row(const Optimizer& optimizer, int64_t width, const float* g
             }
             return;
         case OptimizerKind::kRowwiseAdagrad: {
-            float squares = 0.0f;
-            for (int64_t c = 0; c < width; ++c) {
+            const float squares = sum_of(width, [&](int64_t c) {
                 const float g = gradient[c] + decay * row[c];
-                squares += g * g;
-            }
+                return g * g;
+            });
             first[0] += squares / static_cast<float>(width);
             const float scaled = rate / (std::sqrt(first[0]) + epsilon);
             for (int64_t c = 0; c < width; ++c) {
@@ -72,5 +54,34 @@ inline void update_row(const Optimizer& optimizer, int64_t width, const float* g
         }
     }
 }
+
+// A store that is updated: its numbers, and its optimizer's state (nullptr where there is none).
+struct Updated {
+    Optimizer optimizer;
+    int64_t width;
+    float* data;
+    float* first;
+    float* second;
+
+    EMBCOMPRESS_INLINE int64_t state_at(int64_t row) const {
+        return row * state_width(optimizer.kind, width);
+    }
+
+    EMBCOMPRESS_INLINE void update(int64_t row, const float* gradient) const {
+        const int64_t at = state_at(row);
+        update_row(optimizer, width, gradient, data + row * width,
+                   first == nullptr ? nullptr : first + at,
+                   second == nullptr ? nullptr : second + at);
+    }
+
+    EMBCOMPRESS_INLINE void prefetch(int64_t row) const {
+        const float* numbers = data + row * width;
+        for (int64_t c = 0; c < std::min<int64_t>(width, kPrefetchFloats); c += 16) {
+            __builtin_prefetch(numbers + c, 1);
+        }
+        if (first != nullptr) __builtin_prefetch(first + state_at(row), 1);
+        if (second != nullptr) __builtin_prefetch(second + state_at(row), 1);
+    }
+};
 
 }  // namespace embcompress

@@ -3,21 +3,9 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <limits>
 
-#include "lookup.h"
-
-// One build runs on every x86-64 machine: the kernels are compiled for three instruction sets and
-// the loader picks. Elsewhere the compiler's own target is used.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
-    !defined(__SANITIZE_ADDRESS__)
-#define EMBCOMPRESS_CLONES \
-    __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define EMBCOMPRESS_CLONES
-#endif
+#include "convert.h"
 
 namespace embcompress {
 
@@ -38,7 +26,7 @@ class RowBlock {
             for (int64_t t = 0; t < feature.num_probes; ++t) {
                 const Probe& probe = lookup.probes[feature.first_probe + t];
                 widest = std::max(widest, probe.width);
-                width += is_converted(probe) ? probe.width : 0;
+                width += is_converted(probe) ? room_for(probe) : 0;
             }
             most = std::max(most, feature.num_probes);
             converted = std::max(converted, width);
@@ -47,7 +35,8 @@ class RowBlock {
         pointers_.resize(most * kBlock);
         scales_.assign(most * kBlock, 1.0f);
         zeros_.assign(widest, 0.0f);
-        buffer_.resize(converted * kBlock);
+        buffer_.resize(converted);
+        steps_.resize(2 * steps_room(widest));
         buffers_.resize(most);
     }
 
@@ -63,7 +52,7 @@ class RowBlock {
         float* buffer = buffer_.data();
         for (int t = 0; t < count_; ++t) {
             buffers_[t] = buffer;
-            if (is_converted(probes_[t])) buffer += probes_[t].width * kBlock;
+            if (is_converted(probes_[t])) buffer += room_for(probes_[t]);
             scaled_ |= probes_[t].scale.kind != ScaleKind::kNone;
         }
     }
@@ -126,8 +115,8 @@ class RowBlock {
             float* buffer = buffers_[t];
             for (int i = 0; i < n; ++i) {
                 pointers[i] = rows[i] < 0 ? zeros_.data() : buffer + i * probe.width;
-                if (rows[i] >= 0) load_row(probe, store, rows[i], buffer + i * probe.width);
             }
+            convert_rows(lookup_, probe, rows, n, steps_.data(), buffer);
         }
         if (probe.scale.kind != ScaleKind::kNone) find_scales(t, n);
     }
@@ -139,48 +128,12 @@ class RowBlock {
         }
     }
 
-    // Code of column c of a packed row.
-    EMBCOMPRESS_INLINE float packed_code(int t, int64_t row, int64_t c) const {
-        const Probe& probe = probes_[t];
-        const StoreView& store = lookup_.stores[probe.store];
-        return static_cast<float>(unpack_bits(static_cast<const uint8_t*>(store.data), store.bytes,
-                                              row * probe.width + c, probe.quantization.bits));
-    }
-
-    // Whether the packed rows of probe t are in training, held as float latents.
-    bool is_latent(int t) const {
-        return probes_[t].quantization.bits > 0 &&
-               lookup_.stores[probes_[t].store].dtype != Dtype::kPacked;
-    }
-
-    // What multiplies the gradients of the step and bias of latents: 1 / sqrt(N * (2^bits - 1)),
-    // N numbers to a step (Esser et al., "Learned step size quantization", section 2.2).
-    float damping(int t) const {
-        const Probe& probe = probes_[t];
-        const StoreView& store = lookup_.stores[probe.store];
-        const StoreView& scale = lookup_.stores[probe.quantization.scale_store];
-        const int64_t numbers = (store.rows / scale.rows) * (store.width / scale.width);
-        const int64_t last = (1LL << probe.quantization.bits) - 1;
-        return static_cast<float>(1.0 / std::sqrt(static_cast<double>(numbers * last)));
-    }
-
-    // Column c of a row of latents.
-    EMBCOMPRESS_INLINE Latent latent(int t, int64_t row, int64_t c) const {
-        return latent(probes_[t], lookup_.stores[probes_[t].store], row, c);
-    }
-
-    // Row of the learned scale of probe t for id number i; -1 where absent or padding.
-    EMBCOMPRESS_INLINE int64_t scale_row(int t, int i) const {
-        if (ids_[i] < 0) return -1;
-        const Scale& scale = probes_[t].scale;
-        const int64_t row = address_row(scale.address, ids_[i]);
-        return scale.code.store < 0 ? row : decode(scale.code, ids_[i], row);
-    }
-
   private:
     bool is_converted(const Probe& probe) const {
         return lookup_.stores[probe.store].dtype != Dtype::kFloat32 || probe.quantization.bits > 0;
     }
+
+    static int64_t room_for(const Probe& probe) { return probe.width * kBlock + kUnpacked; }
 
     template <typename Id>
     EMBCOMPRESS_INLINE bool check_ids(const Id* ids, int n) {
@@ -246,83 +199,15 @@ class RowBlock {
 
     EMBCOMPRESS_INLINE void decode(const Code& code, int n, int64_t* rows) const {
         for (int i = 0; i < n; ++i) {
-            if (ids_[i] >= 0) rows[i] = decode(code, ids_[i], rows[i]);
-        }
-    }
-
-    // The row that the code in a row of the table of codes stands for; -1: absent. Codes may be
-    // damaged: one past its bound is absent, and never a row out of bounds.
-    EMBCOMPRESS_INLINE int64_t decode(const Code& code, int64_t id, int64_t code_row) const {
-        const StoreView& store = lookup_.stores[code.store];
-        const uint32_t absent = static_cast<uint32_t>((1ULL << code.bits) - 1);
-        const uint32_t value = unpack_bits(static_cast<const uint8_t*>(store.data), store.bytes,
-                                           code_row * code.width + code.column, code.bits);
-        const int64_t row = static_cast<int64_t>(value) - code.first;
-        if (value != absent && row >= 0 && row < code.size) return row;
-        return value == absent && code.has_otherwise ? address_row(code.otherwise, id) : -1;
-    }
-
-    EMBCOMPRESS_INLINE Latent latent(const Probe& probe, const StoreView& store, int64_t row,
-                                     int64_t c) const {
-        const Quantization& q = probe.quantization;
-        const StoreView& scale = lookup_.stores[q.scale_store];
-        const int64_t at = (q.per_row ? row * scale.width : 0) + (q.per_column ? c : 0);
-        const float value = load_float(store.data, store.dtype, row * probe.width + c);
-        const float step = load_float(scale.data, scale.dtype, at);
-        if (q.bias_store < 0) return read_latent(value, step, nullptr, q.bits);
-        const StoreView& bias = lookup_.stores[q.bias_store];
-        const float shift = load_float(bias.data, bias.dtype, at);
-        return read_latent(value, step, &shift, q.bits);
-    }
-
-    void load_row(const Probe& probe, const StoreView& store, int64_t row, float* out) const {
-        const int64_t width = probe.width;
-        if (store.dtype != Dtype::kPacked && probe.quantization.bits > 0) {
-            for (int64_t c = 0; c < width; ++c) out[c] = latent(probe, store, row, c).value;
-            return;
-        }
-        if (store.dtype != Dtype::kPacked) {
-            const uint16_t* data = static_cast<const uint16_t*>(store.data) + row * width;
-            if (store.dtype == Dtype::kFloat16) {
-                for (int64_t c = 0; c < width; ++c) out[c] = half_to_float(data[c]);
-            } else {
-                for (int64_t c = 0; c < width; ++c) out[c] = bfloat_to_float(data[c]);
-            }
-            return;
-        }
-        const Quantization& q = probe.quantization;
-        const StoreView& scale = lookup_.stores[q.scale_store];
-        const float zero = static_cast<float>((1 << q.bits) - 1) / 2;
-        const int64_t base = q.per_row ? row * scale.width : 0;
-        for (int64_t c = 0; c < width; ++c) {
-            const int64_t at = base + (q.per_column ? c : 0);
-            const float code = static_cast<float>(unpack_bits(
-                static_cast<const uint8_t*>(store.data), store.bytes, row * width + c, q.bits));
-            const float step = load_float(scale.data, scale.dtype, at);
-            if (q.bias_store < 0) {
-                out[c] = step * (code - zero);
-            } else {
-                const StoreView& bias = lookup_.stores[q.bias_store];
-                out[c] = step * code + load_float(bias.data, bias.dtype, at);
-            }
+            if (ids_[i] >= 0) rows[i] = decode_row(lookup_, code, ids_[i], rows[i]);
         }
     }
 
     void find_scales(int t, int n) {
         const Scale& scale = probes_[t].scale;
         float* values = scales_.data() + t * kBlock;
-        if (scale.kind == ScaleKind::kSign) {
-            for (int i = 0; i < n; ++i) {
-                values[i] = hash_sign(ids_[i], static_cast<uint64_t>(scale.key));
-            }
-            return;
-        }
-        const StoreView& store = lookup_.stores[scale.store];
         for (int i = 0; i < n; ++i) {
-            const int64_t row = scale_row(t, i);
-            values[i] = row < 0
-                            ? 0.0f
-                            : load_float(store.data, store.dtype, row * store.width + scale.column);
+            values[i] = ids_[i] < 0 ? 0.0f : scale_of(lookup_, scale, ids_[i]);
         }
     }
 
@@ -338,6 +223,7 @@ class RowBlock {
     std::vector<float> scales_;
     std::vector<float> buffer_;  // rows that are not float32, converted
     std::vector<float*> buffers_;
+    std::vector<float> steps_;  // and biases, of a row
     std::vector<float> zeros_;
 };
 

@@ -79,6 +79,10 @@ Lookup check_lookup(const std::vector<Tensor>& stores, const Tensor& ids,
     STD_TORCH_CHECK(lookup.header.num_features < 65536, "more than 65535 features in one call");
     const int64_t bags = lookup.header.num_features * lookup.batch;
     STD_TORCH_CHECK(bags <= kMostTouches, "more than 2^32 bags in one call");
+    for (int64_t f = 0; f < lookup.header.num_features; ++f) {
+        STD_TORCH_CHECK(lookup.features[f].head_store < 0,
+                        "the CUDA kernels run no heads; feature ", f, " has one");
+    }
     return lookup;
 }
 

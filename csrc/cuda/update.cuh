@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "../cpu/optimizers.h"
+#include "../optimizer.h"
 #include "touches.cuh"
 
 namespace embcompress {

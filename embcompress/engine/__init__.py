@@ -79,16 +79,16 @@ class Program:
         self.parts: list[Program] = []
         if ops.is_available() and all(map(can_encode, plans)):
             self._encode()
-        self._has_heads = any(plan.head is not None for plan in plans)
         self._has_maxima = plans[0].pool == "max"
         self._has_vectors = plans[0].pool in ("none", "max")  # for every id, and no bags yet
+        self._has_head = any(plan.head is not None for plan in plans)
         self._sparse = options.sparse
         self._dtype = _output_dtype(plans)
         # One call of the operator, and nothing before or after it.
         self._is_plain = (
             self._encoded is not None
             and len(plans) == 1
-            and not (self._dense or self._has_heads or self._has_vectors)
+            and not (self._dense or self._has_vectors)
             and self._dtype == torch.float32
         )
 
@@ -117,8 +117,13 @@ class Program:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether the compiled operators run these plans in one call."""
+        """Whether the compiled operators run these plans in one call, on a device that runs heads
+        where there are any (:meth:`runs_heads`)."""
         return self._encoded is not None
+
+    def runs_heads(self, device: torch.device) -> bool:
+        """Whether a device's kernels run the heads of these plans; True where there are none."""
+        return not self._has_head or ops.runs_heads(device)
 
     def __call__(
         self,
@@ -139,7 +144,7 @@ class Program:
             (N, embedding_dim), or (B, sum of embedding_dim).
 
         Raises:
-            TypeError: inputs that the compiled engine does not run, with ``fused``.
+            TypeError: inputs or heads that the compiled engine does not run, with ``fused``.
             IndexError: an id outside ``[0, num_embeddings)``.
             ValueError: offsets that describe no bags.
         """
@@ -150,8 +155,14 @@ class Program:
             parts = zip(self.parts, stores, self._feature_bags(bags), updates, strict=True)
             return torch.cat([part((each,), own, update) for part, each, own, update in parts], 1)
         assert not isinstance(fused, Sequence)
-        if self._encoded is not None and _is_for_kernels(bags):
+        runs_heads = self.runs_heads(bags.ids.device)
+        if self._encoded is not None and _is_for_kernels(bags) and runs_heads:
             return self._run_compiled(self._encoded, stores, bags, fused)
+        if fused is not None and not runs_heads:
+            raise TypeError(
+                f"the kernels of a {bags.ids.device.type} device run no heads, and the optimizer "
+                "was fused on another device; move the module first, then fuse the optimizer"
+            )
         if fused is not None:
             raise TypeError(
                 "a fused optimizer takes ids on the CPU or a CUDA device and per_sample_weights of "
@@ -174,6 +185,8 @@ class Program:
             refused: then :meth:`__call__` runs, or says what is wrong.
         """
         if not self._is_plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        if not self.runs_heads(ids.device):
             return None
         assert self._encoded is not None
         try:
@@ -257,8 +270,6 @@ class Program:
                 # The kernel says that something is wrong; the check says what, and raises it.
                 self._check(bags.complete())
             raise
-        if self._has_heads:
-            pooled = self._apply_heads(encoded, stores, pooled)
         if self._has_maxima:
             bags = bags.complete()
             if not bags.checked:
@@ -266,18 +277,6 @@ class Program:
             pooled = pool_bags(self.plans[0], pooled, bags)
         # Rounded once, at the end.
         return pooled if self._dtype == torch.float32 else pooled.to(self._dtype)
-
-    def _apply_heads(
-        self, encoded: EncodedPlans, stores: Sequence[Stores], pooled: Tensor
-    ) -> Tensor:
-        """Apply heads, which come after pooling where that is linear."""
-        parts = []
-        for plan, each, column in zip(self.plans, stores, encoded.columns, strict=True):
-            part = pooled[:, column : column + plan.width]
-            if plan.head is not None:
-                part = F.linear(part, each[plan.head.weight].float())
-            parts.append(part)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     # -- the reference
 

@@ -24,7 +24,8 @@ from embcompress.plan import (
     Weight,
 )
 
-FORMAT = 3
+FORMAT = 4
+HEADER_FIELDS, FEATURE_FIELDS, HEAD_STORE_FIELD = 4, 10, 8
 #: Pools that the kernels run; maxima pool the kernels' vectors in torch.
 POOLS = {"none": 0, "sum": 1, "mean": 2}
 _COMBINES = {"sum": 0, "mul": 1, "concat": 2}
@@ -41,13 +42,18 @@ class EncodedPlans:
 
     Attributes:
         tensor: int64, on the CPU.
-        num_columns: columns of the output, before heads.
-        columns: first column of each feature.
+        num_columns: columns of the output.
     """
 
     tensor: Tensor
     num_columns: int
-    columns: tuple[int, ...]
+
+
+def head_stores(encoding: Tensor) -> set[int]:
+    """Positions of the stores that are heads, from the tensor of :class:`EncodedPlans`."""
+    num_features = int(encoding[1])
+    features = encoding[HEADER_FIELDS : HEADER_FIELDS + num_features * FEATURE_FIELDS]
+    return set(features.view(num_features, FEATURE_FIELDS)[:, HEAD_STORE_FIELD].tolist()) - {-1}
 
 
 def can_encode(plan: LookupPlan) -> bool:
@@ -66,7 +72,7 @@ def encode_plans(
     """
     features: list[int] = []
     probes: list[list[int]] = []
-    columns, column = [], 0
+    column = 0
     for plan, numbers in zip(plans, store_numbers, strict=True):
         features += [
             plan.num_embeddings,
@@ -77,14 +83,15 @@ def encode_plans(
             column,
             len(probes),
             len(plan.probes),
+            -1 if plan.head is None else numbers[plan.head.weight],
+            plan.embedding_dim,
         ]
         probes += _encode_probes(plan, numbers)
-        columns.append(column)
-        column += plan.width
+        column += plan.embedding_dim
     header = [FORMAT, len(plans), len(probes), column]
     values = [*header, *features, *(value for probe in probes for value in probe)]
     tensor = torch.tensor(values, dtype=torch.int64, device="cpu")
-    return EncodedPlans(tensor, column, tuple(columns))
+    return EncodedPlans(tensor, column)
 
 
 def _encode_probes(plan: LookupPlan, numbers: dict[str, int]) -> list[list[int]]:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from embcompress.engine.encoding import head_stores
+
 
 def _load() -> bool:
     """Load the extension, which registers its operators; warn if it is there but will not load."""
@@ -44,6 +46,13 @@ def _load() -> bool:
 _LOADED = _load()
 _HAS_CUDA = _LOADED and torch._C._dispatch_has_kernel_for_dispatch_key(
     "embcompress::lookup_forward", "CUDA"
+)
+#: Types of the devices whose kernels run no heads: those that report, as csrc/cuda does.
+_WITHOUT_HEADS = frozenset(
+    kind
+    for kind in ("cpu", "cuda")
+    if _LOADED
+    and torch._C._dispatch_has_kernel_for_dispatch_key("embcompress::raise_reported", kind.upper())
 )
 
 
@@ -71,6 +80,11 @@ def runs_on(device: torch.device) -> bool:
             "the CPU, or set EMBCOMPRESS_ENGINE=reference for the slow pure-torch engine"
         )
     return device.type in ("cpu", "cuda")
+
+
+def runs_heads(device: torch.device) -> bool:
+    """Whether the compiled operators of a device run plans with a head; the CUDA kernels do not."""
+    return device.type not in _WITHOUT_HEADS
 
 
 def is_report(error: RuntimeError) -> bool:
@@ -211,17 +225,19 @@ def _store_gradients(ctx: Any, arguments: tuple[Any, ...]) -> list[Tensor]:
     if not ctx.sparse:
         return torch.ops.embcompress.lookup_backward(*arguments, ctx.wanted)
     parts = torch.ops.embcompress.lookup_backward_sparse(*arguments, ctx.wanted)
-    stores = arguments[1]
-    return [
-        torch.sparse_coo_tensor(
-            rows[None],
-            values,
-            stores[number].shape,
-            is_coalesced=True,
-            check_invariants=False,
-        )
-        for number, rows, values in zip(ctx.wanted, parts[::2], parts[1::2], strict=True)
-    ]
+    stores, heads = arguments[1], head_stores(arguments[5])
+    gradients = []
+    for number, rows, values in zip(ctx.wanted, parts[::2], parts[1::2], strict=True):
+        shape = stores[number].shape
+        if number in heads:  # every bag touches all of it
+            gradients.append(values if len(values) else values.new_zeros(shape))
+        else:
+            gradients.append(
+                torch.sparse_coo_tensor(
+                    rows[None], values, shape, is_coalesced=True, check_invariants=False
+                )
+            )
+    return gradients
 
 
 class _Lookup(torch.autograd.Function):

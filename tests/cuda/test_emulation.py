@@ -66,6 +66,27 @@ def test_the_engine_s_own_tests(library: Path, selection: str) -> None:
     assert " passed" in done.stdout
 
 
+REFUSAL = """
+import torch
+from embcompress.engine import Program
+from tests.plan_cases import make_case
+cases = map(make_case, range(300))
+case = next(c for c in cases if c.plan.head is not None and c.plan.pool == "sum")
+program = Program([case.plan])
+program([case.stores], case.bags)  # by the reference
+assert not program.runs_heads(torch.device("cpu"))
+program.runs_heads = lambda device: True
+program([case.stores], case.bags)
+"""
+
+
+def test_a_head_is_refused_and_goes_through_the_reference(library: Path) -> None:
+    environment = {**os.environ, "EMBCOMPRESS_LIBRARY": str(library)}
+    command = [sys.executable, "-c", REFUSAL]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "the CUDA kernels run no heads" in done.stderr, done.stderr
+
+
 def values(numbers: range) -> dict[int, Tensor]:
     """Of the generated cases of those numbers that the kernels run to the end."""
     found = {}

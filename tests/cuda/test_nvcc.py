@@ -52,7 +52,7 @@ def compile_file(name: str, architecture: int, folder: Path, *flags: str) -> str
 
 
 @needs_nvcc
-@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("architecture", [90, pytest.param(80, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", OURS)
 def test_kernels_keep_to_registers(name: str, architecture: int, tmp_path: Path) -> None:
     report = compile_file(name, architecture, tmp_path, "-Xptxas=-v,-warn-spills,-warn-lmem-usage")

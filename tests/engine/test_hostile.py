@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(
 HEADER = ["format", "num_features", "num_probes", "num_columns"]
 FEATURE = [
     "num_embeddings", "padding_idx", "pool", "combine", "width", "out_column", "first_probe",
-    "num_probes",
+    "num_probes", "head_store", "out_width",
 ]  # fmt: skip
 PROBE = [
     "store", "offset", "column", "width", "address.kind", "address.a", "address.b",
@@ -215,6 +215,12 @@ DAMAGE = {
     "another first probe": ("feature.first_probe", 1),
     "a negative probe": ("feature.first_probe", -1),
     "too many probes": ("feature.num_probes", HUGE),
+    "a head that is not there": ("feature.head_store", 6),
+    "a head of another shape": ("feature.head_store", 0),
+    "a head that is packed": ("feature.head_store", 4),
+    "an output of another width": ("feature.out_width", 12),
+    "an output of no width": ("feature.out_width", 0),
+    "an output wider than memory": ("feature.out_width", HUGE),
     "a store that is not there": ("store", 6),
     "a negative store": ("store", -1),
     "a narrower store": ("store", 1),

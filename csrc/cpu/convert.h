@@ -1,0 +1,207 @@
+// From stored rows to float32 on the CPU: decoded rows, scales, packed codes, latents.
+
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "../numbers.h"
+#include "lookup.h"
+
+// One build runs on every x86-64 machine: the kernels are compiled for three instruction sets and
+// the loader picks. Elsewhere the compiler's own target is used.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_ADDRESS__)
+#define EMBCOMPRESS_CLONES \
+    __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define EMBCOMPRESS_CLONES
+#endif
+
+namespace embcompress {
+
+// The row that the code in a row of the table of codes stands for; -1: absent. Codes may be
+// damaged: one past its bound is absent, and never a row out of bounds.
+EMBCOMPRESS_INLINE int64_t decode_row(const Lookup& lookup, const Code& code, int64_t id,
+                                      int64_t code_row) {
+    const StoreView& store = lookup.stores[code.store];
+    const uint32_t absent = static_cast<uint32_t>((1ULL << code.bits) - 1);
+    const uint32_t value = unpack_bits(static_cast<const uint8_t*>(store.data), store.bytes,
+                                       code_row * code.width + code.column, code.bits);
+    const int64_t row = static_cast<int64_t>(value) - code.first;
+    if (value != absent && row >= 0 && row < code.size) return row;
+    return value == absent && code.has_otherwise ? address_row(code.otherwise, id) : -1;
+}
+
+// Row of a learned scale; -1 where absent.
+EMBCOMPRESS_INLINE int64_t scale_row(const Lookup& lookup, const Scale& scale, int64_t id) {
+    const int64_t row = address_row(scale.address, id);
+    return scale.code.store < 0 ? row : decode_row(lookup, scale.code, id, row);
+}
+
+EMBCOMPRESS_INLINE float scale_of(const Lookup& lookup, const Scale& scale, int64_t id) {
+    if (scale.kind == ScaleKind::kNone) return 1.0f;
+    if (scale.kind == ScaleKind::kSign) return hash_sign(id, static_cast<uint64_t>(scale.key));
+    const StoreView& store = lookup.stores[scale.store];
+    const int64_t row = scale_row(lookup, scale, id);
+    if (row < 0) return 0.0f;
+    return load_float(store.data, store.dtype, row * store.width + scale.column);
+}
+
+// Whether the packed rows of a probe are in training, held as float latents.
+inline bool is_latent(const Lookup& lookup, const Probe& probe) {
+    return probe.quantization.bits > 0 && lookup.stores[probe.store].dtype != Dtype::kPacked;
+}
+
+// Column c of a row of latents.
+EMBCOMPRESS_INLINE Latent latent_at(const Lookup& lookup, const Probe& probe, int64_t row,
+                                    int64_t c) {
+    const StoreView& store = lookup.stores[probe.store];
+    const Quantization& q = probe.quantization;
+    const StoreView& scale = lookup.stores[q.scale_store];
+    const int64_t at = (q.per_row ? row * scale.width : 0) + (q.per_column ? c : 0);
+    const float value = load_float(store.data, store.dtype, row * probe.width + c);
+    const float step = load_float(scale.data, scale.dtype, at);
+    if (q.bias_store < 0) return read_latent(value, step, nullptr, q.bits);
+    const StoreView& bias = lookup.stores[q.bias_store];
+    const float shift = load_float(bias.data, bias.dtype, at);
+    return read_latent(value, step, &shift, q.bits);
+}
+
+// Code of column c of a packed row.
+EMBCOMPRESS_INLINE float packed_code_at(const Lookup& lookup, const Probe& probe, int64_t row,
+                                        int64_t c) {
+    const StoreView& store = lookup.stores[probe.store];
+    return static_cast<float>(unpack_bits(static_cast<const uint8_t*>(store.data), store.bytes,
+                                          row * probe.width + c, probe.quantization.bits));
+}
+
+// Rows are unpacked eight columns at a time: where rows and steps are written there is room for
+// this many numbers more.
+constexpr int64_t kUnpacked = 8;
+
+// Room for the steps of a row, or for its biases.
+inline int64_t steps_room(int64_t width) { return (width + kUnpacked - 1) / kUnpacked * kUnpacked; }
+
+// Steps and biases of one row, a number for every column; biases, behind the steps, only where the
+// quantization has any.
+EMBCOMPRESS_INLINE void load_steps(const Lookup& lookup, const Probe& probe, int64_t row,
+                                   float* steps) {
+    const Quantization& q = probe.quantization;
+    const StoreView* parts[] = {&lookup.stores[q.scale_store],
+                                q.bias_store < 0 ? nullptr : &lookup.stores[q.bias_store]};
+    for (int part = 0; part < 2 && parts[part] != nullptr; ++part) {
+        const StoreView& store = *parts[part];
+        const int64_t base = q.per_row ? row * store.width : 0;
+        float* out = steps + part * steps_room(probe.width);
+        for (int64_t c = 0; c < probe.width; ++c) {
+            out[c] = load_float(store.data, store.dtype, base + (q.per_column ? c : 0));
+        }
+    }
+}
+
+typedef uint32_t Codes __attribute__((vector_size(kUnpacked * sizeof(uint32_t))));
+typedef int32_t SignedCodes __attribute__((vector_size(kUnpacked * sizeof(int32_t))));
+typedef float Values __attribute__((vector_size(kUnpacked * sizeof(float))));
+
+// Eight codes of kBits bits from a bit of a byte on; fewer at the store's end, and zeros.
+template <int kBits>
+EMBCOMPRESS_INLINE Codes load_codes(const StoreView& store, int64_t byte, int shift) {
+    const uint8_t* stream = static_cast<const uint8_t*>(store.data) + byte;
+    uint64_t window = 0;
+    if (byte + 8 <= store.bytes) {
+        std::memcpy(&window, stream, 8);
+    } else {
+        for (int64_t k = 0; byte + k < store.bytes; ++k) {
+            window |= static_cast<uint64_t>(stream[k]) << (8 * k);
+        }
+    }
+    window >>= shift;
+    const uint32_t low = static_cast<uint32_t>(window);
+    const uint32_t high = static_cast<uint32_t>(window >> (4 * kBits));
+    const Codes shifts = {0, kBits, 2 * kBits, 3 * kBits, 0, kBits, 2 * kBits, 3 * kBits};
+    return (Codes{low, low, low, low, high, high, high, high} >> shifts) & ((1u << kBits) - 1);
+}
+
+// One row of kBits-bit codes. Eight codes are kBits bytes, so they begin at the same bit of a byte
+// as the row does, and with that bit they lie within eight bytes.
+template <int kBits, bool kBias>
+EMBCOMPRESS_INLINE void unpack_row(const StoreView& store, int64_t row, int64_t width,
+                                   const float* steps, float* out) {
+    constexpr float kMiddle = static_cast<float>((1 << kBits) - 1) / 2;
+    const int64_t first_bit = row * width * kBits;
+    const int shift = static_cast<int>(first_bit & 7);
+    for (int64_t c = 0; c < width; c += kUnpacked) {
+        const Codes codes =
+            load_codes<kBits>(store, (first_bit >> 3) + c / kUnpacked * kBits, shift);
+        Values values = __builtin_convertvector((SignedCodes)codes, Values), step;
+        std::memcpy(&step, steps + c, sizeof(step));
+        if constexpr (kBias) {
+            Values bias;
+            std::memcpy(&bias, steps + steps_room(width) + c, sizeof(bias));
+            values = step * values + bias;
+        } else {
+            values = step * (values - kMiddle);
+        }
+        std::memcpy(out + c, &values, sizeof(values));
+    }
+}
+
+template <bool kBias>
+EMBCOMPRESS_INLINE void unpack_row(const StoreView& store, int64_t bits, int64_t row, int64_t width,
+                                   const float* steps, float* out) {
+    switch (bits) {
+        case 1:
+            return unpack_row<1, kBias>(store, row, width, steps, out);
+        case 2:
+            return unpack_row<2, kBias>(store, row, width, steps, out);
+        case 4:
+            return unpack_row<4, kBias>(store, row, width, steps, out);
+        default:
+            return unpack_row<8, kBias>(store, row, width, steps, out);
+    }
+}
+
+// One row of a store that does not hold float32 as it is; kUnpacked numbers more may be written.
+EMBCOMPRESS_INLINE void convert_row(const StoreView& store, const Probe& probe, int64_t row,
+                                    const float* steps, float* out) {
+    const int64_t width = probe.width;
+    const Quantization& q = probe.quantization;
+    if (store.dtype == Dtype::kPacked) {
+        if (q.bias_store < 0) return unpack_row<false>(store, q.bits, row, width, steps, out);
+        return unpack_row<true>(store, q.bits, row, width, steps, out);
+    }
+    for (int64_t c = 0; c < width; ++c) {
+        const float value = load_float(store.data, store.dtype, row * width + c);
+        const float* bias = q.bias_store < 0 ? nullptr : steps + steps_room(width) + c;
+        out[c] = q.bits == 0 ? value : read_latent(value, steps[c], bias, q.bits).value;
+    }
+}
+
+// Rows of a probe's store as float32; -1 is none. `steps` has room for those and
+// the biases of a row, `out` for kUnpacked numbers more.
+EMBCOMPRESS_INLINE void convert_rows(const Lookup& lookup, const Probe& probe, const int64_t* rows,
+                                     int n, float* steps, float* out) {
+    const StoreView& store = lookup.stores[probe.store];
+    const Quantization& q = probe.quantization;
+    const int64_t bits = store.dtype == Dtype::kPacked    ? q.bits
+                         : store.dtype == Dtype::kFloat32 ? 32
+                                                          : 16;
+    const int64_t row_bytes = (probe.width * bits + 7) / 8;
+    for (int i = 0; i < n; ++i) {
+        if (rows[i] < 0) continue;
+        const char* row =
+            static_cast<const char*>(store.data) + ((rows[i] * probe.width * bits) >> 3);
+        for (int64_t byte = 0; byte < std::min<int64_t>(row_bytes, 256); byte += 64) {
+            __builtin_prefetch(row + byte);
+        }
+    }
+    if (q.bits > 0 && !q.per_row) load_steps(lookup, probe, 0, steps);
+    for (int i = 0; i < n; ++i) {
+        if (rows[i] < 0) continue;
+        if (q.bits > 0 && q.per_row) load_steps(lookup, probe, rows[i], steps);
+        convert_row(store, probe, rows[i], steps, out + i * probe.width);
+    }
+}
+
+}  // namespace embcompress

@@ -1,0 +1,139 @@
+// Sums over ids of products of rows, a vector of columns at a time. Forward pools the rows of bags;
+// backward pools the gradients of the ids that read one row.
+
+#pragma once
+
+#include <cstring>
+
+#include "rows.h"
+
+namespace embcompress {
+
+// `kLanes` floats in registers. A vector extension of GCC and clang: it becomes whatever the
+// target has, and rounds as scalars do.
+template <int kLanes>
+struct Lanes {
+    typedef float Type __attribute__((vector_size(kLanes * sizeof(float))));
+};
+template <>
+struct Lanes<1> {
+    typedef float Type;
+};
+
+template <typename V>
+EMBCOMPRESS_INLINE V load_lanes(const float* from) {
+    V lanes;
+    std::memcpy(&lanes, from, sizeof(V));
+    return lanes;
+}
+
+template <typename V>
+EMBCOMPRESS_INLINE void store_lanes(float* to, V lanes) {
+    std::memcpy(to, &lanes, sizeof(V));
+}
+
+// Sum of n products, in an order that no instruction set changes.
+template <typename F>
+EMBCOMPRESS_INLINE float sum_of(int64_t n, const F& term) {
+    constexpr int kWidth = 16;
+    float sums[kWidth] = {};
+    int64_t c = 0;
+    for (; c + kWidth <= n; c += kWidth) {
+        for (int k = 0; k < kWidth; ++k) sums[k] += term(c + k);
+    }
+    for (int k = 0; c + k < n; ++k) sums[k] += term(c + k);
+    for (int half = kWidth / 2; half > 0; half /= 2) {
+        for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
+    }
+    return sums[0];
+}
+
+// The rows of some probes, for every id of a block.
+struct ProbeRows {
+    const float* const* pointers;  // of the first probe; the next one's are kBlock further
+    const float* scales;           // likewise; nullptr: none of them is scaled
+    int count;
+};
+
+// Columns [column, column + lanes) of id number i, its probes combined. kProbes is their number,
+// unscaled, or 0 where neither is known.
+template <typename V, bool kMul, int kProbes>
+EMBCOMPRESS_INLINE V combine_lanes(const ProbeRows& rows, int i, int64_t column) {
+    const int count = kProbes == 0 ? rows.count : kProbes;
+    V value = load_lanes<V>(rows.pointers[i] + column);
+    if (kProbes == 0 && rows.scales != nullptr) value *= rows.scales[i];
+    for (int t = 1; t < count; ++t) {
+        V next = load_lanes<V>(rows.pointers[t * kBlock + i] + column);
+        if (kProbes == 0 && rows.scales != nullptr) next *= rows.scales[t * kBlock + i];
+        value = kMul ? value * next : value + next;
+    }
+    return value;
+}
+
+// What becomes of a block's vectors: ids [begin, end) are added to `out` (to zero where `start`),
+// or id number i is written to out + i * stride. Weights are of the ids, or nullptr.
+struct Target {
+    int begin;
+    int end;
+    const float* weights;
+    bool start;
+    int64_t stride;  // 0: the ids are added up
+    float* out;
+};
+
+// kVectors vectors of kLanes columns, from `column` on. Sums run over ids in order, so the width
+// of the vectors changes no bit.
+template <int kLanes, int kVectors, bool kMul, int kProbes>
+EMBCOMPRESS_INLINE void pool_lanes(const ProbeRows& rows, const Target& target, int64_t column) {
+    typedef typename Lanes<kLanes>::Type V;
+    float* out = target.out + column;
+    if (target.stride != 0) {
+        for (int i = target.begin; i < target.end; ++i) {
+            float* to = out + i * target.stride;
+            for (int v = 0; v < kVectors; ++v) {
+                V value = combine_lanes<V, kMul, kProbes>(rows, i, column + v * kLanes);
+                if (target.weights != nullptr) value *= target.weights[i];
+                store_lanes(to + v * kLanes, value);
+            }
+        }
+        return;
+    }
+    V sums[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+        sums[v] = target.start ? V{} : load_lanes<V>(out + v * kLanes);
+    }
+    for (int i = target.begin; i < target.end; ++i) {
+        for (int v = 0; v < kVectors; ++v) {
+            V value = combine_lanes<V, kMul, kProbes>(rows, i, column + v * kLanes);
+            if (target.weights != nullptr) value *= target.weights[i];
+            sums[v] += value;
+        }
+    }
+    for (int v = 0; v < kVectors; ++v) store_lanes(out + v * kLanes, sums[v]);
+}
+
+template <bool kMul, int kProbes>
+EMBCOMPRESS_INLINE void pool_columns(const ProbeRows& rows, const Target& target, int64_t width) {
+    int64_t c = 0;
+    for (; c + 64 <= width; c += 64) pool_lanes<16, 4, kMul, kProbes>(rows, target, c);
+    for (; c + 16 <= width; c += 16) pool_lanes<16, 1, kMul, kProbes>(rows, target, c);
+    for (; c + 4 <= width; c += 4) pool_lanes<4, 1, kMul, kProbes>(rows, target, c);
+    for (; c < width; ++c) pool_lanes<1, 1, kMul, kProbes>(rows, target, c);
+}
+
+template <bool kMul>
+EMBCOMPRESS_INLINE void pool_probes(const ProbeRows& rows, const Target& target, int64_t width) {
+    if (rows.scales != nullptr) {
+        pool_columns<kMul, 0>(rows, target, width);
+    } else if (rows.count == 1) {
+        pool_columns<false, 1>(rows, target, width);
+    } else if (rows.count == 2) {
+        pool_columns<kMul, 2>(rows, target, width);
+    } else if (rows.count == 4) {
+        pool_columns<kMul, 4>(rows, target, width);
+    } else {
+        pool_columns<kMul, 0>(rows, target, width);
+    }
+}
+
+}  // namespace embcompress
