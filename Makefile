@@ -13,7 +13,7 @@ SWEEP_DATA ?= synthetic:rows=100000
 SWEEP_OUT ?= sweep-results/synthetic
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep test test-slow check format sanitize benchmark clean
+.PHONY: help setup sweep test test-slow check format sanitize emulate gpu benchmark clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -84,6 +84,15 @@ sanitize: setup ## the engine's tests under AddressSanitizer and UndefinedBehavi
 	    EMBCOMPRESS_LIBRARY=.sanitize/lib/embcompress/_C.abi3.so OMP_NUM_THREADS=2 \
 	    $(RUN)/python -m pytest -n 2 -m "not slow" \
 	    tests/engine tests/test_optimizers.py tests/test_collection.py
+
+emulate: setup ## the engine's tests through the CUDA kernels, whose launches are emulated on the CPU
+	OMP_NUM_THREADS=1 EMBCOMPRESS_LIBRARY="$$($(RUN)/python -m tests.cuda.emulation.build)" \
+	    $(RUN)/python -m pytest -n 2 -m "not slow" --deselect \
+	    tests/engine/test_generated.py::test_the_number_of_threads_changes_no_bit \
+	    tests/engine tests/test_optimizers.py tests/test_collection.py
+
+gpu: ## on a machine with a GPU: build, test, sanitize and measure, with the python3 that has torch
+	PYTHON=$(or $(PYTHON),python3) benchmarks/gpu.sh
 
 benchmark: setup ## lookups and training steps, ours against the full table (needs an idle machine)
 	$(RUN)/python benchmarks/lookup.py --out benchmark-results/lookup

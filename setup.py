@@ -1,6 +1,10 @@
 """Builds the C++ extension where there is a compiler; everything runs without it.
 
+With a CUDA build of torch and a CUDA toolkit (nvcc), the CUDA kernels are built into it, for the
+architectures of TORCH_CUDA_ARCH_LIST (default: 8.0, 9.0 and PTX of 9.0).
+
 EMBCOMPRESS_BUILD_EXTENSION=0 never builds it, =1 makes a failure to build it an error.
+EMBCOMPRESS_BUILD_CUDA=0 leaves the CUDA kernels out, =1 makes a failure to build them an error.
 EMBCOMPRESS_SANITIZE=1 builds it with AddressSanitizer and UndefinedBehaviorSanitizer.
 """
 
@@ -15,7 +19,10 @@ from pathlib import Path
 from setuptools import setup
 
 CHOICE = os.environ.get("EMBCOMPRESS_BUILD_EXTENSION", "auto")
+CUDA_CHOICE = os.environ.get("EMBCOMPRESS_BUILD_CUDA", "auto")
 SANITIZE = os.environ.get("EMBCOMPRESS_SANITIZE") == "1"
+#: Machine code for A100 and H100, and PTX that later devices compile for themselves.
+CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 #: The oldest torch whose stable ABI the extension needs: torch::stable::parallel_for.
 STABLE_ABI = "0x020a000000000000"
 
@@ -42,8 +49,33 @@ def why_not() -> str | None:
     return None
 
 
+def why_no_cuda() -> str | None:
+    """Why the CUDA kernels are not built; None if they are."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if CUDA_CHOICE == "0":
+        return "EMBCOMPRESS_BUILD_CUDA=0"
+    if SANITIZE:
+        return "sanitizers are for the CPU engine"
+    if torch.version.cuda is None:
+        return "this torch is a build without CUDA"
+    if CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
+        return "no CUDA toolkit (nvcc) was found; set CUDA_HOME"
+    return None
+
+
 def extension_arguments() -> dict[str, object]:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    no_cuda = why_no_cuda()
+    if no_cuda is not None and CUDA_CHOICE == "1":
+        raise SystemExit(f"embcompress: the CUDA kernels were asked for, but {no_cuda}")
+    if no_cuda is None:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+        built = f"the CPU engine and CUDA kernels for {os.environ['TORCH_CUDA_ARCH_LIST']}"
+    else:
+        built = f"the CPU engine; no CUDA kernels: {no_cuda}"
 
     class OptionalBuildExtension(BuildExtension):
         """A failure to compile leaves the package without its extension, and says so."""
@@ -51,11 +83,11 @@ def extension_arguments() -> dict[str, object]:
         def run(self) -> None:
             try:
                 super().run()
-                say(f"built the CPU engine{' with sanitizers' if SANITIZE else ''}")
+                say(f"built {built}{', with sanitizers' if SANITIZE else ''}")
             except Exception as error:
-                if CHOICE == "1":
+                if CHOICE == "1" or CUDA_CHOICE == "1":
                     raise
-                say(f"the CPU engine was NOT built, the pure-torch one will be used: {error}")
+                say(f"the extension was NOT built, the pure-torch engine will be used: {error}")
 
         def copy_extensions_to_source(self) -> None:
             built = [Path(self.get_ext_fullpath(ext.name)).name for ext in self.extensions]
@@ -63,7 +95,7 @@ def extension_arguments() -> dict[str, object]:
                 super().copy_extensions_to_source()
 
     sanitizers = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
-    compile_arguments = [
+    cxx = [
         "-std=c++17",
         # Rounding must not depend on whether the compiler found a multiply-add.
         "-ffp-contract=off",
@@ -73,18 +105,26 @@ def extension_arguments() -> dict[str, object]:
         "-Wno-psabi",
         *(sanitizers if SANITIZE else ["-O3"]),
     ]
-    extension = CppExtension(
+    nvcc = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler=-fvisibility=hidden,-Wall"]
+    sources = [path for path in Path("csrc").rglob("*.c*") if path.suffix in (".cpp", ".cu")]
+    if no_cuda is not None:
+        sources = [path for path in sources if path.parent.name != "cuda"]
+    extension = (CppExtension if no_cuda else CUDAExtension)(
         "embcompress._C",
-        sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
-        extra_compile_args=compile_arguments,
+        sorted(map(str, sources)),
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
         extra_link_args=["-fsanitize=address,undefined"] if SANITIZE else [],
-        define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI)],
-        depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
+        define_macros=[
+            ("TORCH_TARGET_VERSION", STABLE_ABI),
+            *([] if no_cuda else [("USE_CUDA", None)]),
+        ],
+        depends=sorted(str(path) for path in Path("csrc").rglob("*.*h")),
         py_limited_api=True,
     )
+    # Ninja compiles the CUDA files side by side; the few C++ files need no such thing.
     return {
         "ext_modules": [extension],
-        "cmdclass": {"build_ext": OptionalBuildExtension.with_options(use_ninja=False)},
+        "cmdclass": {"build_ext": OptionalBuildExtension.with_options(use_ninja=not no_cuda)},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 

@@ -333,6 +333,10 @@ class CompressedTable(nn.Module):
 
     # -- fused optimizers
 
+    def runs_heads(self) -> bool:
+        """Whether the kernels of the stores' device run the plan's head; True without one."""
+        return self._program.runs_heads(next(iter(self.stores().values())).device)
+
     def fuse(self, rule: UpdateRule, states: dict[Tensor, list[Tensor]]) -> None:
         """Update the stores in the backward pass; see :func:`embcompress.fuse_optimizer`.
 
@@ -341,9 +345,9 @@ class CompressedTable(nn.Module):
             states: state of the stores that were fused already; new ones are added.
         """
         self.fused_rule = rule
-        compiled = self._program.is_compiled and all(
-            store.dtype == "float32" for store in self._plan.stores if store.is_float
-        )
+        floats = [store for store in self._plan.stores if store.is_float]
+        is_float32 = all(store.dtype == "float32" for store in floats)
+        compiled = rule.in_kernel and self._program.is_compiled and is_float32
         if not compiled:
             self.options = replace(self.options, sparse=True)
             self._set_plan(replace(self._plan))  # a new object: collections notice the change

@@ -32,7 +32,8 @@ def fuse_optimizer(
     :class:`torch.optim.SparseAdam`: moments of untouched rows do not decay.
     ``"rowwise_adagrad"`` keeps one sum for each row, of the mean squared gradient (FBGEMM's
     exact row-wise Adagrad). With ``weight_decay``, only touched rows decay. Heads are updated
-    as a whole.
+    as a whole. Where a table has a head and is on a GPU, whose kernels run none, all tables of the
+    module take sparse gradients and torch's operators instead: move the module first, then fuse.
 
     Args:
         module: a table, a collection, or a model that contains some.
@@ -65,7 +66,8 @@ def fuse_optimizer(
         if table.fused_rule is not None:
             raise ValueError("the module has a fused optimizer already")
     chosen_eps = _DEFAULT_EPS[name] if eps is None else eps
-    rule = UpdateRule(name, lr, chosen_eps, weight_decay, betas)
+    in_kernel = all(table.runs_heads() for table in tables)
+    rule = UpdateRule(name, lr, chosen_eps, weight_decay, betas, in_kernel)
     states: dict[Tensor, list[Tensor]] = {}  # tied stores share their state
     for table in tables:
         table.fuse(rule, states)

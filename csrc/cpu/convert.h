@@ -1,12 +1,11 @@
-// From numbers as they are stored to float32: half precision, packed codes, latents.
+// From stored rows to float32 on the CPU: decoded rows, scales, packed codes, latents.
 
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <limits>
 
+#include "../numbers.h"
 #include "lookup.h"
 
 // One build runs on every x86-64 machine: the kernels are compiled for three instruction sets and
@@ -20,60 +19,6 @@
 #endif
 
 namespace embcompress {
-
-EMBCOMPRESS_INLINE float half_to_float(uint16_t half) {
-    const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
-    const uint32_t magnitude = half & 0x7FFF;
-    uint32_t bits;
-    if (magnitude >= 0x7C00) {  // infinities and NaN
-        bits = sign | 0x7F800000 | (magnitude & 0x3FF) << 13;
-    } else if (magnitude >= 0x400) {
-        bits = sign | ((magnitude << 13) + 0x38000000);
-    } else {  // subnormal: exact in float32
-        const float value = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
-        std::memcpy(&bits, &value, sizeof(bits));
-        bits |= sign;
-    }
-    float result;
-    std::memcpy(&result, &bits, sizeof(result));
-    return result;
-}
-
-EMBCOMPRESS_INLINE float bfloat_to_float(uint16_t value) {
-    const uint32_t bits = static_cast<uint32_t>(value) << 16;
-    float result;
-    std::memcpy(&result, &bits, sizeof(result));
-    return result;
-}
-
-EMBCOMPRESS_INLINE float load_float(const void* data, Dtype dtype, int64_t index) {
-    if (dtype == Dtype::kFloat32) return static_cast<const float*>(data)[index];
-    const uint16_t value = static_cast<const uint16_t*>(data)[index];
-    return dtype == Dtype::kFloat16 ? half_to_float(value) : bfloat_to_float(value);
-}
-
-// A number of a row that is trained to be packed: where it lies among the codes, the nearest code,
-// and the value of that.
-struct Latent {
-    float position;
-    float code;
-    float value;
-    bool inside;  // of the codes' range: within half a step of its code
-};
-
-// The same operations as in embcompress/engine/quantization.py, so the same bits.
-EMBCOMPRESS_INLINE Latent read_latent(float value, float step, const float* bias, int64_t bits) {
-    const float last = static_cast<float>((1 << bits) - 1), middle = last / 2;
-    const float divisor = step == 0.0f ? std::numeric_limits<float>::min() : step;
-    Latent latent;
-    latent.position = bias == nullptr ? value / divisor + middle : (value - *bias) / divisor;
-    latent.inside = latent.position >= -0.5f && latent.position <= last + 0.5f;
-    // In this order a position that is NaN stays one.
-    const float clamped = std::min(std::max(latent.position, 0.0f), last);
-    latent.code = std::nearbyint(clamped);
-    latent.value = bias == nullptr ? step * (latent.code - middle) : step * latent.code + *bias;
-    return latent;
-}
 
 // The row that the code in a row of the table of codes stands for; -1: absent. Codes may be
 // damaged: one past its bound is absent, and never a row out of bounds.

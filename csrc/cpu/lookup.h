@@ -6,11 +6,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "../plan.h"
+#include "../numbers.h"
 
 namespace embcompress {
-
-enum class Dtype : int8_t { kFloat32, kFloat16, kBFloat16, kPacked };
 
 struct StoreView {
     const void* data;

@@ -2,24 +2,13 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
-#include <cstdint>
 
+#include "../optimizer.h"
 #include "pooling.h"
 
 namespace embcompress {
-
-enum class OptimizerKind : int64_t { kSgd = 0, kAdagrad = 1, kRowwiseAdagrad = 2, kAdam = 3 };
-
-struct Optimizer {
-    OptimizerKind kind;
-    float learning_rate;
-    float epsilon;
-    float weight_decay;
-    float beta1;
-    float beta2;
-    int64_t step;  // of Adam, from 1
-};
 
 // Updates one row of `width` numbers. `first` and `second` are the row's state: Adagrad's sum of
 // squares (one number for the row-wise form), Adam's two moments.
@@ -75,7 +64,7 @@ struct Updated {
     float* second;
 
     EMBCOMPRESS_INLINE int64_t state_at(int64_t row) const {
-        return row * (optimizer.kind == OptimizerKind::kRowwiseAdagrad ? 1 : width);
+        return row * state_width(optimizer.kind, width);
     }
 
     EMBCOMPRESS_INLINE void update(int64_t row, const float* gradient) const {

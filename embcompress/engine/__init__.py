@@ -81,6 +81,7 @@ class Program:
             self._encode()
         self._has_maxima = plans[0].pool == "max"
         self._has_vectors = plans[0].pool in ("none", "max")  # for every id, and no bags yet
+        self._has_head = any(plan.head is not None for plan in plans)
         self._sparse = options.sparse
         self._dtype = _output_dtype(plans)
         # One call of the operator, and nothing before or after it.
@@ -116,8 +117,13 @@ class Program:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether the compiled operators run these plans in one call."""
+        """Whether the compiled operators run these plans in one call, on a device that runs heads
+        where there are any (:meth:`runs_heads`)."""
         return self._encoded is not None
+
+    def runs_heads(self, device: torch.device) -> bool:
+        """Whether a device's kernels run the heads of these plans; True where there are none."""
+        return not self._has_head or ops.runs_heads(device)
 
     def __call__(
         self,
@@ -138,7 +144,7 @@ class Program:
             (N, embedding_dim), or (B, sum of embedding_dim).
 
         Raises:
-            TypeError: inputs that the compiled engine does not run, with ``fused``.
+            TypeError: inputs or heads that the compiled engine does not run, with ``fused``.
             IndexError: an id outside ``[0, num_embeddings)``.
             ValueError: offsets that describe no bags.
         """
@@ -149,12 +155,18 @@ class Program:
             parts = zip(self.parts, stores, self._feature_bags(bags), updates, strict=True)
             return torch.cat([part((each,), own, update) for part, each, own, update in parts], 1)
         assert not isinstance(fused, Sequence)
-        if self._encoded is not None and _is_for_kernels(bags):
+        runs_heads = self.runs_heads(bags.ids.device)
+        if self._encoded is not None and _is_for_kernels(bags) and runs_heads:
             return self._run_compiled(self._encoded, stores, bags, fused)
+        if fused is not None and not runs_heads:
+            raise TypeError(
+                f"the kernels of a {bags.ids.device.type} device run no heads, and the optimizer "
+                "was fused on another device; move the module first, then fuse the optimizer"
+            )
         if fused is not None:
             raise TypeError(
-                "a fused optimizer takes ids on the CPU and per_sample_weights of float32 at "
-                "most; call .float() on the weights"
+                "a fused optimizer takes ids on the CPU or a CUDA device and per_sample_weights of "
+                "float32 at most; call .float() on the weights"
             )
         return self._run_reference(stores, bags.complete())
 
@@ -174,6 +186,8 @@ class Program:
         """
         if not self._is_plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
+        if not self.runs_heads(ids.device):
+            return None
         assert self._encoded is not None
         try:
             return ops.lookup_forward(
@@ -187,7 +201,10 @@ class Program:
                 self._encoded.num_columns,
                 False,
             )
-        except RuntimeError:
+        except RuntimeError as error:
+            if ops.is_report(error):  # which is made once: another call would not raise it
+                self._check(Bags(ids, offsets, ends_are_given=ends_are_given).complete())
+                raise
             return None
 
     # -- torch's own operator
@@ -311,7 +328,9 @@ def _output_dtype(plans: Sequence[LookupPlan]) -> torch.dtype:
 
 
 def _is_for_kernels(bags: Bags) -> bool:
-    return bags.ids.is_cpu and (bags.weights is None or bags.weights.dtype != torch.float64)
+    if bags.weights is not None and bags.weights.dtype == torch.float64:
+        return False
+    return ops.runs_on(bags.ids.device)
 
 
 def lookup(

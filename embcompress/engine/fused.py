@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from embcompress.engine import ops
 
-#: Number of each optimizer in ``csrc/cpu/optimizers.h``.
+#: Number of each optimizer in ``csrc/optimizer.h``.
 OPTIMIZERS = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 2, "adam": 3}
 
 
@@ -26,6 +26,9 @@ class UpdateRule:
         eps: added to the denominator.
         weight_decay: added to the gradient of touched rows, times the row.
         betas: of Adam's moments.
+        in_kernel: whether the backward pass of the kernels updates; else gradients come first, and
+            torch updates. One answer for all tables that are fused together, since a collection
+            runs them in one call.
         settings: (5,) float64, these numbers in this order: what the operators read, so that a
             new rate is no new graph for a compiler.
         anchor: a scalar that requires a gradient, so that there is a backward pass.
@@ -36,6 +39,7 @@ class UpdateRule:
     eps: float
     weight_decay: float
     betas: tuple[float, float]
+    in_kernel: bool = True
 
     def __post_init__(self) -> None:
         self.settings = torch.empty(5, dtype=torch.float64, device="cpu")

@@ -44,11 +44,66 @@ def _load() -> bool:
 
 
 _LOADED = _load()
+_HAS_CUDA = _LOADED and torch._C._dispatch_has_kernel_for_dispatch_key(
+    "embcompress::lookup_forward", "CUDA"
+)
+#: Types of the devices whose kernels run no heads: those that report, as csrc/cuda does.
+_WITHOUT_HEADS = frozenset(
+    kind
+    for kind in ("cpu", "cuda")
+    if _LOADED
+    and torch._C._dispatch_has_kernel_for_dispatch_key("embcompress::raise_reported", kind.upper())
+)
 
 
 def is_available() -> bool:
     """Whether the compiled engine is there."""
     return _LOADED
+
+
+def has_cuda_kernels() -> bool:
+    """Whether the extension was built with its CUDA kernels."""
+    return _HAS_CUDA
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether the compiled operators run on a device.
+
+    Raises:
+        RuntimeError: a CUDA device, and an extension without CUDA kernels: the reference would
+            answer, but many times slower than anybody expects.
+    """
+    if device.type == "cuda" and not has_cuda_kernels():
+        raise RuntimeError(
+            "embcompress was built without its CUDA kernels: install it again where torch is a "
+            "CUDA build and nvcc is found (the build says what it built), move tables and ids to "
+            "the CPU, or set EMBCOMPRESS_ENGINE=reference for the slow pure-torch engine"
+        )
+    return device.type in ("cpu", "cuda")
+
+
+def runs_heads(device: torch.device) -> bool:
+    """Whether the compiled operators of a device run plans with a head; the CUDA kernels do not."""
+    return device.type not in _WITHOUT_HEADS
+
+
+def is_report(error: RuntimeError) -> bool:
+    """Whether an operator raised what a CUDA kernel reported, of this call or an earlier one."""
+    return "CUDA_LAUNCH_BLOCKING=1 tells which" in str(error)
+
+
+def synchronize(device: torch.device | str | int | None = None) -> None:
+    """Wait for a CUDA device, and raise what its lookups have found wrong with ids or offsets.
+
+    Kernels report to the host without making it wait, so a lookup or its backward pass raises what
+    an earlier one found. This is for the last of them, and for replayed CUDA graphs.
+
+    Raises:
+        RuntimeError: an id was outside its vocabulary, or offsets did not rise.
+    """
+    torch.cuda.synchronize(device)
+    if has_cuda_kernels():
+        torch.ops.embcompress.raise_reported(torch.empty(0, device=device or "cuda"))
 
 
 # --------------------------------------------------------------------------------- fake kernels

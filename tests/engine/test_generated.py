@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 import embcompress.engine
 from embcompress.engine import Bags, GradientOptions, lookup, lookup_features, ops
 from embcompress.plan import Code, Digit, Hash, LookupPlan, Probe, Quantization, Store
+from tests.engine.devices import DEVICES, to_device
 from tests.engine.judging import WEIGHTS, Judge, Result, output_gradient, quantization_steps, run
 from tests.plan_cases import Case, make_case, make_feature_cases, pack_bits, with_leaves
 
@@ -24,14 +26,17 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def engine(case: Case, sparse: bool = False) -> Tensor:
-    return lookup(case.plan, case.stores, case.bags, GradientOptions(sparse=sparse))
+def engine(case: Case, sparse: bool = False, device: str = "cpu") -> Tensor:
+    case = to_device(case, device)
+    return lookup(case.plan, case.stores, case.bags, GradientOptions(sparse=sparse)).cpu()
 
 
 def may_use_reference(case: Case) -> bool:
-    """Double precision is left to the reference."""
+    """Double precision is left to the reference, and heads where the kernels run none."""
     dtypes = {store.dtype for store in case.plan.stores}
-    weights = case.bags.weights
+    weights, device = case.bags.weights, case.bags.ids.device
+    if case.plan.head is not None and not ops.runs_heads(device):
+        return True
     return "float64" in dtypes or (weights is not None and weights.dtype == torch.float64)
 
 
@@ -43,27 +48,30 @@ def without_reference(*cases: Case) -> AbstractContextManager[object]:
     return patch.object(embcompress.engine, "lookup_reference", side_effect=error)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("first", range(0, CASES, BLOCK))
-def test_generated_cases(first: int) -> None:
+def test_generated_cases(first: int, device: str) -> None:
+    run_engine = partial(engine, device=device)
     for number in range(first, first + BLOCK):
         case = make_case(number)
         if case.plan.is_dense:  # that is torch's own operator
             continue
         judge, steps = Judge(case), quantization_steps(case)
         with without_reference(case):
-            judge.check(run(case, judge.gradient, engine))
+            judge.check(run(case, judge.gradient, run_engine))
             if steps:
-                judge.check(run(case, judge.gradient, engine, frozen=steps))
+                judge.check(run(case, judge.gradient, run_engine, frozen=steps))
             with torch.no_grad():
-                judge.check_output(engine(case))
+                judge.check_output(run_engine(case))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("first", range(CASES, CASES + 200, BLOCK))
-def test_sparse_gradients(first: int) -> None:
+def test_sparse_gradients(first: int, device: str) -> None:
     """The same numbers, in rows that are sorted and unique."""
 
     def sparse_engine(case: Case) -> Tensor:
-        return engine(case, sparse=True)
+        return engine(case, sparse=True, device=device)
 
     for number in range(first, first + BLOCK):
         case = make_case(number, dtype="float32")
@@ -82,21 +90,22 @@ def test_sparse_gradients(first: int) -> None:
 # ----------------------------------------------------------------------------------- features
 
 
-def run_features(cases: list[Case], gradients: list[Tensor]) -> list[Result]:
+def run_features(cases: list[Case], gradients: list[Tensor], device: str) -> list[Result]:
     """One call for all features, taken apart again."""
     leaves = [with_leaves(case) for case in cases]
+    moved = [to_device(case, device) for case in leaves]
     starts = [0]
     for case in cases:
         starts.append(starts[-1] + case.bags.ids.numel())
     offsets = [case.bags.offsets[:-1] + start for case, start in zip(cases, starts, strict=False)]
-    weights = [case.bags.weights for case in leaves]
+    weights = [case.bags.weights for case in moved]
     output = lookup_features(
-        [case.plan for case in leaves],
-        [case.stores for case in leaves],
-        torch.cat([case.bags.ids for case in leaves]),
-        torch.cat([*offsets, torch.tensor([starts[-1]])]),
+        [case.plan for case in moved],
+        [case.stores for case in moved],
+        torch.cat([case.bags.ids for case in moved]),
+        torch.cat([*offsets, torch.tensor([starts[-1]])]).to(device),
         None if weights[0] is None else torch.cat(weights),
-    )
+    ).cpu()
     widths = [case.plan.embedding_dim for case in cases]
     assert output.shape == (cases[0].bags.offsets.numel() - 1, sum(widths))
     if output.requires_grad:
@@ -110,15 +119,16 @@ def run_features(cases: list[Case], gradients: list[Tensor]) -> list[Result]:
     return results
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("first", range(0, FEATURE_CASES, BLOCK))
-def test_features_in_one_call(first: int) -> None:
+def test_features_in_one_call(first: int, device: str) -> None:
     for number in range(first, first + BLOCK):
         cases = make_feature_cases(number)
         judges = [Judge(case) for case in cases]
         # Torch's own operator runs dense tables that are looked up by themselves.
         by_torch = len(cases) == 1 or any(case.plan.pool == "max" for case in cases)
         with without_reference(*cases):
-            results = run_features(cases, [judge.gradient for judge in judges])
+            results = run_features(cases, [judge.gradient for judge in judges], device)
         for case, judge, result in zip(cases, judges, results, strict=True):
             if not (by_torch and case.plan.is_dense):
                 judge.check(result)
@@ -169,8 +179,9 @@ def test_the_number_of_threads_changes_no_bit(first: int) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("pool", ["none", "sum", "mean", "max"])
-def test_hot_ids_give_the_same_bits_every_time(pool: str) -> None:
+def test_hot_ids_give_the_same_bits_every_time(pool: str, device: str) -> None:
     plan = LookupPlan(1000, 16, (Store("rows", 50, 16),), (Probe("rows", Hash(3, 50)),), pool=pool)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 1000, (20_000,), generator=generator)
@@ -178,9 +189,10 @@ def test_hot_ids_give_the_same_bits_every_time(pool: str) -> None:
     bags = Bags(ids, torch.arange(0, len(ids) + 1, 20))
     stores = {"rows": torch.randn(50, 16, generator=generator)}
     case = Case(0, plan, stores, bags, whole=False)
-    first = run(case, output_gradient(case), engine)
+    run_engine = partial(engine, device=device)
+    first = run(case, output_gradient(case), run_engine)
     for _ in range(10):
-        again = run(case, output_gradient(case), engine)
+        again = run(case, output_gradient(case), run_engine)
         assert torch.equal(again.output, first.output)
         assert torch.equal(again.gradients["rows"], first.gradients["rows"])
 
@@ -211,7 +223,10 @@ def test_a_number_that_is_none_is_not_hidden(pool: str) -> None:
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("otherwise", [None, Digit(1, 5)])
 @pytest.mark.parametrize("pool", ["none", "sum", "mean", "max"])
-def test_damaged_codes_read_nothing(pool: str, otherwise: Digit | None, quantized: bool) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_damaged_codes_read_nothing(
+    device: str, pool: str, otherwise: Digit | None, quantized: bool
+) -> None:
     """A code past its bound gives a zero vector, and never a row outside the store."""
     steps = Store("steps", 1, 1)
     rows = Store("rows", 5, 4, "uint8", Quantization("steps")) if quantized else Store("rows", 5, 4)
@@ -228,7 +243,7 @@ def test_damaged_codes_read_nothing(pool: str, otherwise: Digit | None, quantize
     bags = Bags(torch.arange(10), torch.arange(11))
     case = Case(0, plan, stores, bags, whole=True)
     judge = Judge(case)
-    judge.check(run(case, judge.gradient, engine))
-    zero = [not row.any() for row in lookup(plan, stores, bags)]
+    judge.check(run(case, judge.gradient, partial(engine, device=device)))
+    zero = [not row.any() for row in engine(case, device=device)]
     absent = otherwise is None
     assert zero == [False] * 5 + [True] * 3 + [absent, False]

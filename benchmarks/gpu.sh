@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Builds the CUDA kernels on a machine with a GPU, runs every test that needs one, then measures.
+#
+#     benchmarks/gpu.sh                 # results in ./gpu-results, or in $OUT where that is set
+#     PYTHON=python3.12 benchmarks/gpu.sh
+#
+# Needs a CUDA build of torch, nvcc and a C++ compiler, pytest and hypothesis; fbgemm-gpu is compared
+# where it is installed. Takes less than nine minutes: every step has a limit, and a step that fails
+# does not keep the others from running. Exits with 1 if any did.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-gpu-results}
+mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd)
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONUNBUFFERED=1
+LIMIT=530
+FAILED=0
+: >"$OUT/summary.txt"
+
+# step NAME SECONDS COMMAND…: runs it with a limit, its output in $OUT/NAME.log.
+step() {
+    local name=$1 limit=$2 left=$((LIMIT - SECONDS)) begin=$SECONDS code=0
+    shift 2
+    if ((left < limit)); then limit=$left; fi
+    if ((limit < 5)); then
+        echo "$name: no time left" | tee -a "$OUT/summary.txt"
+        FAILED=1
+        return
+    fi
+    timeout --kill-after=5 "$limit" "$@" >"$OUT/$name.log" 2>&1 || code=$?
+    tail -n 25 "$OUT/$name.log"
+    echo "$name: exit $code after $((SECONDS - begin)) s" | tee -a "$OUT/summary.txt"
+    if ((code != 0)); then FAILED=1; fi
+}
+
+# Machine code for this device alone: the build is most of the time otherwise.
+export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$("$PYTHON" -c \
+    'import torch; print("%d.%d" % torch.cuda.get_device_capability())')}
+export EMBCOMPRESS_BUILD_EXTENSION=1 EMBCOMPRESS_BUILD_CUDA=1
+step build 170 "$PYTHON" setup.py build_ext --inplace
+
+WORKERS=()
+if "$PYTHON" -c 'import xdist' 2>/dev/null; then WORKERS=(-n 4); fi
+step tests 150 "$PYTHON" -m pytest -q -p no:cacheprovider "${WORKERS[@]}" -m "cuda and not slow" tests
+
+SANITIZER=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
+if [ -x "$SANITIZER" ]; then
+    for tool in memcheck racecheck; do
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 50 "$SANITIZER" --tool "$tool" \
+            --error-exitcode 9 --target-processes all \
+            "$PYTHON" -m pytest -q -p no:cacheprovider -m cuda tests/cuda/test_sanitized.py
+    done
+else
+    echo "no compute-sanitizer" | tee -a "$OUT/summary.txt"
+fi
+
+LEFT=$((LIMIT - SECONDS - 15))
+step benchmark "$((LEFT + 10))" "$PYTHON" benchmarks/gpu.py --out "$OUT/gpu.json" --seconds "$LEFT"
+exit "$FAILED"

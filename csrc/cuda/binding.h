@@ -1,0 +1,236 @@
+// From checked arguments to what the kernels take: plans with their stores, launches, backward
+// passes.
+
+#pragma once
+
+#include <algorithm>
+#include <map>
+#include <utility>
+
+#include "kernels.h"
+
+namespace embcompress {
+namespace cuda {
+
+inline StoreView store_or_none(const Lookup& lookup, int64_t number) {
+    return number < 0 ? StoreView{} : lookup.stores[number];
+}
+
+// How many columns of a probe's rows are one aligned access: 8, 4 or 1.
+inline int32_t vector_columns(const StoreView& store, const Probe& probe) {
+    if (reinterpret_cast<uintptr_t>(store.data) % 16 != 0) return 1;
+    const int64_t both = probe.width | probe.column;
+    return both % 8 == 0 ? 8 : (both % 4 == 0 ? 4 : 1);
+}
+
+inline std::vector<BoundProbe> bind_probes(const Lookup& lookup) {
+    std::vector<BoundProbe> bound(lookup.header.num_probes);
+    for (int64_t number = 0; number < lookup.header.num_probes; ++number) {
+        const Probe& probe = lookup.probes[number];
+        const bool packed = probe.quantization.bits > 0;
+        BoundProbe& each = bound[number];
+        each.probe = probe;
+        each.store = lookup.stores[probe.store];
+        each.codes = store_or_none(lookup, probe.code.store);
+        const bool weighted = probe.scale.kind == ScaleKind::kWeight;
+        each.scale = store_or_none(lookup, weighted ? probe.scale.store : -1);
+        each.scale_codes = store_or_none(lookup, weighted ? probe.scale.code.store : -1);
+        each.step = store_or_none(lookup, packed ? probe.quantization.scale_store : -1);
+        each.bias = store_or_none(lookup, packed ? probe.quantization.bias_store : -1);
+        each.vector_columns = vector_columns(each.store, probe);
+        each.staged_at = -1;
+    }
+    return bound;
+}
+
+inline Inputs bind_inputs(const Lookup& lookup) {
+    Inputs inputs{};
+    inputs.ids = lookup.ids;
+    inputs.offsets = lookup.offsets;
+    inputs.weights = lookup.weights;
+    inputs.num_ids = lookup.num_ids;
+    inputs.num_offsets = lookup.num_offsets;
+    inputs.batch = lookup.batch;
+    inputs.num_columns = lookup.header.num_columns;
+    inputs.errors = error_flags();
+    inputs.weights_dtype = lookup.weights_dtype;
+    inputs.ids_are_32_bit = lookup.ids_are_32_bit;
+    return inputs;
+}
+
+inline void add_records(const Lookup& lookup, const std::vector<BoundProbe>& bound,
+                        PlanWords& plan) {
+    plan.layout.features = plan.add(lookup.features, lookup.header.num_features);
+    plan.layout.probes = plan.add(bound.data(), static_cast<int64_t>(bound.size()));
+    plan.layout.num_features = static_cast<int32_t>(lookup.header.num_features);
+    for (int64_t f = 0; f < lookup.header.num_features; ++f) {
+        plan.layout.most_probes =
+            std::max(plan.layout.most_probes, static_cast<int32_t>(lookup.features[f].num_probes));
+    }
+}
+
+// ------------------------------------------------------------------------------------ forward
+
+struct ForwardPlan {
+    PlanWords words;
+    std::vector<PoolLaunch> launches;
+};
+
+// Features that the same kernel runs with the same lanes go into one launch.
+inline ForwardPlan plan_forward(const Lookup& lookup, const DeviceLimits& device) {
+    ForwardPlan plan;
+    std::vector<BoundProbe> bound = bind_probes(lookup);
+    struct Members {
+        FeatureClass which;
+        std::vector<int64_t> features;
+        int64_t staged_bytes;
+        int64_t width;
+        int64_t probes;
+    };
+    std::vector<Members> classes;
+    for (int64_t f = 0; f < lookup.header.num_features; ++f) {
+        const Feature& feature = lookup.features[f];
+        BoundProbe* probes = bound.data() + feature.first_probe;
+        const FeatureClass which = classify(feature, probes);
+        auto found = std::find_if(classes.begin(), classes.end(),
+                                  [&](const Members& each) { return each.which == which; });
+        if (found == classes.end()) found = classes.insert(found, Members{which, {}, 0, 0, 0});
+        found->features.push_back(f);
+        found->staged_bytes = std::max(found->staged_bytes, stage_stores(feature, probes));
+        found->width = std::max(found->width, feature.width);
+        found->probes = std::max(found->probes, feature.num_probes);
+    }
+    add_records(lookup, bound, plan.words);
+    std::vector<int64_t> order;
+    const int64_t bags = std::max<int64_t>(1, lookup.header.num_features * lookup.batch);
+    for (const Members& each : classes) {
+        const int64_t count = static_cast<int64_t>(each.features.size());
+        const PoolShape shape = pool_shape(each.which, lookup.batch, count, lookup.num_ids / bags,
+                                           each.probes, each.width, each.staged_bytes, device);
+        plan.launches.push_back({each.which, shape, static_cast<int64_t>(order.size()), count,
+                                 static_cast<int32_t>(each.probes)});
+        order.insert(order.end(), each.features.begin(), each.features.end());
+    }
+    plan.words.layout.order = plan.words.add(order.data(), static_cast<int64_t>(order.size()));
+    return plan;
+}
+
+// ----------------------------------------------------------------------------------- backward
+
+// What the wanted stores are to the probes of each feature, the same number for every feature.
+inline std::vector<Use> find_uses(const Lookup& lookup, const std::vector<int64_t>& wanted,
+                                  int32_t* uses_per_feature) {
+    std::map<int64_t, int64_t> targets;
+    for (size_t k = 0; k < wanted.size(); ++k) targets[wanted[k]] = static_cast<int64_t>(k);
+    std::vector<std::vector<Use>> uses(lookup.header.num_features);
+    size_t most = 0;
+    for (int64_t f = 0; f < lookup.header.num_features; ++f) {
+        const Feature& feature = lookup.features[f];
+        for (int32_t t = 0; t < feature.num_probes; ++t) {
+            const Probe& probe = lookup.probes[feature.first_probe + t];
+            const Quantization& q = probe.quantization;
+            const bool weighted = probe.scale.kind == ScaleKind::kWeight;
+            const std::pair<int64_t, Role> roles[] = {
+                {probe.store, Role::kRows},
+                {weighted ? probe.scale.store : -1, Role::kScale},
+                {q.bits > 0 ? q.scale_store : -1, Role::kStep},
+                {q.bits > 0 ? q.bias_store : -1, Role::kBias},
+            };
+            for (const auto& [store, role] : roles) {
+                const auto found = targets.find(store);
+                if (found != targets.end()) uses[f].push_back({t, role, found->second});
+            }
+        }
+        most = std::max(most, uses[f].size());
+    }
+    std::vector<Use> flat;
+    for (std::vector<Use>& each : uses) {
+        each.resize(most, Use{-1, Role::kRows, 0});
+        flat.insert(flat.end(), each.begin(), each.end());
+    }
+    *uses_per_feature = static_cast<int32_t>(most);
+    return flat;
+}
+
+inline bool has_scalars(const Lookup& lookup, const std::vector<Use>& uses, int32_t per_feature) {
+    for (size_t i = 0; i < uses.size(); ++i) {
+        if (uses[i].probe < 0 || uses[i].role == Role::kRows) continue;
+        const Feature& feature = lookup.features[i / per_feature];
+        const Probe& probe = lookup.probes[feature.first_probe + uses[i].probe];
+        if (uses[i].role == Role::kScale || !probe.quantization.per_column) return true;
+    }
+    return false;
+}
+
+// Whether some gradient depends on stored numbers, so that no row may move before all are complete.
+inline bool gradients_read_rows(const Lookup& lookup) {
+    for (int64_t f = 0; f < lookup.header.num_features; ++f) {
+        const Feature& feature = lookup.features[f];
+        if (feature.combine == Combine::kMul && feature.num_probes > 1) return true;
+        for (int64_t t = 0; t < feature.num_probes; ++t) {
+            const Probe& probe = lookup.probes[feature.first_probe + t];
+            if (probe.quantization.bits > 0 || probe.scale.kind == ScaleKind::kWeight) return true;
+        }
+    }
+    return false;
+}
+
+// Targets that are one tensor under several names are updated in turn. Returns how many turns.
+inline int number_rounds(std::vector<Target>& targets) {
+    int most = 1;
+    for (size_t k = 0; k < targets.size(); ++k) {
+        targets[k].round = 0;
+        for (size_t before = 0; before < k; ++before) {
+            if (targets[before].data == targets[k].data) {
+                targets[k].round = targets[before].round + 1;
+            }
+        }
+        most = std::max(most, targets[k].round + 1);
+    }
+    return most;
+}
+
+// Rows up to this wide are updated as soon as their gradient is complete.
+constexpr int64_t kWidestGroup = 128;
+
+struct BackwardPlan {
+    PlanWords words;
+    Backward backward;
+};
+
+inline BackwardPlan plan_backward(const Lookup& lookup, const std::vector<int64_t>& wanted,
+                                  std::vector<Target> targets, SinkKind sink) {
+    BackwardPlan plan{};
+    Backward& backward = plan.backward;
+    add_records(lookup, bind_probes(lookup), plan.words);
+    PlanLayout& layout = plan.words.layout;
+    const std::vector<Use> uses = find_uses(lookup, wanted, &layout.uses_per_feature);
+    backward.rounds = number_rounds(targets);
+    layout.uses = plan.words.add(uses.data(), static_cast<int64_t>(uses.size()));
+    layout.targets = plan.words.add(targets.data(), static_cast<int64_t>(targets.size()));
+    layout.num_targets = static_cast<int32_t>(targets.size());
+    backward.inputs = bind_inputs(lookup);
+    backward.key = key_shape(targets);
+    backward.num_bags = lookup.header.num_features * lookup.batch;
+    for (const Target& target : targets) backward.widest = std::max(backward.widest, target.width);
+    for (int64_t f = 0; f < lookup.header.num_features; ++f) {
+        backward.widest_feature = std::max(backward.widest_feature, lookup.features[f].width);
+    }
+    if (sink == SinkKind::kUpdate &&
+        (gradients_read_rows(lookup) || backward.rounds > 1 || backward.widest > kWidestGroup)) {
+        sink = SinkKind::kCompact;
+    }
+    backward.sink = sink;
+    backward.has_scalars = has_scalars(lookup, uses, layout.uses_per_feature);
+    const int64_t touches = lookup.num_ids * layout.uses_per_feature;
+    const bool sorted = sink != SinkKind::kAtomic && touches > 0;
+    const int64_t scratch =
+        sorted ? static_cast<int64_t>(scratch_bytes(touches, backward.key.bits)) : 0;
+    const BackwardOptions options{sink == SinkKind::kCompact, sorted, backward.has_scalars};
+    backward.layout =
+        backward_layout(targets, lookup.num_ids, layout.uses_per_feature, options, scratch);
+    return plan;
+}
+
+}  // namespace cuda
+}  // namespace embcompress
