@@ -82,7 +82,7 @@ def main() -> None:
     model = build_model(log, settings, "full", "100%", options.seed)
     trained = train(model, log, split, settings, options.learning_rate, options.seed)
     model = build_model(log, settings, "full", "100%", options.seed)
-    state = trained.states[trained.best_epoch]
+    state = trained.guard.states[trained.best_epoch]
     model.load_state_dict({k: v for k, v in state.items() if ".optimizer_" not in k})
     before = evaluate(model, log, split.test)
     size = ec.memory(model).total

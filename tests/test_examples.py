@@ -1,0 +1,37 @@
+"""The examples run, on little data."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.data.criteo_file import write_criteo
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(script: str, *arguments: str) -> str:
+    """What an example prints."""
+    command = [sys.executable, f"examples/{script}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_swap() -> None:
+    assert "total" in run("swap.py")
+
+
+@pytest.mark.parametrize("method", ["pq", "int4"])
+def test_post_training(method: str) -> None:
+    printed = run("post_training.py", "--data", "synthetic:rows=4000,ids=500", "--methods", method)
+    assert f"{method:8}" in printed and "after one more epoch" in printed
+
+
+def test_dlrm_criteo(tmp_path: Path) -> None:
+    data = write_criteo(tmp_path / "day.txt", 2000)
+    printed = run("dlrm_criteo.py", "--data", str(data), "--cache", str(tmp_path), "--epochs", "1")
+    assert "bytes of the tables" in printed and "test: AUC" in printed
