@@ -33,5 +33,6 @@ def test_post_training(method: str) -> None:
 
 def test_dlrm_criteo(tmp_path: Path) -> None:
     data = write_criteo(tmp_path / "day.txt", 2000)
-    printed = run("dlrm_criteo.py", "--data", str(data), "--cache", str(tmp_path), "--epochs", "1")
+    options = ("--cache", str(tmp_path), "--epochs", "1", "--budget", "50%")
+    printed = run("dlrm_criteo.py", "--data", str(data), *options)
     assert "bytes of the tables" in printed and "test: AUC" in printed
