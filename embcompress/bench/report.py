@@ -149,6 +149,8 @@ _OPTIONS = {
     "epochs": "--epochs",
     "batch_size": "--batch-size",
     "learning_rates": "--learning-rates",
+    "validation": "--validation",
+    "test": "--test",
 }
 
 

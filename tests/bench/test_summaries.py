@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from embcompress.bench.environment import environment, torch_threads
 from embcompress.bench.records import Record, RecordFile
-from embcompress.bench.report import percent_at_least, sweep_command, table_rows
+from embcompress.bench.report import _OPTIONS, percent_at_least, sweep_command, table_rows
 from embcompress.bench.settings import FULL_BUDGET, Run, SweepSettings, TrainingSettings
 from embcompress.bench.summary import Statistic, summarize
 from embcompress.budget import parse_budget
@@ -143,3 +144,9 @@ def test_threads_are_as_before_afterwards() -> None:
     with torch_threads(before + 1):
         assert environment()["hardware"]["threads"] == before + 1
     assert environment()["hardware"]["threads"] == before
+
+
+def test_the_command_of_a_report_names_every_setting_that_can_be_given() -> None:
+    """All but the two that have no option."""
+    settings = {field.name for field in fields(TrainingSettings)}
+    assert set(_OPTIONS) == settings - {"patience", "table_std"}
