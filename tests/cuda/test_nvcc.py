@@ -35,7 +35,9 @@ KERNELS = {
     "device.cu": ["upload_kernel"],
 }
 
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
+needs_nvcc = pytest.mark.skipif(
+    NVCC is None or build.compiler() is None, reason="no nvcc, or no C++ compiler for it"
+)
 
 
 def compile_file(name: str, architecture: int, folder: Path, *flags: str) -> str:
