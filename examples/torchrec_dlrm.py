@@ -13,6 +13,7 @@ loads into any other. --cross adds a feature of pairs of the first two, with as 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import time
 from collections.abc import Iterator
@@ -232,9 +233,8 @@ def resident_bytes() -> tuple[int, int]:
     return tuple(int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))  # type: ignore[return-value]
 
 
-def main() -> None:
-    options = arguments()
-    device = start_process()
+def run(options: argparse.Namespace, device: torch.device) -> None:
+    """Prepare, shard, train and evaluate."""
     if dist.get_rank() == 0:  # prepared once
         load_click_log(options.data)
     dist.barrier()
@@ -259,6 +259,13 @@ def main() -> None:
         f"process {dist.get_rank()}: {format_bytes(now)} resident, {format_bytes(most)} at most",
         flush=True,
     )
+
+
+def main() -> None:
+    options = arguments()
+    run(options, start_process())
+    gc.collect()  # a sharded model is a cycle, and its threads must end before the process does
+    dist.barrier()
     dist.destroy_process_group()
 
 

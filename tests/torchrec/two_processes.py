@@ -9,6 +9,7 @@ itself on the whole batch, and the sharded one on its half. Both must go the sam
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -236,6 +237,8 @@ def main() -> None:
     if dist.get_rank() == 0:
         merged = {name: [each for part in every for each in part[name]] for name in own}
         target.write_text(json.dumps(merged), encoding="utf-8")
+    gc.collect()  # sharded models are cycles, and their threads must end before the process does
+    dist.barrier()
     dist.destroy_process_group()
 
 
