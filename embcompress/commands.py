@@ -77,7 +77,7 @@ def sweep(
     methods: Annotated[str, typer.Option(help="names, or all")] = "full,hash,qr,low_dim",
     budgets: Annotated[str, typer.Option(help="for all tables together")] = "50%,10%,1%",
     seeds: Annotated[str, typer.Option()] = "0",
-    model: Annotated[str, typer.Option()] = "dlrm",
+    model: Annotated[str, typer.Option(help="dlrm, deepfm, dcn or wide_deep")] = "dlrm",
     split: Annotated[str, typer.Option(help="random, time or prequential")] = "random",
     validation: Annotated[float, typer.Option(help="share of the rows")] = 0.1,
     test: Annotated[float, typer.Option(help="share of the rows")] = 0.15,

@@ -9,9 +9,9 @@ from typing import Any
 
 from embcompress.budget import parse_budget
 from embcompress.methods import method_class
+from embcompress.models import MODELS
 from embcompress.recipe import TABLE_STD
 
-MODELS = ("dlrm",)
 FULL_BUDGET = "100%"
 
 

@@ -30,7 +30,7 @@ from embcompress.budget import BudgetError, parse_budget
 from embcompress.data.click_log import ClickLog, Split
 from embcompress.data.load import load_click_log
 from embcompress.memory import MemoryReport, memory
-from embcompress.models import DLRM
+from embcompress.models import ClickModel
 from embcompress.modules import EmbeddingBag
 from embcompress.planner.trials import Trial
 
@@ -110,7 +110,7 @@ class Sweep:
         self.results.append(record)
         display.end(run, record)
 
-    def _build(self, run: Run, log: ClickLog) -> DLRM:
+    def _build(self, run: Run, log: ClickLog) -> ClickModel:
         """A new model; the tables know how often each id occurs in the training rows."""
         rows = _split(run, log).train
         if self._counted != (key := (run.data, run.seed, run.training)):
@@ -171,7 +171,7 @@ def _checked_memory(run: Run, model: nn.Module) -> MemoryReport:
     return size
 
 
-def _lookup_settings(model: DLRM) -> list[dict[str, Any]]:
+def _lookup_settings(model: ClickModel) -> list[dict[str, Any]]:
     """What each table was made into, in words."""
     return [
         {"table": name, "method": bag.method, "bytes": bag.plan.bytes, "plan": str(bag.plan)}

@@ -18,7 +18,7 @@ from embcompress.collection import EmbeddingBagCollection, TableConfig
 from embcompress.data.click_log import ClickLog, Split
 from embcompress.deployment import deploy
 from embcompress.methods import Method
-from embcompress.models import DLRM
+from embcompress.models import MODELS, ClickModel
 from embcompress.recipe import (
     OverfittingGuard,
     binary_step,
@@ -95,8 +95,10 @@ def build_model(
     budget: str,
     seed: int,
     counts: Mapping[str, Tensor] | None = None,
-) -> DLRM:
-    """A DLRM over one table a feature.
+) -> ClickModel:
+    """The model of the settings over one table a feature.
+
+    The same seed gives the layers the same start values whatever the tables are.
 
     Args:
         counts: of the ids of each feature in the training rows; methods that treat frequent ids
@@ -118,7 +120,8 @@ def build_model(
     torch.manual_seed(seed)
     collection = EmbeddingBagCollection(tables, method=method, budget=budget, seed=seed)
     initialize_tables(collection, settings.table_std)
-    return DLRM(collection, len(log.dense_names))
+    torch.manual_seed(seed)  # tables take more or fewer random numbers, by their method
+    return MODELS[settings.model](collection, len(log.dense_names))
 
 
 def predict(model: nn.Module, log: ClickLog, rows: NDArray[np.int64]) -> NDArray[np.float32]:

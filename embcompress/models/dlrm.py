@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from embcompress.collection import EmbeddingBagCollection
+from embcompress.models.base import ClickModel, common_width, multilayer_perceptron
 
 
-def multilayer_perceptron(widths: Sequence[int], *, last_activation: bool) -> nn.Sequential:
-    """Linear layers with ReLU between them, drawn as in the DLRM reference.
-
-    Weights are N(0, 2 / (inputs + outputs)), biases N(0, 1 / outputs).
-    """
-    layers: list[nn.Module] = []
-    for inputs, outputs in pairwise(widths):
-        linear = nn.Linear(inputs, outputs)
-        nn.init.normal_(linear.weight, std=(2.0 / (inputs + outputs)) ** 0.5)
-        nn.init.normal_(linear.bias, std=(1.0 / outputs) ** 0.5)
-        layers += [linear, nn.ReLU()]
-    return nn.Sequential(*(layers if last_activation else layers[:-1]))
-
-
-class DLRM(nn.Module):
+class DLRM(ClickModel):
     """Bottom MLP, pairwise dot products of all feature vectors, top MLP.
 
     Source: Naumov et al., "Deep learning recommendation model for personalization and
@@ -49,12 +35,8 @@ class DLRM(nn.Module):
         bottom_widths: Sequence[int] = (64, 32),
         top_widths: Sequence[int] = (64, 32),
     ) -> None:
-        super().__init__()
-        widths = set(embeddings.embedding_dims)
-        if len(widths) != 1:
-            raise ValueError(f"DLRM needs features of one width, got {sorted(widths)}")
-        (self.width,) = widths
-        self.embeddings = embeddings
+        super().__init__(embeddings, num_dense)
+        self.width = common_width(embeddings, "DLRM")
         self.bottom = (
             multilayer_perceptron([num_dense, *bottom_widths, self.width], last_activation=True)
             if num_dense
@@ -69,15 +51,6 @@ class DLRM(nn.Module):
         self.register_buffer("_pairs", rows * vectors + columns, persistent=False)
 
     def forward(self, dense: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
-        """Logits of a batch.
-
-        Args:
-            dense: (B, num_dense).
-            ids, offsets: feature-major bags, as :meth:`EmbeddingBagCollection.forward` takes.
-
-        Returns:
-            (B,) logits.
-        """
         pooled = self.embeddings(ids, offsets)
         vectors = pooled.view(pooled.shape[0], -1, self.width)
         parts = []

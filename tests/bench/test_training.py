@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from embcompress.bench.training import (
     train,
 )
 from embcompress.data import ClickLog, load_click_log
+from embcompress.models import MODELS
 from embcompress.recipe import binary_step, make_optimizer
 
 DATA = "synthetic:rows=1500,ids=300,features=3"
@@ -138,3 +140,36 @@ def test_a_method_that_breaks_its_budget_stops_the_sweep(log: ClickLog) -> None:
     model = build_model(log, SETTINGS, "full", "100%", 0)
     with pytest.raises(AssertionError, match="its budget is"):
         sweep_module._checked_memory(Run(DATA, "full", "10%", 0, replace(SETTINGS)), model)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_sweep_of_every_model(log: ClickLog, tmp_path: Path, model: str) -> None:
+    settings = SweepSettings((DATA,), ("hash",), ("20%",), (0,), replace(SETTINGS, model=model))
+    run_sweep(settings, tmp_path, cache=log.directory.parent, quiet=True)
+    (record,) = sweep_module.RecordFile(tmp_path / "results.jsonl")
+    assert record["model"] == record["settings"]["model"] == model
+    assert json.loads(record["key"])["training"]["model"] == model
+    assert record["auc"] > 0.5
+
+
+def test_layers_start_alike_whatever_the_tables_are(log: ClickLog) -> None:
+    one, other = (build_model(log, SETTINGS, method, "20%", 4) for method in ("hash", "low_bit"))
+    layers = {name: p for name, p in one.named_parameters() if not name.startswith("embeddings")}
+    assert layers
+    assert all(torch.equal(p, other.get_parameter(name)) for name, p in layers.items())
+
+
+def test_rows_come_in_one_order_whatever_the_method_is(
+    log: ClickLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, orders = log.batch, {}
+    for method, seed in (("hash", 0), ("low_bit", 0), ("hash", 1)):
+        seen: list[np.ndarray] = []
+        monkeypatch.setattr(
+            log, "batch", lambda rows, seen=seen: (seen.append(rows), batch(rows))[1]
+        )
+        model = build_model(log, SETTINGS, method, "20%", seed)
+        train(model, log, log.split("random", seed=seed), replace(SETTINGS, epochs=2), 0.03, seed)
+        orders[method, seed] = np.concatenate(seen)
+    assert np.array_equal(orders["hash", 0], orders["low_bit", 0])
+    assert not np.array_equal(orders["hash", 0], orders["hash", 1])
