@@ -47,3 +47,29 @@ def observe(importance: Tensor, ids: Tensor, amounts: Tensor) -> None:
     """
     finite = torch.nan_to_num(amounts.to(importance.dtype), nan=0.0, posinf=0.0)
     importance.index_add_(0, ids.long(), finite)
+
+
+def sum_by_id(ids: Tensor, amounts: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct ids, rising, and the sums of their amounts; what is not finite counts as nothing.
+
+    Args:
+        ids: (N,) int32 or int64.
+        amounts: (N,) float.
+
+    Returns:
+        (U,) int64 and (U,) float32.
+    """
+    distinct, inverse = torch.unique(ids.long(), return_inverse=True)
+    finite = torch.nan_to_num(amounts.float(), nan=0.0, posinf=0.0, neginf=0.0)
+    sums = torch.zeros(distinct.numel(), device=ids.device).index_add_(0, inverse, finite)
+    return distinct, sums
+
+
+def observe_half(importance: Tensor, ids: Tensor, amounts: Tensor) -> None:
+    """As :func:`observe`, for float16: batch by batch in float32, and never beyond its range.
+
+    A batch's amount below 2**-11 of what an id has is lost; decay keeps ids from getting there.
+    """
+    distinct, sums = sum_by_id(ids, amounts)
+    total = importance[distinct].float() + sums
+    importance[distinct] = total.clamp(max=torch.finfo(importance.dtype).max).to(importance.dtype)

@@ -1,7 +1,7 @@
 """The layout of a table in which some ids own rows and the others share fallback rows.
 
 The fallback rows come first in the store. A packed code for every id is the row that it owns;
-"absent" sends it to one of the fallback rows.
+"absent" sends it to one of the fallback rows, or, where there are none, makes its vector zero.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ class PrunedLayout:
     Attributes:
         num_embeddings, embedding_dim: of the table.
         kept: number of ids that own a row.
-        fallback: which of the first ``fallback.size`` rows an id reads that owns none.
+        fallback: which of the first ``fallback.size`` rows an id reads that owns none; None: its
+            vector is zero, and there are no fallback rows.
     """
 
     num_embeddings: int
     embedding_dim: int
     kept: int
-    fallback: DirectAddress
+    fallback: DirectAddress | None
 
     @classmethod
     def of(cls, plan: LookupPlan) -> PrunedLayout:
@@ -44,18 +45,23 @@ class PrunedLayout:
             ValueError: another kind of plan.
         """
         address = plan.probes[0].address
-        if isinstance(address, Code) and address.otherwise is not None:
+        if isinstance(address, Code):
             fallback = address.otherwise
-            kept = address.size - fallback.size
+            kept = address.size - (0 if fallback is None else fallback.size)
             layout = cls(plan.num_embeddings, plan.embedding_dim, kept, fallback)
             if plan.with_pool("none") == layout.plan(plan.stores[0].dtype):
                 return layout
         raise ValueError(f"this is not the plan of a pruned table: {plan}")
 
     @property
+    def shared(self) -> int:
+        """Number of fallback rows."""
+        return 0 if self.fallback is None else self.fallback.size
+
+    @property
     def rows(self) -> int:
         """Rows of the store."""
-        return self.fallback.size + self.kept
+        return self.shared + self.kept
 
     @property
     def bits(self) -> int:
@@ -80,7 +86,7 @@ class PrunedLayout:
     def codes(self, kept: Tensor) -> Tensor:
         """Packed codes that give (kept,) ids the rows after the fallback's, in their order."""
         codes = torch.full((self.num_embeddings,), absent_code(self.bits), device=kept.device)
-        codes[kept] = torch.arange(self.fallback.size, self.rows, device=kept.device)
+        codes[kept] = torch.arange(self.shared, self.rows, device=kept.device)
         return pack_codes(codes, self.bits)
 
     def owned_rows(self, packed: Tensor, start: int = 0, end: int | None = None) -> Tensor:
@@ -103,7 +109,8 @@ class PrunedLayout:
     # -- the fallback
 
     def fallback_rows(self, ids: Tensor) -> Tensor:
-        """Which fallback rows the ids read where they own no row."""
+        """Which fallback rows the ids read where they own no row; there must be some."""
+        assert self.fallback is not None
         return address_rows(self.fallback, ids, self.plan("float32"), {})[0]
 
     def mean_fallback(self, weight: Tensor, kept: Tensor, counts: Tensor | None = None) -> Tensor:
@@ -124,8 +131,8 @@ class PrunedLayout:
             counted = counts.to(shares).index_fill(0, kept, 0)
             shares = counted if bool((counted > 0).any()) else shares
         shares = shares.index_fill(0, kept, 0)
-        sums = shares.new_zeros(self.fallback.size, self.embedding_dim)
-        totals = shares.new_zeros(self.fallback.size, 1)
+        sums = shares.new_zeros(self.shared, self.embedding_dim)
+        totals = shares.new_zeros(self.shared, 1)
         for start in range(0, self.num_embeddings, _CHUNK):
             share = shares[start : start + _CHUNK, None]
             ids = torch.arange(start, start + share.numel(), device=weight.device)

@@ -81,15 +81,15 @@ def prune_(
         rows = kept
         if fallback is None:
             fallback = new.mean_fallback(weight, kept, counts)
-        sources = torch.cat([rows.new_full((new.fallback.size,), -1), rows])
+        sources = torch.cat([rows.new_full((new.shared,), -1), rows])
     else:
-        shared = layout.fallback.size
+        shared = layout.shared
         new = PrunedLayout(spec.num_embeddings, spec.embedding_dim, kept.numel(), layout.fallback)
         rows = layout.owned_rows(table.get_buffer(CODES))[kept]
         if fallback is None:
             fallback = weight[:shared]
         sources = torch.cat([torch.arange(shared, device=rows.device), rows])
-    shape = (new.fallback.size, spec.embedding_dim)
+    shape = (new.shared, spec.embedding_dim)
     if tuple(fallback.shape) != shape:
         raise ValueError(f"fallback must have shape {shape}, got {tuple(fallback.shape)}")
     stores = {WEIGHT: torch.cat([fallback.to(weight), weight[rows]]), CODES: new.codes(kept)}
@@ -153,12 +153,14 @@ def _weight(table: CompressedTable) -> Tensor:
 
 
 def _layout(plan: LookupPlan) -> PrunedLayout:
+    message = f"only tables of method 'full' can be pruned and those of 'pruned' restored: {plan}"
     try:
-        return PrunedLayout.of(plan)
+        layout = PrunedLayout.of(plan)
     except ValueError:
-        raise ValueError(
-            f"only tables of method 'full' can be pruned and those of 'pruned' restored: {plan}"
-        ) from None
+        raise ValueError(message) from None
+    if layout.fallback is None:
+        raise ValueError(message)
+    return layout
 
 
 def _choose(

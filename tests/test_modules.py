@@ -131,7 +131,9 @@ def test_gradcheck(method: str, mode: str) -> None:
         arguments = (ids, offsets, tensors[-1] if mode == "sum" else None)
         return torch.func.functional_call(module, stores, arguments)
 
-    inputs = [p.detach().requires_grad_() for p in module.parameters()]
+    # Learned multipliers start alike, where maxima tie.
+    inputs = [(p + 0.1 * torch.randn_like(p)).detach() for p in module.parameters()]
+    inputs = [each.requires_grad_() for each in inputs]
     torch.autograd.gradcheck(function, (*inputs, *([] if weights is None else [weights])))
 
 
@@ -313,7 +315,9 @@ def test_vectors_start_with_the_wanted_deviation(method: str, std: float) -> Non
     torch.manual_seed(0)
     module = ec.Embedding(20_000, 32, method=method, budget=None if method == "full" else "40%")
     module.reset_parameters(std)
-    assert float(module.to_dense().std()) == pytest.approx(std, rel=0.1)
+    vectors = module.to_dense()
+    present = vectors.any(1)  # ids without a row read zero
+    assert float(vectors[present].std()) == pytest.approx(std, rel=0.1)
 
 
 @pytest.mark.parametrize("method", METHODS)

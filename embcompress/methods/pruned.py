@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from embcompress.engine.reference import mix64
-from embcompress.importance import strongest, weakest
+from embcompress.importance import strongest
+from embcompress.kept_ids import choose_kept_ids
 from embcompress.methods import register
 from embcompress.methods.base import Method, TableSpec
 from embcompress.plan import Digit, Hash, LookupPlan
@@ -130,23 +130,8 @@ class Pruned(Method):
         padding_idx: int | None = None,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        """(size,) int64 the ids to keep; the padding id, which needs no row, comes last.
-
-        With counts they are ordered by falling count, so that the rows that are read most lie
-        together; without, by id.
-        """
-        if table.counts is None:
-            # A bijection of 64 bits, so no two ids tie. Signed order is as good as any.
-            ids = torch.arange(table.num_embeddings, device=device)
-            hashed = mix64(ids ^ _signed(table.key(1)))
-            if padding_idx is not None:
-                hashed[padding_idx] = torch.iinfo(hashed.dtype).max
-            return weakest(hashed, size).sort().values
-        if padding_idx is None:
-            return strongest(table.counts.to(device), size)
-        counts = table.counts.to(device).index_fill(0, torch.tensor(padding_idx, device=device), 0)
-        ids = strongest(counts, min(size + 1, table.num_embeddings))
-        return torch.cat([ids[ids != padding_idx], ids[ids == padding_idx]])[:size]
+        """(size,) int64 the ids to keep; see :func:`embcompress.kept_ids.choose_kept_ids`."""
+        return choose_kept_ids(table, size, padding_idx, device)
 
     def fill(self, table: TableSpec, plan: LookupPlan, stores: Mapping[str, Tensor]) -> None:
         layout, codes = PrunedLayout.of(plan), stores[CODES]
@@ -173,8 +158,3 @@ class Pruned(Method):
 
     def procedure(self) -> TableProcedure | None:
         return None if self.importance is None else Reallocation(self)
-
-
-def _signed(value: int) -> int:
-    """The int64 with the bits of an unsigned 64-bit integer."""
-    return value - (1 << 64) if value >> 63 else value
