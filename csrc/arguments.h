@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <limits>
 #include <optional>
 #include <vector>
@@ -121,7 +122,7 @@ inline void check_probe(const Lookup& lookup, const Probe& probe, const Feature&
     STD_TORCH_CHECK(probe.width >= 1 && probe.width <= feature.width && probe.column >= 0 &&
                         probe.column <= feature.width - probe.width && probe.offset >= 0,
                     "encoding: columns or offset of a probe");
-    STD_TORCH_CHECK(feature.combine == Combine::kConcat || probe.width == feature.width,
+    STD_TORCH_CHECK(feature.combine == Combine::kPlace || probe.width == feature.width,
                     "encoding: width of a probe");
     int64_t rows = check_address(lookup, probe.address, probe.code);
     STD_TORCH_CHECK(rows <= kMostBits - probe.offset, "encoding: offset of a probe");
@@ -156,7 +157,7 @@ inline void check_feature(const Lookup& lookup, const Feature& feature, int64_t 
         feature.pool == Pool::kNone || feature.pool == Pool::kSum || feature.pool == Pool::kMean,
         "encoding: unknown pool");
     STD_TORCH_CHECK(feature.combine == Combine::kSum || feature.combine == Combine::kMul ||
-                        feature.combine == Combine::kConcat,
+                        feature.combine == Combine::kPlace,
                     "encoding: unknown combine");
     STD_TORCH_CHECK(feature.out_column == column && feature.width >= 1 && feature.out_width >= 1 &&
                         feature.out_width <= lookup.header.num_columns - column,
@@ -177,11 +178,10 @@ inline void check_feature(const Lookup& lookup, const Feature& feature, int64_t 
     for (int64_t t = 0; t < feature.num_probes; ++t) {
         const Probe& each = lookup.probes[probe + t];
         check_probe(lookup, each, feature);
-        STD_TORCH_CHECK(each.column == end, "encoding: column of a probe");
-        end += feature.combine == Combine::kConcat ? each.width : 0;
+        STD_TORCH_CHECK(each.column <= end, "encoding: column of a probe");
+        end = std::max(end, each.column + each.width);
     }
-    STD_TORCH_CHECK(feature.combine != Combine::kConcat || end == feature.width,
-                    "encoding: columns that no probe fills");
+    STD_TORCH_CHECK(end == feature.width, "encoding: columns that no probe fills");
 }
 
 // Sets the records of the lookup, and checks every number in them.

@@ -21,7 +21,8 @@ namespace embcompress {
 constexpr int64_t kFormat = 4;
 
 enum class Pool : int64_t { kNone = 0, kSum = 1, kMean = 2 };
-enum class Combine : int64_t { kSum = 0, kMul = 1, kConcat = 2 };
+// Rows are added up or multiplied, all of the feature's width; or each is added to its columns.
+enum class Combine : int64_t { kSum = 0, kMul = 1, kPlace = 2 };
 enum class AddressKind : int64_t { kDigit = 0, kHash = 1, kMurmur = 2 };
 enum class ScaleKind : int64_t { kNone = 0, kSign = 1, kWeight = 2 };
 
@@ -86,7 +87,7 @@ struct Quantization {
 struct Probe {
     int64_t store;
     int64_t offset;  // added to the address
-    int64_t column;  // where its columns begin in the combined vector
+    int64_t column;  // where its columns begin in the combined vector; 0 in sums and products
     int64_t width;
     Address address;  // of the row, or of the row in the table of codes
     Code code;

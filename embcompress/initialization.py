@@ -13,13 +13,19 @@ from embcompress.plan import LookupPlan, Store, Weight
 def store_deviation(plan: LookupPlan, std: float) -> float:
     """Standard deviation of a probe's rows that gives the combined vector deviation ``std``.
 
-    For independent rows of mean 0 the variances of T probes add up in a sum and multiply in a
-    product; a linear head of w columns with entries of variance 1/w keeps the variance.
+    For independent rows of mean 0 the variances of T probes of a column add up in a sum and
+    multiply in a product; a linear head of w columns with entries of variance 1/w keeps the
+    variance.
     """
-    count = len(plan.probes)
-    if plan.combine == "sum":
-        return std / count**0.5
-    return std ** (1 / count) if plan.combine == "mul" else std
+    if plan.combine == "mul":
+        return std ** (1 / len(plan.probes))
+    return std / _most_terms(plan) ** 0.5
+
+
+def _most_terms(plan: LookupPlan) -> int:
+    """How many probes add to one column, at most."""
+    begins = {begin for begin, _ in plan.columns}
+    return max(sum(begin <= at < end for begin, end in plan.columns) for at in begins)
 
 
 #: Step of the uniform quantizer that reads normal numbers of deviation 1 with the least squared

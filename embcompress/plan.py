@@ -258,12 +258,23 @@ Scale: TypeAlias = Sign | Weight
 
 @dataclass(frozen=True)
 class Probe:
-    """One gather: row ``offset + address(id)`` of ``store``, times ``scale``."""
+    """One gather: row ``offset + address(id)`` of ``store``, times ``scale``.
+
+    Attributes:
+        store: name of a store of values.
+        address: of the row.
+        scale: what the row is multiplied by, or None.
+        offset: added to the address.
+        column: in a sum, the row is added to columns ``[column, column + width of the store)`` of
+            the vector, so that a vector can be a concatenation of sums. None: from column 0 in a
+            sum or product; where the row before ends in a concatenation.
+    """
 
     store: str
     address: Address
     scale: Scale | None = None
     offset: int = 0
+    column: int | None = None
 
 
 @dataclass(frozen=True)
@@ -283,8 +294,8 @@ class LookupPlan:
         embedding_dim: width of the vector.
         stores: the physical tables, uniquely named; all that is resident at lookup time.
         probes: the gathers, at least one.
-        combine: how the probes' rows become one vector: ``"sum"``, ``"mul"`` (elementwise
-            product) or ``"concat"``, always per id, before pooling.
+        combine: how the probes' rows become one vector: ``"sum"`` (each row in its columns),
+            ``"mul"`` (elementwise product) or ``"concat"``, always per id, before pooling.
         head: None, or :class:`Linear`.
         pool: ``"none"`` (a vector for every id), ``"sum"``, ``"mean"`` or ``"max"`` over a bag.
         padding_idx: this *id* gives a zero vector, no gradient, and is not counted in a bag.
@@ -327,8 +338,17 @@ class LookupPlan:
     @property
     def width(self) -> int:
         """Width of the combined vector, before the head."""
-        widths = [self.store(probe.store).width for probe in self.probes]
-        return sum(widths) if self.combine == "concat" else widths[0]
+        return max(end for _, end in self.columns)
+
+    @property
+    def columns(self) -> tuple[tuple[int, int], ...]:
+        """Columns ``[begin, end)`` of the combined vector that each probe's row is for."""
+        ranges, end = [], 0
+        for probe in self.probes:
+            begin = end if self.combine == "concat" else probe.column or 0
+            end = begin + self.store(probe.store).width
+            ranges.append((begin, end))
+        return tuple(ranges)
 
     @property
     def bytes(self) -> int:
@@ -402,6 +422,10 @@ class LookupPlan:
             store.is_float or store.quantization is not None, f"{what} reads codes as if values"
         )
         require(probe.offset >= 0, f"{what}: negative offset")
+        require(
+            probe.column is None or (self.combine == "sum" and probe.column >= 0),
+            f"{what} begins at column {probe.column}; only those of a sum may, at 0 or later",
+        )
         self._check_address(probe.address, store.rows - probe.offset, what)
         if isinstance(probe.scale, Weight):
             weights = self.store(probe.scale.store)
@@ -413,10 +437,19 @@ class LookupPlan:
 
     def _check_widths(self) -> None:
         widths = {self.store(probe.store).width for probe in self.probes}
+        are_placed = any(probe.column is not None for probe in self.probes)
         require(
-            self.combine == "concat" or len(widths) == 1,
+            self.combine == "concat" or are_placed or len(widths) == 1,
             f"combine={self.combine!r} needs rows of one width, got {sorted(widths)}",
         )
+        filled = 0
+        for probe, (begin, end) in zip(self.probes, self.columns, strict=True):
+            require(
+                begin <= filled,
+                f"probe of {probe.store!r} begins at column {begin}, those before it end at "
+                f"{filled}: no column may be left out",
+            )
+            filled = max(filled, end)
         if self.head is None:
             shape = (self.width,)
             require(
@@ -499,6 +532,8 @@ def _address_text(address: Address) -> str:
 def _probe_text(probe: Probe) -> str:
     offset = f"{probe.offset} + " if probe.offset else ""
     row = f"{probe.store}[{offset}{_address_text(probe.address)}]"
+    if probe.column is not None:
+        row += f"→{probe.column}"
     if isinstance(probe.scale, Sign):
         return f"±{row}"
     if isinstance(probe.scale, Weight):

@@ -108,12 +108,14 @@ class PlanMaker:
             return self.dense()
         combine: Combine = choice.choice(("sum", "mul", "concat"))
         count = choice.randint(1, MAX_PROBES)
-        common = choice.choice(WIDTHS)
-        widths = [choice.choice(CONCAT_WIDTHS) if combine == "concat" else common] * count
-        if combine == "concat":
-            widths = [choice.choice(CONCAT_WIDTHS) for _ in range(count)]
-        probes = tuple(self.probe(width) for width in widths)
-        width = sum(widths) if combine == "concat" else common
+        if combine == "sum" and choice.random() < 0.4:
+            probes, width = self.placed_probes(count)
+        else:
+            widths = [choice.choice(WIDTHS)] * count
+            if combine == "concat":
+                widths = [choice.choice(CONCAT_WIDTHS) for _ in range(count)]
+            probes = tuple(self.probe(width) for width in widths)
+            width = sum(widths) if combine == "concat" else widths[0]
         embedding_dim, head = width, None
         if choice.random() < 0.3:
             embedding_dim = choice.choice(WIDTHS)
@@ -148,6 +150,22 @@ class PlanMaker:
         if self.choice.random() < 0.6:
             return None
         return self.choice.choice((0, self.num_embeddings // 2, self.num_embeddings - 1))
+
+    def placed_probes(self, count: int) -> tuple[tuple[Probe, ...], int]:
+        """Probes of a sum in columns of their own, beside and over each other; all columns."""
+        probes: list[Probe] = []
+        filled = before = 0
+        for _ in range(count):
+            width = self.choice.choice(CONCAT_WIDTHS)
+            column = self.choice.choice((before, filled, filled, self.choice.randint(0, filled)))
+            probe = self.probe(width)
+            if column > 0 or self.choice.random() < 0.5:
+                probe = replace(probe, column=column)
+            probes.append(probe)
+            filled, before = max(filled, column + width), column
+        if all(probe.column is None for probe in probes):  # without columns all have one width
+            probes[0] = replace(probes[0], column=0)
+        return tuple(probes), filled
 
     # -- stores
 

@@ -40,7 +40,7 @@ EMBCOMPRESS_INLINE float scale_gradient(const RowBlock& block, int t, int i,
             return gradient[c] * row[c] * others_product(block, t, i, c);
         });
     }
-    const float* mine = gradient + (feature.combine == Combine::kConcat ? probe.column : 0);
+    const float* mine = gradient + probe.column;
     return sum_of(probe.width, [&](int64_t c) { return mine[c] * row[c]; });
 }
 
@@ -51,8 +51,7 @@ EMBCOMPRESS_INLINE void add_quantization_gradient(const Lookup& lookup, const Ro
     const Probe& probe = block.probe(use.probe);
     const Quantization& q = probe.quantization;
     const bool multiplies = block.feature().combine == Combine::kMul;
-    const bool concatenates = block.feature().combine == Combine::kConcat;
-    const float* mine = gradient + (concatenates ? probe.column : 0);
+    const float* mine = gradient + probe.column;
     const float zero = q.bias_store < 0 ? static_cast<float>((1 << q.bits) - 1) / 2 : 0.0f;
     const int64_t row = block.rows(use.probe)[i];
     const bool latent_rows = is_latent(lookup, probe);

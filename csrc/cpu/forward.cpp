@@ -17,22 +17,52 @@ constexpr int64_t kPrefetchedFloats = 8192;
 // Below this many floats gathered a thread costs more than it gives.
 constexpr int64_t kFloatsPerThread = 16384;
 
+EMBCOMPRESS_INLINE ProbeRows rows_of(const RowBlock& rows, int first, int count) {
+    return {rows.pointers(first), rows.scaled() ? rows.scales(first) : nullptr, count};
+}
+
+// Adds the rows of some probes to columns of which the first `filled` have values already.
+EMBCOMPRESS_INLINE void add_over(const ProbeRows& rows, const Target& target, int64_t filled,
+                                 int64_t width) {
+    if (target.start && target.stride == 0) {
+        std::fill(target.out + filled, target.out + width, 0.0f);
+    }
+    for (int i = target.begin; i < target.end; ++i) {
+        float* out = target.out + i * target.stride;
+        if (target.stride != 0) std::fill(out + filled, out + width, 0.0f);
+        pool_probes<false>(rows, {i, i + 1, target.weights, false, 0, out}, width);
+    }
+}
+
+// The end of the probes from t on that have the columns of probe t.
+EMBCOMPRESS_INLINE int end_of_columns(const RowBlock& rows, int t) {
+    int end = t + 1;
+    while (end < rows.num_probes() && rows.probe(end).column == rows.probe(t).column &&
+           rows.probe(end).width == rows.probe(t).width) {
+        ++end;
+    }
+    return end;
+}
+
 // Pools the vectors of a block's ids; probes are combined per id, before.
 EMBCOMPRESS_INLINE void pool_ids(const RowBlock& rows, const Feature& feature, Target target) {
-    const auto probes = [&](int first, int count) {
-        return ProbeRows{rows.pointers(first), rows.scaled() ? rows.scales(first) : nullptr, count};
-    };
     const int count = rows.num_probes();
     if (feature.combine == Combine::kMul) {
-        pool_probes<true>(probes(0, count), target, feature.width);
-    } else if (feature.combine == Combine::kSum) {
-        pool_probes<false>(probes(0, count), target, feature.width);
-    } else {
-        float* out = target.out;
-        for (int t = 0; t < count; ++t) {
-            target.out = out + rows.probe(t).column;
-            pool_probes<false>(probes(t, 1), target, rows.probe(t).width);
+        pool_probes<true>(rows_of(rows, 0, count), target, feature.width);
+        return;
+    }
+    float* out = target.out;
+    int64_t filled = 0;
+    for (int t = 0, end; t < count; t = end) {
+        end = end_of_columns(rows, t);
+        const int64_t column = rows.probe(t).column, width = rows.probe(t).width;
+        target.out = out + column;
+        if (column >= filled) {
+            pool_probes<false>(rows_of(rows, t, end - t), target, width);
+        } else {
+            add_over(rows_of(rows, t, end - t), target, std::min(filled - column, width), width);
         }
+        filled = std::max(filled, column + width);
     }
 }
 
@@ -92,9 +122,10 @@ EMBCOMPRESS_INLINE bool are_single(const Pieces& pieces, int64_t piece, int64_t 
 }
 
 // Ids of a block: as many as have their rows in the first-level cache between prefetch and use.
-EMBCOMPRESS_INLINE int64_t ids_at_once(const Feature& feature) {
-    const int64_t probes = feature.combine == Combine::kConcat ? 1 : feature.num_probes;
-    return std::clamp<int64_t>(kPrefetchedFloats / (feature.width * probes), 16, kBlock);
+EMBCOMPRESS_INLINE int64_t ids_at_once(const RowBlock& rows) {
+    int64_t floats = 0;
+    for (int t = 0; t < rows.num_probes(); ++t) floats += rows.probe(t).width;
+    return std::clamp<int64_t>(kPrefetchedFloats / floats, 16, kBlock);
 }
 
 EMBCOMPRESS_INLINE bool pool_pieces_inline(const Pieces& pieces) {
@@ -108,7 +139,7 @@ EMBCOMPRESS_INLINE bool pool_pieces_inline(const Pieces& pieces) {
     const int64_t last_position = pieces.bound(pieces.last);
     float* acc = pieces.out;
     int64_t position = piece_begin;
-    const int64_t most = ids_at_once(feature);
+    const int64_t most = ids_at_once(rows);
     while (piece < pieces.last) {
         const int n = static_cast<int>(std::min(most, last_position - position));
         if (n > 0) {

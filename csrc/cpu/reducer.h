@@ -215,9 +215,7 @@ class Reducer {
             return;
         }
         const int64_t feature = source.use.feature, sample = output_.sample(feature, position);
-        const bool concat = source.feature->combine == Combine::kConcat;
-        const float* mine =
-            output_.of_sample(feature, sample) + (concat ? source.probe->column : 0);
+        const float* mine = output_.of_sample(feature, sample) + source.probe->column;
         for (int64_t c = 0; c < std::min(source.width, kPrefetchFloats); c += 16) {
             __builtin_prefetch(mine + c);
         }

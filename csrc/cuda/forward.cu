@@ -95,7 +95,6 @@ template <int C, int U>
 EMBCOMPRESS_DEVICE void combine_any(const Feature& feature, const BoundProbe* bound,
                                     const Tile& tile, int i, int64_t column,
                                     float (&values)[U][C]) {
-    const bool concat = feature.combine == Combine::kConcat;
     const bool multiply = feature.combine == Combine::kMul;
 #pragma unroll
     for (int u = 0; u < U; ++u) {
@@ -104,7 +103,7 @@ EMBCOMPRESS_DEVICE void combine_any(const Feature& feature, const BoundProbe* bo
     }
     for (int t = 0; t < feature.num_probes; ++t) {
         const Probe& probe = bound[t].probe;
-        const int64_t first = concat ? column - probe.column : column;
+        const int64_t first = column - probe.column;
         if (first + C <= 0 || first >= probe.width) continue;
         float part[U][C];
         load_values<C, U>(bound[t], tile.rows + t * tile.size + i, first, part);

@@ -63,7 +63,6 @@ __device__ void read_touch(const BackwardArguments& arguments, const PlanView& p
     const Use& use = plan.use(use_number);
     const Probe& probe = bound[use.probe].probe;
     const bool multiply = feature.combine == Combine::kMul;
-    const bool concat = feature.combine == Combine::kConcat;
     bool inside;
     const int64_t id = checked_id(inputs, feature, position, &inside);
     if (id < 0) return;  // changed since: the host hears of it
@@ -74,8 +73,7 @@ __device__ void read_touch(const BackwardArguments& arguments, const PlanView& p
         tile.scales[t * tile.size + i] = row < 0 ? 0.0f : probe_scale(bound[t], id);
     }
     tile.factors[i] = arrays.coefficients[position] * tile.scales[use.probe * tile.size + i];
-    tile.gradients[i] =
-        bag % inputs.batch * inputs.num_columns + feature.out_column + (concat ? probe.column : 0);
+    tile.gradients[i] = bag % inputs.batch * inputs.num_columns + feature.out_column + probe.column;
     tile.uses[i] = static_cast<uint32_t>(use_number);
     tile.touches[i] = touch;
     tile.keys[i] = key;

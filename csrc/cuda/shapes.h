@@ -56,7 +56,7 @@ inline bool is_plain(const BoundProbe& bound) {
 }
 
 inline FeatureClass classify(const Feature& feature, const BoundProbe* bound) {
-    bool narrow = true, plain = feature.combine != Combine::kConcat || feature.num_probes == 1;
+    bool narrow = true, plain = feature.combine != Combine::kPlace || feature.num_probes == 1;
     for (int64_t t = 0; t < feature.num_probes; ++t) {
         narrow &= bound[t].store.dtype != Dtype::kFloat32 && bound[t].vector_columns == 8;
         plain &= is_plain(bound[t]);

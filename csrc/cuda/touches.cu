@@ -117,7 +117,7 @@ struct ProbeTile {
 __device__ float dot(const Group& group, const Feature& feature, const BoundProbe* bound, int t,
                      Role role, const ProbeTile& tile, int i, const float* gradient) {
     const Probe& probe = bound[t].probe;
-    const float* mine = gradient + (feature.combine == Combine::kConcat ? probe.column : 0);
+    const float* mine = gradient + probe.column;
     const int64_t row = tile.rows[t * tile.size + i];
     float total = 0.0f;
     for (int64_t c = group.lane; c < probe.width && row >= 0; c += group.lanes) {

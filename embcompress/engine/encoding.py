@@ -28,7 +28,8 @@ FORMAT = 4
 HEADER_FIELDS, FEATURE_FIELDS, HEAD_STORE_FIELD = 4, 10, 8
 #: Pools that the kernels run; maxima pool the kernels' vectors in torch.
 POOLS = {"none": 0, "sum": 1, "mean": 2}
-_COMBINES = {"sum": 0, "mul": 1, "concat": 2}
+#: A concatenation is a sum of rows in columns of their own.
+_SUM, _MULTIPLY, _PLACE = 0, 1, 2
 _KERNEL_FLOATS = ("float32", "float16", "bfloat16")
 _NO_ADDRESS = [0, 1, 1]
 _NO_CODE = [-1, 0, 0, 0, 0, 0, 0, *_NO_ADDRESS]
@@ -78,7 +79,7 @@ def encode_plans(
             plan.num_embeddings,
             -1 if plan.padding_idx is None else plan.padding_idx,
             POOLS[plan.pool],
-            _COMBINES[plan.combine],
+            _combine(plan),
             plan.width,
             column,
             len(probes),
@@ -94,9 +95,15 @@ def encode_plans(
     return EncodedPlans(tensor, column)
 
 
+def _combine(plan: LookupPlan) -> int:
+    if plan.combine == "mul":
+        return _MULTIPLY
+    return _SUM if set(plan.columns) == {(0, plan.width)} else _PLACE
+
+
 def _encode_probes(plan: LookupPlan, numbers: dict[str, int]) -> list[list[int]]:
-    records, column = [], 0
-    for probe in plan.probes:
+    records = []
+    for probe, (column, _) in zip(plan.probes, plan.columns, strict=True):
         store = plan.store(probe.store)
         records.append(
             [
@@ -109,7 +116,6 @@ def _encode_probes(plan: LookupPlan, numbers: dict[str, int]) -> list[list[int]]
                 *_encode_quantization(plan, probe, numbers),
             ]
         )
-        column += store.width if plan.combine == "concat" else 0
     return records
 
 

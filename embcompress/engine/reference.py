@@ -209,12 +209,19 @@ def combined_vectors(plan: LookupPlan, stores: Stores, ids: Tensor, sparse: bool
     if plan.combine == "concat":
         vectors = torch.cat(parts, dim=-1)
     else:
+        parts = [place(plan, t, part) for t, part in enumerate(parts)]
         vectors = parts[0]
         for part in parts[1:]:
             vectors = vectors + part if plan.combine == "sum" else vectors * part
     if plan.padding_idx is not None:
         vectors = torch.where((ids != plan.padding_idx)[:, None], vectors, 0)
     return vectors
+
+
+def place(plan: LookupPlan, probe: int, part: Tensor) -> Tensor:
+    """(N, plan.width): the vectors of a probe in its columns, zeros beside them."""
+    begin, end = plan.columns[probe]
+    return part if (begin, end) == (0, plan.width) else F.pad(part, (begin, plan.width - end))
 
 
 def _apply_head(plan: LookupPlan, stores: Stores, vectors: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from embcompress.engine import Bags, check_ids
 from embcompress.engine.quantization import fake_quantize, gradient_scale
-from embcompress.engine.reference import address_rows, mix64, pool_bags
+from embcompress.engine.reference import address_rows, mix64, place, pool_bags
 from embcompress.initialization import initialize_stores
 from embcompress.lowering.tables import Read, Role
 from embcompress.plan import Address, Code, LookupPlan, Probe, Sign, Store, Weight
@@ -160,7 +160,9 @@ class PooledReader(TableReader):
         if self.plan.combine == "concat":
             pooled = torch.cat(list(answers), dim=1)
         else:
-            pooled = torch.stack(list(answers)).sum(0) if len(answers) > 1 else answers[0]
+            reads = zip(self.reads, answers, strict=True)
+            parts = [place(self.plan, read.probes[0], answer) for read, answer in reads]
+            pooled = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
         if self.plan.pool == "mean":
             pooled = pooled / self._counts(bags).clamp(min=1)[:, None]
         return self._apply_head(pooled)
@@ -201,10 +203,11 @@ class UnpooledReader(TableReader):
             self._probe_vectors(probe, ids, *(by_probe.get((role, t)) for role in _ROLES))
             for t, probe in enumerate(self.plan.probes)
         ]
-        vectors = parts[0]
         if self.plan.combine == "concat":
             vectors = torch.cat(parts, dim=1)
         else:
+            parts = [place(self.plan, t, part) for t, part in enumerate(parts)]
+            vectors = parts[0]
             for part in parts[1:]:
                 vectors = vectors + part if self.plan.combine == "sum" else vectors * part
         if self.plan.padding_idx is not None:

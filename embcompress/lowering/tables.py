@@ -149,12 +149,10 @@ def needs_weights(plan: LookupPlan) -> bool:
 
 def pooled_reads(plan: LookupPlan) -> tuple[Read, ...]:
     """The reads of a plan that TorchRec pools."""
-    if plan.combine == "concat":
-        return tuple(Read(probe.store, (t,)) for t, probe in enumerate(plan.probes))
-    by_store: dict[str, list[int]] = {}
-    for t, probe in enumerate(plan.probes):
-        by_store.setdefault(probe.store, []).append(t)
-    return tuple(Read(store, tuple(probes)) for store, probes in by_store.items())
+    reads: dict[tuple[str, int], list[int]] = {}
+    for t, (probe, (column, _)) in enumerate(zip(plan.probes, plan.columns, strict=True)):
+        reads.setdefault((probe.store, column), []).append(t)
+    return tuple(Read(store, tuple(probes)) for (store, _), probes in reads.items())
 
 
 def unpooled_reads(plan: LookupPlan) -> tuple[Read, ...]:

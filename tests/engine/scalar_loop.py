@@ -101,8 +101,13 @@ class ScalarLoop:
         parts = [self.probe(probe, id) for probe in self.plan.probes]
         if self.plan.combine == "concat":
             return [value for part in parts for value in part]
-        combine = math.fsum if self.plan.combine == "sum" else math.prod
-        return [combine(values) for values in zip(*parts, strict=True)]
+        if self.plan.combine == "mul":
+            return [math.prod(values) for values in zip(*parts, strict=True)]
+        terms: list[Vector] = [[] for _ in range(self.plan.width)]
+        for probe, part in zip(self.plan.probes, parts, strict=True):
+            for column, value in enumerate(part, start=probe.column or 0):
+                terms[column].append(value)
+        return [math.fsum(values) for values in terms]
 
     def head(self, vector: Vector) -> Vector:
         if self.plan.head is None:

@@ -161,6 +161,15 @@ BROKEN: dict[str, tuple[Callable[[], object], str]] = {
         lambda: table(Store("other", 5, 3), probes=(READ, Probe("other", Digit(1, 5)))),
         "needs rows of one width, got \\[3, 4\\]",
     ),
+    "a column of a product": (
+        lambda: table(probe=replace(READ, column=0), combine="mul"),
+        "begins at column 0; only those of a sum may",
+    ),
+    "a negative column": (lambda: table(probe=replace(READ, column=-1)), "begins at column -1"),
+    "columns left out": (
+        lambda: table(Store("two", 5, 2), probes=(READ, Probe("two", Digit(1, 5), column=5))),
+        "probe of 'two' begins at column 5, those before it end at 4",
+    ),
     "width": (lambda: replace(table(), embedding_dim=5), "width 4, not embedding_dim 5"),
     "width of concat": (
         lambda: table(probes=(READ, READ), combine="concat"),
@@ -303,6 +312,20 @@ def test_generated_plans_round_trip(first: int) -> None:
         assert LookupPlan.from_json(plan.to_json()) == plan
         assert LookupPlan.from_json(plan.to_json(indent=2)) == plan
         assert hash(plan) == hash(LookupPlan.from_json(plan.to_json()))
+
+
+def test_a_sum_is_placed_in_columns() -> None:
+    two, three = Store("two", 5, 2), Store("three", 5, 3)
+    probes = (
+        Probe("three", Digit(1, 5)),
+        Probe("two", Digit(1, 5), column=3),
+        Probe("two", Digit(2, 5), column=2),
+    )
+    plan = LookupPlan(10, 5, (two, three), probes)
+    assert plan.columns == ((0, 3), (3, 5), (2, 4))
+    assert plan.width == 5
+    assert LookupPlan.from_json(plan.to_json()) == plan
+    assert "three[x mod 5] + two[x mod 5]→3 + two[x div 2 mod 5]→2" in str(plan)
 
 
 def test_generated_plans_print_what_they_read() -> None:
