@@ -83,7 +83,7 @@ inline void check_packed_store(const StoreView& store, int64_t rows, int64_t wid
 
 inline void check_quantization(const Lookup& lookup, const Probe& probe, int64_t rows) {
     const Quantization& q = probe.quantization;
-    STD_TORCH_CHECK(q.bits == 1 || q.bits == 2 || q.bits == 4 || q.bits == 8,
+    STD_TORCH_CHECK(q.bits == 1 || q.bits == 2 || q.bits == 4 || q.bits == 8 || q.bits == 16,
                     "encoding: values of ", q.bits, " bits");
     const StoreView& store = store_at(lookup, probe.store);
     if (store.dtype == Dtype::kPacked) {

@@ -59,7 +59,7 @@ def calibrate(
 
     Args:
         values: (rows, width) float, finite.
-        bits: 1, 2, 4 or 8.
+        bits: 1, 2, 4, 8 or 16.
         share: what shares a step: each row, each column, or the table.
         clip: as above.
         symmetric: the middle of the codes is zero, so the bias follows from the step.

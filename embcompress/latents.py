@@ -61,10 +61,24 @@ def unpack_latents(plan: LookupPlan, store: Store, stores: Mapping[str, Tensor])
     return torch.cat(parts).detach()
 
 
+def fixed_steps(plan: LookupPlan) -> frozenset[str]:
+    """Names of the scales and biases that are not trained: those of 16-bit stores.
+
+    A step of so many codes is far smaller than a step of an optimizer that normalizes gradients
+    (Adam, Adagrad), which would tear it; and codes that fine lose nothing if they stand still.
+    """
+    names: set[str] = set()
+    for store in plan.stores:
+        if store.quantization is not None and store.bits == 16:
+            names |= {store.quantization.scale, store.quantization.bias or ""}
+    return frozenset(names - {""})
+
+
 def quantization_parts(
-    plan: LookupPlan, store: Store, stores: Mapping[str, Tensor], rows: slice
+    plan: LookupPlan, store: Store, stores: Mapping[str, Tensor], rows: slice | Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Scale and bias of some rows of a quantized store, at least float32."""
+    """Scale and bias of some rows of a quantized store (a slice or their numbers), at least
+    float32."""
     assert store.quantization is not None
 
     def part(name: str) -> Tensor:

@@ -13,7 +13,7 @@ from embcompress.budget import Budget, default_plan, fit_plan, parse_budget
 from embcompress.engine import Bags, GradientOptions, Program, lookup, make_bags
 from embcompress.engine.fused import FusedStores, UpdateRule
 from embcompress.initialization import initialize_stores
-from embcompress.latents import pack_latents, unpack_latents
+from embcompress.latents import fixed_steps, pack_latents, unpack_latents
 from embcompress.methods import Method, TableSpec, methods, resolve_method
 from embcompress.plan import LookupPlan, PlanError, Pool, Store
 
@@ -62,7 +62,8 @@ class CompressedTable(nn.Module):
     lookups read them rounded to its codes (:mod:`embcompress.engine.quantization`).
     :func:`embcompress.deploy` replaces them by the packed codes, a uint8 buffer of the plan's
     bytes. A ``state_dict`` of either form loads into a module of either: the module takes the
-    form of what it loads.
+    form of what it loads. Steps of 16-bit stores do not require gradients
+    (:func:`embcompress.latents.fixed_steps`).
 
     Attributes:
         plan: the :class:`~embcompress.plan.LookupPlan`, with the stores' present dtypes.
@@ -102,8 +103,9 @@ class CompressedTable(nn.Module):
         if name in self._parameters or name in self._buffers:
             delattr(self, name)
         if values.is_floating_point():
-            parameter = values if isinstance(values, nn.Parameter) else nn.Parameter(values)
-            self.register_parameter(name, parameter)
+            trained = name not in fixed_steps(self._plan)
+            new = values if isinstance(values, nn.Parameter) else nn.Parameter(values, trained)
+            self.register_parameter(name, new)
         else:
             self.register_buffer(name, values)
 
@@ -691,7 +693,8 @@ class Embedding(CompressedTable):
                 device=embeddings.device, dtype=embeddings.dtype,
                 method=method, budget=budget, seed=seed, name=name, counts=counts,
             )  # fmt: skip
-            return module.fit_(embeddings, seed, name, counts).requires_grad_(not freeze)
+            module.fit_(embeddings, seed, name, counts)
+            return module.requires_grad_(False) if freeze else module
         return cls(
             rows, width, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse,
             _weight=embeddings, _freeze=freeze,
@@ -818,7 +821,8 @@ class EmbeddingBag(CompressedTable):
                 include_last_offset, padding_idx, embeddings.device, embeddings.dtype,
                 method=method, budget=budget, seed=seed, name=name, counts=counts,
             )  # fmt: skip
-            return module.fit_(embeddings, seed, name, counts).requires_grad_(not freeze)
+            module.fit_(embeddings, seed, name, counts)
+            return module.requires_grad_(False) if freeze else module
         module = cls(
             rows, width, max_norm, norm_type, scale_grad_by_freq, mode, sparse, embeddings,
             include_last_offset, padding_idx,

@@ -24,7 +24,7 @@ Pool: TypeAlias = Literal["none", "sum", "mean", "max"]
 FLOAT_BITS = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16}
 _UNSIGNED = re.compile(r"uint([1-9]|1[0-9]|2[0-9]|3[0-2])")
 #: Widths in bits that packed *values* may have (codes may have any width up to 32).
-PACKED_VALUE_BITS = (1, 2, 4, 8)
+PACKED_VALUE_BITS = (1, 2, 4, 8, 16)
 #: Ids, addresses and positions of bits are signed 64-bit integers in every engine.
 INT64_END = 2**63
 
@@ -95,7 +95,7 @@ class Store:
         if self.quantization is not None:
             require(
                 not self.is_float and self.bits in PACKED_VALUE_BITS,
-                f"store {self.name!r}: quantized values take uint1, uint2, uint4 or uint8, "
+                f"store {self.name!r}: quantized values take uint1, uint2, uint4, uint8 or uint16, "
                 f"not {self.dtype!r}",
             )
 

@@ -21,6 +21,8 @@ METHODS: tuple[Method, ...] = (
     ec.Int4(),
     ec.Int4(scale="row"),
     ec.Int8(scale="table"),
+    ec.Int16(),
+    ec.Int16(scale="row"),
     *(ec.LowBit(width=width, bits=bits) for width, bits in ((5, 8), (4, 4), (3, 2), (7, 1))),
 )
 
@@ -62,9 +64,9 @@ def mixed_plan() -> LookupPlan:
 # ------------------------------------------------------------------------------------ formulas
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_int_rows(bits: int) -> None:
-    module = trained(ec.Int8() if bits == 8 else ec.Int4())
+@pytest.mark.parametrize("method", [ec.Int4(), ec.Int8(), ec.Int16()], ids=str)
+def test_int_rows(method: ec.Int8) -> None:
+    module, bits = trained(method), method.bits
     code = ((module.weight - module.bias) / module.scale).round().clamp(0, 2**bits - 1)
     assert torch.equal(module(IDS), module.scale * code + module.bias)
 
@@ -95,6 +97,22 @@ def test_gradients_are_damped_by_the_numbers_of_a_step() -> None:
         torch.testing.assert_close(module.scale.grad, expected, rtol=1e-3, atol=1e-4)
         expected = (~inside).float().sum_to_size(shape) / (numbers * 15) ** 0.5
         torch.testing.assert_close(module.bias.grad, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_steps_of_16_bits_stand_still_and_leave_room() -> None:
+    module = trained(ec.Int16())
+    assert not module.scale.requires_grad and not module.bias.requires_grad
+    assert module.scale.grad is None and module.weight.grad is not None
+    torch.testing.assert_close(module.bias, torch.full((1, WIDTH), -64.0), rtol=1e-4, atol=0)
+    weight = torch.randn(ROWS, WIDTH)
+    for freeze in (True, False):
+        module = ec.Embedding.from_pretrained(weight, freeze, method="int16", budget="60%")
+        assert module.weight.requires_grad != freeze and not module.scale.requires_grad
+        torch.testing.assert_close(module.to_dense(), weight, rtol=0, atol=1e-4)
+    packed = ec.deploy(module).state_dict()
+    fresh = ec.Embedding(ROWS, WIDTH, method="int16", budget="60%")
+    fresh.load_state_dict(packed)
+    assert torch.equal(fresh.to_dense(), module.to_dense())
 
 
 # -------------------------------------------------------------------------------------- deploy

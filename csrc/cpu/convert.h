@@ -104,7 +104,7 @@ typedef uint32_t Codes __attribute__((vector_size(kUnpacked * sizeof(uint32_t)))
 typedef int32_t SignedCodes __attribute__((vector_size(kUnpacked * sizeof(int32_t))));
 typedef float Values __attribute__((vector_size(kUnpacked * sizeof(float))));
 
-// Eight codes of kBits bits from a bit of a byte on; fewer at the store's end, and zeros.
+// Eight codes of kBits < 16 bits from a bit of a byte on; fewer at the store's end, and zeros.
 template <int kBits>
 EMBCOMPRESS_INLINE Codes load_codes(const StoreView& store, int64_t byte, int shift) {
     const uint8_t* stream = static_cast<const uint8_t*>(store.data) + byte;
@@ -123,8 +123,23 @@ EMBCOMPRESS_INLINE Codes load_codes(const StoreView& store, int64_t byte, int sh
     return (Codes{low, low, low, low, high, high, high, high} >> shifts) & ((1u << kBits) - 1);
 }
 
+// Eight codes of 16 bits from a byte on; fewer at the store's end, and zeros.
+template <>
+EMBCOMPRESS_INLINE Codes load_codes<16>(const StoreView& store, int64_t byte, int) {
+    const uint8_t* stream = static_cast<const uint8_t*>(store.data) + byte;
+    uint16_t words[kUnpacked] = {};
+    if (byte + static_cast<int64_t>(sizeof(words)) <= store.bytes) {
+        std::memcpy(words, stream, sizeof(words));
+    } else {
+        std::memcpy(words, stream, static_cast<size_t>(store.bytes - byte));
+    }
+    Codes codes;
+    for (int64_t c = 0; c < kUnpacked; ++c) codes[c] = words[c];
+    return codes;
+}
+
 // One row of kBits-bit codes. Eight codes are kBits bytes, so they begin at the same bit of a byte
-// as the row does, and with that bit they lie within eight bytes.
+// as the row does, and with that bit those of 8 bits and fewer lie within eight bytes.
 template <int kBits, bool kBias>
 EMBCOMPRESS_INLINE void unpack_row(const StoreView& store, int64_t row, int64_t width,
                                    const float* steps, float* out) {
@@ -157,8 +172,10 @@ EMBCOMPRESS_INLINE void unpack_row(const StoreView& store, int64_t bits, int64_t
             return unpack_row<2, kBias>(store, row, width, steps, out);
         case 4:
             return unpack_row<4, kBias>(store, row, width, steps, out);
-        default:
+        case 8:
             return unpack_row<8, kBias>(store, row, width, steps, out);
+        default:
+            return unpack_row<16, kBias>(store, row, width, steps, out);
     }
 }
 

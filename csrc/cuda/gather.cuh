@@ -206,7 +206,14 @@ EMBCOMPRESS_DEVICE bool is_aligned(const void* pointer, int64_t width) {
     return (reinterpret_cast<uintptr_t>(pointer) % 16 | width % 4) == 0;
 }
 
-// C numbers of a packed row, as many bytes as they are: `position` is a multiple of C.
+// Whether C numbers of a row are loaded as half-words: 16-bit floats and codes of 16 bits.
+EMBCOMPRESS_DEVICE bool has_half_words(const BoundProbe& bound) {
+    return is_packed(bound) ? bound.probe.quantization.bits == 16
+                            : bound.store.dtype != Dtype::kFloat32;
+}
+
+// C numbers of fewer than 16 bits of a packed row, as many bytes as they are: `position` is a
+// multiple of C.
 template <int C>
 EMBCOMPRESS_DEVICE uint64_t load_codes(const StoreView& store, int64_t position, int64_t bits) {
     const uint8_t* from = static_cast<const uint8_t*>(store.data) + (position * bits >> 3);
@@ -247,7 +254,7 @@ EMBCOMPRESS_DEVICE void fetch_vectors(const BoundProbe& bound, const int64_t* ro
 #pragma unroll
             for (int c = 0; c < C; c += 4) load_16(data + rows[u] * width + c, raw[u] + c);
         }
-    } else if (store.dtype == Dtype::kPacked) {
+    } else if (!has_half_words(bound)) {
 #pragma unroll
         for (int u = 0; u < U; ++u) {
             if (rows[u] < 0) continue;
@@ -288,7 +295,7 @@ EMBCOMPRESS_DEVICE void unpack_vector(const BoundProbe& bound, const uint32_t (&
     if (bound.store.dtype == Dtype::kFloat32) {
 #pragma unroll
         for (int c = 0; c < C; ++c) stored[c] = as_float(raw[c]);
-    } else if (bound.store.dtype == Dtype::kPacked) {
+    } else if (!has_half_words(bound)) {
         const int bits = static_cast<int>(bound.probe.quantization.bits);
         const uint32_t mask = (1u << bits) - 1;
         const uint64_t codes = static_cast<uint64_t>(raw[1]) << 32 | raw[0];
@@ -297,11 +304,13 @@ EMBCOMPRESS_DEVICE void unpack_vector(const BoundProbe& bound, const uint32_t (&
             stored[c] = static_cast<float>(static_cast<uint32_t>(codes >> (c * bits)) & mask);
         }
     } else {
-        const bool half = bound.store.dtype == Dtype::kFloat16;
+        const Dtype dtype = bound.store.dtype;
 #pragma unroll
         for (int c = 0; c < C; ++c) {
             const uint16_t number = static_cast<uint16_t>(raw[c / 2] >> (c % 2 * 16));
-            stored[c] = half ? half_to_float(number) : bfloat_to_float(number);
+            stored[c] = dtype == Dtype::kPacked    ? static_cast<float>(number)
+                        : dtype == Dtype::kFloat16 ? half_to_float(number)
+                                                   : bfloat_to_float(number);
         }
     }
 }

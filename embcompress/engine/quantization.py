@@ -65,7 +65,7 @@ def fake_quantize(
     Args:
         values: (N, width) latents.
         scale, bias: what broadcasts over them.
-        bits: 1, 2, 4 or 8.
+        bits: 1, 2, 4, 8 or 16.
         damping: of the gradients of scale and bias (:func:`gradient_scale`).
     """
     scale = _ScaledGradient.apply(scale, damping)

@@ -216,6 +216,8 @@ def _check(table: EmbeddingBag) -> None:
         if store.is_float and store.dtype not in _FLOATS:
             raise ValueError(f"FBGEMM has no rows of {store.dtype}; store {store.name!r}")
         names = store.quantization
+        if names is not None and store.bits not in _BITS and store.bits != 1:
+            raise ValueError(f"FBGEMM has no codes of {store.bits} bits; store {store.name!r}")
         if names is not None and has_row_scales(plan, store) and plan.store(names.scale).width > 1:
             raise ValueError(f"store {store.name!r} has a scale for each number")
 

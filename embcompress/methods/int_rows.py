@@ -1,10 +1,10 @@
-"""Rows in 8 or 4 bits a number."""
+"""Rows in 16, 8 or 4 bits a number."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from embcompress.latents import pack_latents
 from embcompress.methods import register
 from embcompress.methods.base import Method, TableSpec
 from embcompress.plan import Digit, Linear, LookupPlan, Probe, Quantization, Store
+from embcompress.procedure import TableProcedure
+from embcompress.stochastic_rounding import StochasticRounding
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,23 @@ class IntRows(Method):
             more: at small widths as much as the row itself), or the whole ``"table"``.
         clip: whether :meth:`fit` gives up the outermost numbers for a smaller squared error;
             False keeps every error within half a step.
+        rounding: what training leaves of an updated number: with ``"nearest"`` a float latent,
+            which lookups read rounded to the nearest code; with ``"stochastic"``, where there is
+            a :class:`~embcompress.TrainingProcedure`, one of the two nearest codes by chance
+            (:class:`embcompress.stochastic_rounding.StochasticRounding`).
+        rounding_seed: of these chances; the same seed gives the same bits.
     """
 
     bits: ClassVar[int]
     scale: Share = "column"
     clip: bool = True
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    rounding_seed: int = 0
 
     def __post_init__(self) -> None:
         check_share(self.scale)
+        if self.rounding not in ("nearest", "stochastic"):
+            raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {self.rounding!r}")
 
     def sizes(self, table: TableSpec) -> range:
         """Widths; the last one is the full width, which needs no projection."""
@@ -93,6 +104,11 @@ class IntRows(Method):
         stores |= {"scale": scale, "bias": bias, "weight": weight}
         return {**stores, "weight": pack_latents(plan, plan.store("weight"), stores)}
 
+    def procedure(self) -> TableProcedure | None:
+        if self.rounding == "nearest":
+            return None
+        return StochasticRounding("weight", self.rounding_seed)
+
 
 @register
 @dataclass(frozen=True)
@@ -131,3 +147,22 @@ class Int4(IntRows):
 
     name: ClassVar[str] = "int4"
     bits: ClassVar[int] = 4
+
+
+@register
+@dataclass(frozen=True)
+class Int16(IntRows):
+    """Rows in 16 bits a number, trained so or quantized after training.
+
+    As :class:`Int8`, with codes from 0 to 65535, and steps that are not trained: those of a new
+    table reach 64 standard deviations of its vectors, those of :meth:`fit` are the trained
+    table's. Steps have the table's dtype: in a float16 or bfloat16 table values are no finer.
+
+    Memory: 2·n·d bytes, and 8·d for a step and a bias a column, half of the table; or for rows of
+    width w < d, 2·n·w + 8·w + 4·d·w bytes.
+
+    Source: as :class:`Int8`.
+    """
+
+    name: ClassVar[str] = "int16"
+    bits: ClassVar[int] = 16

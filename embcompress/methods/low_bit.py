@@ -17,7 +17,6 @@ from embcompress.methods.base import JointMethod, TableSpec
 from embcompress.methods.full import Full
 from embcompress.plan import (
     FLOAT_BITS,
-    PACKED_VALUE_BITS,
     Digit,
     Linear,
     LookupPlan,
@@ -26,6 +25,8 @@ from embcompress.plan import (
     Store,
 )
 
+#: Bits of a number that the dial has; 16 of them never pay beside wider rows.
+_BITS = (1, 2, 4, 8)
 _REFITS = 8
 _CHUNK_ROWS = 1 << 16
 
@@ -66,8 +67,8 @@ class LowBit(JointMethod):
     def __post_init__(self) -> None:
         if self.width is not None and (not isinstance(self.width, int) or self.width < 1):
             raise ValueError(f"width must be an integer of at least 1, got {self.width!r}")
-        if self.bits is not None and self.bits not in PACKED_VALUE_BITS:
-            raise ValueError(f"bits must be one of {PACKED_VALUE_BITS}, got {self.bits!r}")
+        if self.bits is not None and self.bits not in _BITS:
+            raise ValueError(f"bits must be one of {_BITS}, got {self.bits!r}")
         if self.head_dtype is not None and self.head_dtype not in FLOAT_BITS:
             raise ValueError(
                 f"head_dtype must be one of {', '.join(FLOAT_BITS)}, got {self.head_dtype!r}"
@@ -89,7 +90,7 @@ class LowBit(JointMethod):
     def _pairs(self, widest: int) -> list[tuple[int, int]]:
         """Pairs that the settings allow; without settings, those worth their bytes."""
         if self.width is not None:
-            return [(self.width, b) for b in PACKED_VALUE_BITS if self.bits in (None, b)]
+            return [(self.width, b) for b in _BITS if self.bits in (None, b)]
         if self.bits is not None:
             return [(width, self.bits) for width in range(1, widest + 1)]
         narrow = [(1, 1), (1, 2)]

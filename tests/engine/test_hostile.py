@@ -275,7 +275,7 @@ DAMAGE_OF_CODES = {
     "a scale's rows of codes": ("scale.address.b", 101),
     "a scale's otherwise past the codes": ("scale.otherwise.b", 10),
     "values of more bits": ("quantization.bits", 5),
-    "values of too many bits": ("quantization.bits", 16),
+    "values of too many bits": ("quantization.bits", 32),
     "values as floats": ("quantization.bits", 0),
     "a step's store": ("quantization.scale_store", 7),
     "steps of other columns": ("quantization.scale_store", 3),

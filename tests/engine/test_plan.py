@@ -66,11 +66,11 @@ BROKEN: dict[str, tuple[Callable[[], object], str]] = {
     "too many bits": (lambda: Store("s", 2**40, 2**20), "2\\*\\*63 bits or more"),
     "quantized float": (
         lambda: Store("s", 1, 1, "float32", Quantization("t")),
-        "take uint1, uint2, uint4 or uint8, not 'float32'",
+        "take uint1, uint2, uint4, uint8 or uint16, not 'float32'",
     ),
     "quantized to 3 bits": (
         lambda: Store("s", 1, 1, "uint3", Quantization("t")),
-        "take uint1, uint2, uint4 or uint8, not 'uint3'",
+        "take uint1, uint2, uint4, uint8 or uint16, not 'uint3'",
     ),
     "divisor": (lambda: Digit(0, 5), "divisor and radix"),
     "large divisor": (lambda: Digit(2**63, 5), "divisor and radix"),

@@ -87,5 +87,7 @@ def test_what_the_kernel_cannot_run_is_an_error() -> None:
         BatchedLookup(ec.EmbeddingBag(ROWS, WIDTH, mode="max", method="hash"))
     with pytest.raises(ValueError, match="deploy"):
         BatchedLookup(ec.EmbeddingBag(ROWS, WIDTH, mode="sum", method="int8"))
+    with pytest.raises(ValueError, match="codes of 16 bits"):
+        BatchedLookup(ec.deploy(ec.EmbeddingBag(ROWS, WIDTH, mode="sum", method="int16")))
     with pytest.raises(ValueError, match="bfloat16"):
         BatchedLookup(ec.EmbeddingBag(ROWS, WIDTH, mode="sum", dtype=torch.bfloat16))
