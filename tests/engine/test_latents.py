@@ -108,7 +108,9 @@ def test_the_compiled_engine_reads_and_trains_latents(bits: int, dtype: str) -> 
     generator = torch.Generator().manual_seed(bits)
     ids = torch.randint(0, IDS, (300,), generator=generator)
     bags = Bags(ids, torch.arange(0, 301, 3))
-    tolerance = {"rtol": 2e-4, "atol": 2e-4 if dtype == "float32" else 2e-2}
+    # A number that is rounded to the dtype at the end may differ by its last bit.
+    last_bit = torch.finfo(getattr(torch, dtype)).eps
+    tolerance = {"rtol": max(2e-4, last_bit), "atol": 2e-4 if dtype == "float32" else 2e-2}
     for biased, shape, combine in itertools.product(
         (False, True), SHAPES, ("sum", "mul", "concat")
     ):
