@@ -113,6 +113,7 @@ class EmbeddingBagCollection(nn.Module):
             bag = EmbeddingBag.from_plan(plan.with_pool(table.mode), used, device=device)
             if not plan.is_dense:
                 resolved.fill(spec, plan, bag.stores())
+                bag.keep_spec(spec)
             self.embedding_bags[table.name] = bag
         tie_shared_stores(self._bags_of_tables())
         self._set_features(

@@ -41,4 +41,5 @@ def deploy(module: ModuleType) -> ModuleType:
     for table in tables:
         stores = table.stores()
         table.hold_packed({name: shared[stores[name]] for name in table.latents()})
+        table.spec = None
     return module

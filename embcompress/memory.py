@@ -25,7 +25,7 @@ class TableMemory:
             table counted already add nothing.
         dense: bytes of the float32 table.
         training: further bytes that the module holds for training: what the float latents of
-            packed rows take beyond these, and optimizer state.
+            packed rows and the structures of a search take beyond these, and optimizer state.
         also: other paths that lead to the same module.
     """
 
@@ -90,6 +90,8 @@ def memory(module: nn.Module) -> MemoryReport:
     for child, names in paths.items():
         if isinstance(child, CompressedTable):
             size, latents = _table_bytes(child, counted)
+            if child.spec is not None and child.spec.counts is not None:
+                latents += _new_bytes([child.spec.counts], counted)
             method = child.method
         else:
             size, latents, method = _new_bytes([child.weight], counted), 0, "full"
@@ -111,6 +113,10 @@ def _table_bytes(table: CompressedTable, counted: set[tuple[str, int]]) -> tuple
         packed = min(size, store.bytes) if store.name in table.latents() else size
         deployed += packed
         training += size - packed
+    if table.built_plan is not None:  # what is searched in is not deployed
+        searched = deployed
+        deployed = min(searched, table.built_plan.bytes)
+        training += searched - deployed
     return deployed, training
 
 

@@ -72,6 +72,9 @@ class CompressedTable(nn.Module):
         fused_rule: the fused optimizer, or None.
         updated_in_kernel: names of the stores that the engine updates in its backward pass.
         start_deviation: standard deviation of the vectors that :meth:`reset_parameters` gives.
+        spec: what the plan was made for, where the method has several phases; else None.
+        built_plan: the plan under the budget, while a phase has put another in its place that is
+            not deployed; else None.
     """
 
     def __init__(
@@ -85,18 +88,15 @@ class CompressedTable(nn.Module):
     ) -> None:
         super().__init__()
         self.set_method(method)
+        self.spec: TableSpec | None = None
+        self.built_plan: LookupPlan | None = None
         self.options = options
         self.fused_rule: UpdateRule | None = None
         self.updated_in_kernel: tuple[str, ...] = ()
         self.start_deviation = 1.0
         self._set_plan(plan)
-        for store in plan.stores:
-            if store.is_float or (store.quantization is not None and not deployed):
-                dtype = _training_dtype(plan, store)
-                values = torch.empty(store.rows, store.width, device=device, dtype=dtype)
-            else:
-                values = torch.zeros(store.bytes, device=device, dtype=torch.uint8)
-            self.hold(store.name, values)
+        for name, values in _empty_stores(plan, device, deployed).items():
+            self.hold(name, values)
 
     def hold(self, name: str, values: Tensor) -> None:
         """Make floats a parameter, packed numbers a buffer, of that name."""
@@ -194,6 +194,40 @@ class CompressedTable(nn.Module):
         known = not isinstance(method, str) or method in methods()
         self.settings = resolve_method(method) if known else None
 
+    @property
+    def has_phases(self) -> bool:
+        """Whether the method trains in several phases, and may change the plan in between."""
+        return self.settings is not None and len(self.settings.phases()) > 1
+
+    def keep_spec(self, spec: TableSpec) -> None:
+        """Remember what the plan was made for, if the phases of the method will ask for it."""
+        if self.has_phases:
+            self.spec = spec
+
+    def take_form(
+        self, plan: LookupPlan, stores: Mapping[str, Tensor], frozen: Sequence[str] = ()
+    ) -> None:
+        """Take another plan and stores in place of all that was here, also the optimizer.
+
+        Args:
+            plan: its pooling and padding id stay those of the module.
+            stores: a tensor for every store: floats become parameters (as they are, where they
+                are parameters already), the others buffers.
+            frozen: stores that need no gradient.
+
+        Raises:
+            ValueError: stores that are not the plan's, or of another shape.
+        """
+        _check_stores(plan, stores)
+        self._drop_optimizer()
+        for name in self._store_names:
+            delattr(self, name)
+        self._set_plan(plan.with_pool(self._plan.pool, self._plan.padding_idx))
+        for store in plan.stores:
+            self.hold(store.name, stores[store.name])
+        for name in frozen:
+            self.get_parameter(name).requires_grad_(False)
+
     def reset_parameters(self, std: float | None = None) -> None:
         """Draw all stores anew, so that the vectors have mean 0 and this standard deviation.
 
@@ -208,6 +242,18 @@ class CompressedTable(nn.Module):
         if self._plan.is_dense and self.padding_idx is not None:
             with torch.no_grad():
                 self.stores()[self._plan.stores[0].name][self.padding_idx].zero_()
+
+    def new_stores(self, plan: LookupPlan, seed: int) -> dict[str, Tensor]:
+        """Stores at the start values that a seed gives this module's vectors; codes zero.
+
+        Random numbers are drawn on the CPU, so they are the same on every device.
+        """
+        stores = _empty_stores(plan, "cpu")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            initialize_stores(plan, stores, self.start_deviation)
+        device = next(iter(self.stores().values())).device
+        return {name: tensor.to(device) for name, tensor in stores.items()}
 
     def adopt_stores(self: TableType, stores: Mapping[str, Tensor]) -> TableType:
         """Hold these tensors as the stores of those names, sharing their memory.
@@ -370,6 +416,19 @@ class CompressedTable(nn.Module):
                 store.register_post_accumulate_grad_hook(self._updater(name))
         self.updated_in_kernel = tuple(in_kernel)
 
+    def unfuse(self, renewed: dict[Tensor, nn.Parameter]) -> None:
+        """See :func:`embcompress.optimizers.unfuse_optimizer`.
+
+        Args:
+            renewed: the new parameter of every store that was renewed already; it is added to.
+        """
+        fused = [n for n in self._store_names if f"optimizer_{n}_step" in self._buffers]
+        self._drop_optimizer()
+        for name in fused:
+            old = self.get_parameter(name)
+            # A new object: hooks that update it stay with the old one.
+            self.hold(name, renewed.setdefault(old, nn.Parameter(old.detach())))
+
     def _updater(self, name: str) -> Callable[[Tensor], None]:
         """A hook that updates one store by its gradient, in torch."""
 
@@ -403,7 +462,7 @@ class CompressedTable(nn.Module):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not self._plan.is_dense:
+        if not self._plan.is_dense or self.has_phases:
             encoded = bytearray(self._plan.to_json().encode())
             destination[prefix + _PLAN_KEY] = torch.frombuffer(encoded, dtype=torch.uint8)
 
@@ -421,7 +480,7 @@ class CompressedTable(nn.Module):
         saved = state_dict.pop(key, None)
         if saved is not None:
             error = self._plan_mismatch(saved)
-            if error:
+            if error and not self._take_searched_plan(saved):
                 error_msgs.append(f"{key}: {error}")
         elif not self._plan.is_dense:
             missing_keys.append(key)
@@ -459,6 +518,21 @@ class CompressedTable(nn.Module):
             "create the module with the same method, budget, seed and name"
         )
 
+    def _take_searched_plan(self, saved: Tensor) -> bool:
+        """Take the plan of the weights to be loaded, if it is the outcome of phases.
+
+        Not where an optimizer is fused, whose state would have to change with it.
+        """
+        if not self.has_phases or self.fused_rule is not None:
+            return False
+        plan = LookupPlan.from_json(bytes(saved.cpu().numpy()).decode())
+        shape = (plan.num_embeddings, plan.embedding_dim)
+        if shape != (self.num_embeddings, self.embedding_dim):
+            return False
+        device = next(iter(self.stores().values())).device
+        self.take_form(plan, _empty_stores(plan, device))
+        return True
+
     def extra_repr(self) -> str:
         text = f"{self.num_embeddings}, {self.embedding_dim}, method={self.method!r}"
         if self.padding_idx is not None:
@@ -472,6 +546,34 @@ def _training_dtype(plan: LookupPlan, store: Store) -> torch.dtype:
         return cast(torch.dtype, getattr(torch, store.dtype))
     scale = plan.store(store.quantization.scale)
     return torch.promote_types(torch.float32, getattr(torch, scale.dtype))
+
+
+def _empty_stores(
+    plan: LookupPlan, device: torch.device | str | None, deployed: bool = False
+) -> dict[str, Tensor]:
+    """Tensors for the stores of a plan: floats of any value, codes that are zero."""
+    stores = {}
+    for store in plan.stores:
+        if store.is_float or (store.quantization is not None and not deployed):
+            dtype = _training_dtype(plan, store)
+            values = torch.empty(store.rows, store.width, device=device, dtype=dtype)
+        else:
+            values = torch.zeros(store.bytes, device=device, dtype=torch.uint8)
+        stores[store.name] = values
+    return stores
+
+
+def _check_stores(plan: LookupPlan, stores: Mapping[str, Tensor]) -> None:
+    names = [store.name for store in plan.stores]
+    if set(stores) != set(names):
+        raise ValueError(f"the plan has stores {sorted(names)}, got {sorted(stores)}")
+    for store in plan.stores:
+        tensor = stores[store.name]
+        shape = (store.rows, store.width) if tensor.is_floating_point() else (store.bytes,)
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"store {store.name!r} has shape {tuple(tensor.shape)}, the plan says {shape}"
+            )
 
 
 def _addressing(plan: LookupPlan) -> LookupPlan:
@@ -581,6 +683,7 @@ def _construct(
         CompressedTable.__init__(module, plan, method, options, device=device)
         module.reset_parameters()
         method.fill(table, plan, module.stores())
+    module.keep_spec(table)
     if freeze:
         module.requires_grad_(False)
 

@@ -74,6 +74,17 @@ def fuse_optimizer(
     return rule
 
 
+def unfuse_optimizer(module: nn.Module) -> None:
+    """Undo :func:`fuse_optimizer`: the tables' stores require gradients again, the state is gone.
+
+    The stores that were fused become new parameters with the values that they have.
+    """
+    renewed: dict[Tensor, nn.Parameter] = {}  # tied stores stay tied
+    for table in module.modules():
+        if isinstance(table, CompressedTable) and table.fused_rule is not None:
+            table.unfuse(renewed)
+
+
 def unfused_parameters(module: nn.Module) -> list[nn.Parameter]:
     """The parameters that are left to an optimizer of the user's own."""
     fused: set[Tensor] = set()

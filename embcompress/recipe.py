@@ -8,6 +8,7 @@ gradients of many ids slows down by itself.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from embcompress.modules import CompressedTable
 from embcompress.optimizers import fuse_optimizer, unfused_parameters
+from embcompress.training import TrainingProcedure
 
 #: Standard deviation of the vectors of a new table.
 TABLE_STD = 0.05
@@ -56,6 +58,19 @@ def binary_step(optimizer: torch.optim.Optimizer, logits: Tensor, label: Tensor)
     optimizer.zero_grad(set_to_none=True)
     nn.functional.binary_cross_entropy_with_logits(logits, label).backward()
     optimizer.step()
+
+
+def validation_step(
+    procedure: TrainingProcedure, logits: Callable[[], Tensor], label: Tensor
+) -> None:
+    """Show the methods' procedures the log-loss of validation examples; nothing else learns.
+
+    Args:
+        procedure: in a phase whose split is ``"validation"``.
+        logits: computes those of the batch.
+    """
+    with procedure.validating():
+        nn.functional.binary_cross_entropy_with_logits(logits(), label).backward()
 
 
 @dataclass

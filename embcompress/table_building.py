@@ -51,6 +51,7 @@ def build_modules(
         else:
             for name, tensor in first.stores().items():
                 setattr(new, name, tensor)
+        new.keep_spec(table.spec)
         new.train(module.training)
         built[module] = new
     return built

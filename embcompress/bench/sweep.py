@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +206,8 @@ def _result_record(
         "learning_rate": best.learning_rate,
         "best_epoch": best.best_epoch,
         "epochs": len(best.validation),
+        "phases": [asdict(phase) for phase in best.phases],
+        "training_bytes": max(phase.training_bytes for phase in best.phases),
         "validation": validation_record(best),
         "learning_rate_trials": trials,
         "lookup": lookup,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,15 +15,19 @@ from torch import Tensor, nn
 
 from embcompress.bench.settings import TrainingSettings
 from embcompress.collection import EmbeddingBagCollection, TableConfig
-from embcompress.data.click_log import ClickLog, Split
+from embcompress.data.click_log import Batch, ClickLog, Split
 from embcompress.deployment import deploy
+from embcompress.memory import memory
 from embcompress.methods import Method
 from embcompress.models import MODELS, ClickModel
+from embcompress.phases import Phase
+from embcompress.phases import Score as PhaseScore
 from embcompress.recipe import (
     OverfittingGuard,
     binary_step,
     initialize_tables,
     make_optimizer,
+    validation_step,
 )
 from embcompress.training import TrainingProcedure
 
@@ -41,12 +45,22 @@ class Score:
 
 
 @dataclass
+class PhaseRecord:
+    """A phase of training: its name, its epochs, and the bytes of tables beyond the deployed."""
+
+    name: str
+    epochs: int = 0
+    training_bytes: int = 0
+
+
+@dataclass
 class Trained:
     """A trained model: what it scored after each epoch, and the weights worth keeping.
 
     Attributes:
         guard: weights after the first and after the epoch with the best validation AUC.
-        validation: score after each epoch.
+        validation: score after each epoch (of the last phase, where there are several).
+        phases: what was run.
         prequential: of a prequential run, the score of the test rows, each of them predicted
             before it was trained on.
     """
@@ -55,6 +69,7 @@ class Trained:
     learning_rate: float
     guard: OverfittingGuard
     validation: list[Score] = field(default_factory=list)
+    phases: list[PhaseRecord] = field(default_factory=list)
     train_seconds: float = 0.0
     examples: int = 0
     prequential: Score | None = None
@@ -173,44 +188,112 @@ def train(
     seed: int,
     observe: StepObserver | None = None,
 ) -> Trained:
-    """Train until the validation AUC stops rising; test rows are not touched."""
+    """Train, in the phases of the tables' methods, the last until the validation AUC stops rising.
+
+    Test rows are not touched.
+    """
     trained = Trained(model, learning_rate, OverfittingGuard(settings.patience))
-    optimizer = make_optimizer(model, learning_rate)
-    procedure = TrainingProcedure(model, optimizer)
+    loop = TrainingLoop(trained, log, settings, observe)
     rng = np.random.default_rng(seed)
-    for epoch in range(1, settings.epochs + 1):
-        rows = split.train if settings.split == "time" else rng.permutation(split.train)
-        started = time.perf_counter()
-        _train_epoch(model, log, rows, settings.batch_size, optimizer, procedure, epoch, observe)
-        trained.train_seconds += time.perf_counter() - started
-        trained.examples += len(rows)
-        if trained.end_epoch(evaluate(model, log, split.validation)):
-            break
-    procedure.close()
+
+    def validation_score() -> Score:
+        return evaluate(model, log, split.validation)
+
+    for phase in loop.phases(lambda: validation_score().auc):
+        is_last = phase == loop.procedure.phases[-1]
+        for _ in range(phase.epochs or settings.epochs):
+            rows = split.train if settings.split == "time" else rng.permutation(split.train)
+            loop.run_epoch(phase, rows, split.validation)
+            if is_last and trained.end_epoch(validation_score()):
+                break
     return trained
 
 
-def _train_epoch(
-    model: nn.Module,
-    log: ClickLog,
-    rows: NDArray[np.int64],
-    batch_size: int,
-    optimizer: torch.optim.Optimizer,
-    procedure: TrainingProcedure,
-    epoch: int,
-    observe: StepObserver | None,
-) -> None:
-    model.train()
-    started = last = time.perf_counter()
-    for start in range(0, len(rows), batch_size):
-        batch = log.batch(rows[start : start + batch_size])
-        binary_step(optimizer, model(batch.dense, batch.ids, batch.offsets), batch.label)
-        procedure.step()
-        now = time.perf_counter()
-        if observe is not None and now - last > 0.2:
-            done = min(start + batch_size, len(rows))
-            observe(epoch, done / len(rows), done / (now - started))
-            last = now
+class TrainingLoop:
+    """Runs epochs of the phases of a model, and keeps account of them.
+
+    Attributes:
+        procedure: what the tables' methods do.
+    """
+
+    def __init__(
+        self,
+        trained: Trained,
+        log: ClickLog,
+        settings: TrainingSettings,
+        observe: StepObserver | None = None,
+    ) -> None:
+        self.trained, self.log, self.settings, self._observe = trained, log, settings, observe
+        self.procedure = TrainingProcedure(trained.model)
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._epochs = 0
+
+    def phases(self, score: PhaseScore) -> Iterator[Phase]:
+        """Every phase, begun and with an optimizer of its own."""
+        while True:
+            started = time.perf_counter()
+            phase = self.procedure.begin_phase(score)
+            if phase is None:
+                break
+            self._optimizer = make_optimizer(self.trained.model, self.trained.learning_rate)
+            self.procedure.attach(self._optimizer)
+            self.trained.train_seconds += time.perf_counter() - started
+            self.trained.phases.append(
+                PhaseRecord(phase.name, training_bytes=memory(self.trained.model).training)
+            )
+            yield phase
+        self.procedure.close()
+
+    def run_epoch(
+        self,
+        phase: Phase,
+        rows: NDArray[np.int64],
+        validation: NDArray[np.int64],
+        probability: NDArray[np.float32] | None = None,
+    ) -> None:
+        """Train on rows in their order, beside validation rows where the phase wants them.
+
+        Args:
+            validation: in time order or in any; again from the start when all were shown.
+            probability: (rows,) filled with the prediction of each row before its step.
+        """
+        assert self._optimizer is not None
+        model, procedure, size = self.trained.model, self.procedure, self.settings.batch_size
+        self._epochs += 1
+        shown = self._endless(validation) if phase.split == "validation" else None
+        model.train()
+        started = last = time.perf_counter()
+        for start in range(0, len(rows), size):
+            end = min(start + size, len(rows))
+            batch = self.log.batch(rows[start:end])
+            logits = model(batch.dense, batch.ids, batch.offsets)
+            if probability is not None:
+                probability[start:end] = torch.sigmoid(logits.detach()).numpy()
+            binary_step(self._optimizer, logits, batch.label)
+            if shown is not None:
+                self._show(next(shown))
+            procedure.step()
+            now = time.perf_counter()
+            if self._observe is not None and now - last > 0.2:
+                self._observe(self._epochs, end / len(rows), end / (now - started))
+                last = now
+        self.trained.train_seconds += time.perf_counter() - started
+        self.trained.examples += len(rows)
+        self.trained.phases[-1].epochs += 1
+
+    def _endless(self, rows: NDArray[np.int64]) -> Iterator[Batch]:
+        """Batches of the rows, shuffled anew for every pass over them."""
+        rng = np.random.default_rng(self._epochs)
+        while True:
+            shuffled = rng.permutation(rows)
+            for start in range(0, len(rows), self.settings.batch_size):
+                yield self.log.batch(shuffled[start : start + self.settings.batch_size])
+
+    def _show(self, batch: Batch) -> None:
+        model = self.trained.model
+        validation_step(
+            self.procedure, lambda: model(batch.dense, batch.ids, batch.offsets), batch.label
+        )
 
 
 def deployed(trained: Trained, epoch: int) -> nn.Module:

@@ -11,6 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from embcompress.hashing import derive_key
+from embcompress.phases import ONE_PHASE, Phase, PhasedTable, Score, TableForm
 from embcompress.plan import LookupPlan
 from embcompress.procedure import TableProcedure
 
@@ -148,6 +149,34 @@ class Method(ABC):
     def procedure(self) -> TableProcedure | None:
         """A new procedure for what happens to a table between optimizer steps; None for nothing."""
         return None
+
+    def phases(self) -> tuple[Phase, ...]:
+        """The stages in which tables are trained; most methods have one, with an open end."""
+        return ONE_PHASE
+
+    def phase_procedure(self, phase: Phase) -> TableProcedure | None:
+        """:meth:`procedure` for one of several phases; None for nothing."""
+        return self.procedure()
+
+    def begin_phase(
+        self, phase: Phase, tables: Sequence[PhasedTable], score: Score | None
+    ) -> Sequence[TableForm | None]:
+        """What tables become at the start of one of several phases.
+
+        Args:
+            phase: the phase that begins. In the last one the plans must keep together to the
+                bytes of those that the tables were built with (:attr:`PhasedTable.built`).
+            tables: all tables of the model that this method was asked for with these settings, as
+                the phase before left them, so that sizes can be chosen across tables.
+            score: quality of the model on validation examples; None where the loop offers none.
+
+        Returns:
+            For each table its new form, or None to leave it as it is.
+
+        Raises:
+            ValueError: ``score`` is needed and None.
+        """
+        return [None] * len(tables)
 
     @classmethod
     def description(cls) -> str:

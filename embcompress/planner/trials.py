@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from embcompress.budget import BudgetError
 from embcompress.methods.base import Method
-from embcompress.recipe import binary_step, make_optimizer
+from embcompress.phases import Phase
+from embcompress.recipe import binary_step, make_optimizer, validation_step
 from embcompress.training import TrainingProcedure
 
 #: What a model is called with (a tensor, a tuple of arguments, a dict of named ones), and labels.
@@ -73,6 +75,11 @@ class TrialData:
             )
         return result
 
+    def hold_out(self) -> TrialData:
+        """The training batches alone, the last tenth of them held out for a method's own search."""
+        held_out = max(1, round(len(self.training) * _HELD_OUT))
+        return TrialData(self.training[:-held_out] or self.training, self.training[-held_out:])
+
     @property
     def held_out_labels(self) -> Tensor:
         """(N,) labels of the held-out examples."""
@@ -115,31 +122,62 @@ class Trial:
     _model: nn.Module | None = field(default=None, repr=False)
     _optimizer: torch.optim.Optimizer | None = field(default=None, repr=False)
     _procedure: TrainingProcedure | None = field(default=None, repr=False)
+    _shown: Iterator[Example] = field(default=iter(()), repr=False)
 
     def train(
         self, build: Callable[[Method], nn.Module], data: TrialData, passes: float, end: float
     ) -> None:
-        """Go on to so many passes, and evaluate; give up when the time is past ``end``."""
+        """Go on to so many passes, and evaluate; give up when the time is past ``end``.
+
+        Where the method has several phases, all but the last are run before the first pass.
+        """
+        count = len(data.training)
         if self._model is None:
             self._model = build(self.method)
-            self._optimizer = make_optimizer(self._model, _LEARNING_RATE)
-            self._procedure = TrainingProcedure(self._model, self._optimizer)
-        assert self._optimizer is not None and self._procedure is not None
-        count = len(data.training)
+            self._procedure = TrainingProcedure(self._model)
+            held_out = data.hold_out()
+            while (phase := self._begin_phase(held_out)) != self._procedure.phases[-1]:
+                for batch in range((phase.epochs or 1) * len(held_out.training)):
+                    if time.monotonic() > end:
+                        return
+                    self._step(phase, held_out.training[batch % len(held_out.training)])
+        assert self._procedure is not None and self._procedure.phase is not None
         self._model.train()
         for batch in range(round(self.passes * count), round(passes * count)):
             if time.monotonic() > end:
                 return
-            inputs, labels = data.training[batch % count]
-            logits = call_model(self._model, inputs)
-            binary_step(self._optimizer, logits.reshape(-1), labels.reshape(-1))
-            self._procedure.step()
+            self._step(self._procedure.phase, data.training[batch % count])
         self.passes = passes
         self.auc = max(self.auc, area_under_curve(self._model, data))
+
+    def _begin_phase(self, data: TrialData) -> Phase:
+        """The next phase, which chooses by the validation batches of ``data``."""
+        model, procedure = self._model, self._procedure
+        assert model is not None and procedure is not None
+        phase = procedure.begin_phase(lambda: area_under_curve(model, data))
+        assert phase is not None
+        self._optimizer = make_optimizer(model, _LEARNING_RATE)
+        procedure.attach(self._optimizer)
+        self._shown = itertools.cycle(data.validation)
+        model.train()
+        return phase
+
+    def _step(self, phase: Phase, batch: Example) -> None:
+        model, procedure = self._model, self._procedure
+        assert model is not None and procedure is not None and self._optimizer is not None
+        inputs, labels = batch
+        binary_step(self._optimizer, call_model(model, inputs).reshape(-1), labels.reshape(-1))
+        if phase.split == "validation":
+            inputs, labels = next(self._shown)
+            validation_step(
+                procedure, lambda: call_model(model, inputs).reshape(-1), labels.reshape(-1)
+            )
+        procedure.step()
 
     def end(self) -> None:
         """Let the model go."""
         self._model = self._optimizer = self._procedure = None
+        self._shown = iter(())
 
 
 @torch.no_grad()
@@ -147,7 +185,7 @@ def area_under_curve(model: nn.Module, data: TrialData) -> float:
     """Area under the ROC curve of the held-out outputs; 0 where they are not finite.
 
     It is the share of pairs of a positive and a negative in which the positive has the larger
-    output; equal ones count half.
+    output; equal ones count half, as if there were one where all labels are alike.
     """
     model.eval()
     outputs = [call_model(model, inputs).reshape(-1) for inputs, _ in data.validation]
@@ -159,6 +197,8 @@ def area_under_curve(model: nn.Module, data: TrialData) -> float:
     rank = (count.cumsum() - (count - 1) / 2)[place]
     positive = int(is_positive.sum())
     negative = len(values) - positive
+    if positive * negative == 0:
+        return 0.5
     above = rank[is_positive].sum() - positive * (positive + 1) / 2
     return float(above / (positive * negative))
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from embcompress.bench.training import (
     Trained,
     build_model,
     count_ids,
+    deployed,
     evaluate,
     predict,
     score,
@@ -29,7 +31,9 @@ from embcompress.bench.training import (
 )
 from embcompress.data import ClickLog, load_click_log
 from embcompress.models import MODELS
+from embcompress.planner.trials import TrialData, successive_halving
 from embcompress.recipe import binary_step, make_optimizer
+from tests.phased_method import Searched
 
 DATA = "synthetic:rows=1500,ids=300,features=3"
 SETTINGS = TrainingSettings(epochs=3, batch_size=128, learning_rates=(0.03,))
@@ -173,3 +177,59 @@ def test_rows_come_in_one_order_whatever_the_method_is(
         orders[method, seed] = np.concatenate(seen)
     assert np.array_equal(orders["hash", 0], orders["low_bit", 0])
     assert not np.array_equal(orders["hash", 0], orders["hash", 1])
+
+
+@dataclass(frozen=True)
+class PhasedSearch(Searched):
+    """A method that asks for the validation score, too."""
+
+    name: ClassVar[str] = "phased_search"
+    needs_score: bool = True
+
+
+def test_phases_run_before_the_epochs_that_are_scored(log: ClickLog) -> None:
+    model = build_model(log, SETTINGS, PhasedSearch(), "50%", 0)
+    split = log.split("random", seed=0)
+    result = train(model, log, split, SETTINGS, 0.03, 0)
+    assert [(each.name, each.epochs) for each in result.phases] == [
+        ("search", 2),
+        ("retrain", len(result.validation)),
+    ]
+    assert result.examples == len(split.train) * (2 + len(result.validation))
+    search, retrain = (each.training_bytes for each in result.phases)
+    dense = ec.memory(model).dense
+    assert search > 1.5 * dense - ec.memory(model).total and 0 < retrain < dense
+    for epoch in result.guard.states:
+        assert deployed(result, epoch).embeddings.embedding_bags["t_id_0"].plan.head is not None
+    again = train(
+        build_model(log, SETTINGS, PhasedSearch(), "50%", 0), log, split, SETTINGS, 0.03, 0
+    )
+    assert again.validation == result.validation
+
+
+def test_phases_of_a_prequential_run_see_training_rows_alone(
+    log: ClickLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split, seen = log.split("time"), []
+    batch = log.batch
+    monkeypatch.setattr(log, "batch", lambda rows: (seen.append(rows), batch(rows))[1])
+    model = build_model(log, SETTINGS, PhasedSearch(), "50%", 0)
+    result = train_prequential(model, log, split, SETTINGS, 0.03)
+    assert [(each.name, each.epochs) for each in result.phases] == [("search", 2), ("retrain", 1)]
+    rows = np.concatenate([split.train, split.validation, split.test])
+    count = -(-len(rows) // SETTINGS.batch_size)
+    assert np.array_equal(np.concatenate(seen[-count:]), rows)
+    assert set(np.concatenate(seen[:-count])) == set(split.train)
+
+
+def test_short_trainings_run_the_phases(log: ClickLog) -> None:
+    rows = log.split("random", seed=0).train
+    data = TrialData.of(
+        ((batch.dense, batch.ids, batch.offsets), batch.label)
+        for batch in (log.batch(rows[start : start + 64]) for start in range(0, 640, 64))
+    )
+    methods = [PhasedSearch(), ec.LowDim()]
+    trials = successive_halving(
+        methods, lambda method: build_model(log, SETTINGS, method, "50%", 0), data, 100.0
+    )
+    assert all(trial.passes > 0 and trial.auc > 0 for trial in trials)
