@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from embcompress.plan import LookupPlan, Store, Weight
+from embcompress.sparse_layout import clear_pruned
 
 
 def store_deviation(plan: LookupPlan, std: float) -> float:
@@ -39,7 +40,8 @@ def initialize_stores(plan: LookupPlan, stores: Mapping[str, Tensor], std: float
     """Fill the value stores from torch's global generator; tables of codes stay as they are.
 
     A quantized store gets steps whose codes cover its latents, or, where it is packed, codes
-    drawn evenly.
+    drawn evenly. The numbers that a sparse store keeps vary the more, the fewer they are, so that
+    all its numbers have the deviation.
     """
     if not std > 0:
         raise ValueError(f"std must be positive, got {std}")
@@ -51,6 +53,8 @@ def initialize_stores(plan: LookupPlan, stores: Mapping[str, Tensor], std: float
             stores[store.name].fill_(1.0)
         else:
             stores[store.name].normal_(0.0, _deviation(plan, store, std))
+        if store.sparsity is not None and stores[store.name].dim() == 2:
+            clear_pruned(stores[store.name], stores[store.sparsity.index], store)
     for store in plan.stores:
         if store.quantization is not None:
             _initialize_quantized(store, stores, store_deviation(plan, std))
@@ -73,4 +77,7 @@ def _initialize_quantized(store: Store, stores: Mapping[str, Tensor], std: float
 def _deviation(plan: LookupPlan, store: Store, std: float) -> float:
     if plan.head is not None and store.name == plan.head.weight:
         return plan.width**-0.5
-    return store_deviation(plan, std)
+    kept = 1.0
+    if store.sparsity is not None:
+        kept = store.sparsity.stored / (store.rows * store.width)
+    return store_deviation(plan, std) / kept**0.5

@@ -25,7 +25,8 @@ class TableMemory:
             table counted already add nothing.
         dense: bytes of the float32 table.
         training: further bytes that the module holds for training: what the float latents of
-            packed rows and the structures of a search take beyond these, and optimizer state.
+            packed or sparse rows and the structures of a search take beyond these, and optimizer
+            state.
         also: other paths that lead to the same module.
     """
 
@@ -108,11 +109,14 @@ def memory(module: nn.Module) -> MemoryReport:
 def _table_bytes(table: CompressedTable, counted: set[tuple[str, int]]) -> tuple[int, int]:
     """Bytes that the deployed plan takes, and what latents take beyond their packed form."""
     deployed = training = 0
+    unpacked = set(table.latents())
+    sparsities = [table.plan.store(name).sparsity for name in unpacked]
+    unpacked |= {sparsity.index for sparsity in sparsities if sparsity is not None}
     for store in table.plan.stores:
         size = _new_bytes([table.stores()[store.name]], counted)
-        packed = min(size, store.bytes) if store.name in table.latents() else size
+        packed = store.bytes if store.name in unpacked and size else size
         deployed += packed
-        training += size - packed
+        training += max(0, size - packed)
     if table.built_plan is not None:  # what is searched in is not deployed
         searched = deployed
         deployed = min(searched, table.built_plan.bytes)

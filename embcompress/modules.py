@@ -16,6 +16,7 @@ from embcompress.initialization import initialize_stores
 from embcompress.latents import fixed_steps, pack_latents, unpack_latents
 from embcompress.methods import Method, TableSpec, methods, resolve_method
 from embcompress.plan import LookupPlan, PlanError, Pool, Store
+from embcompress.sparse_layout import even_mask, mask_bytes, pack_sparse, unpack_sparse
 
 _PLAN_KEY = "plan"
 _DENSE_CHUNK = 1 << 16
@@ -65,6 +66,9 @@ class CompressedTable(nn.Module):
     form of what it loads. Steps of 16-bit stores do not require gradients
     (:func:`embcompress.latents.fixed_steps`).
 
+    A sparse store is trained as dense latents, too. Lookups read them through a mask, a bit for
+    each, which stands in the place of the store's index (:mod:`embcompress.sparse_layout`).
+
     Attributes:
         plan: the :class:`~embcompress.plan.LookupPlan`, with the stores' present dtypes.
         method: name of the method that made the plan.
@@ -99,13 +103,19 @@ class CompressedTable(nn.Module):
             self.hold(name, values)
 
     def hold(self, name: str, values: Tensor) -> None:
-        """Make floats a parameter, packed numbers a buffer, of that name."""
+        """Make floats a parameter, packed numbers a buffer, of that name.
+
+        The numbers that a packed sparse store keeps become a parameter that takes no gradient.
+        """
         if name in self._parameters or name in self._buffers:
             delattr(self, name)
         if values.is_floating_point():
-            trained = name not in fixed_steps(self._plan)
-            new = values if isinstance(values, nn.Parameter) else nn.Parameter(values, trained)
-            self.register_parameter(name, new)
+            if not isinstance(values, nn.Parameter):
+                store = self._plan.store(name)
+                is_packed = store.sparsity is not None and not _is_latent(store, values)
+                trained = not is_packed and name not in fixed_steps(self._plan)
+                values = nn.Parameter(values, trained)
+            self.register_parameter(name, values)
         else:
             self.register_buffer(name, values)
 
@@ -146,13 +156,9 @@ class CompressedTable(nn.Module):
         }
 
     def latents(self) -> tuple[str, ...]:
-        """Names of the quantized stores that are held as float latents, to be trained."""
+        """Names of the quantized and sparse stores that are held as latents, to be trained."""
         stores = self.stores()
-        return tuple(
-            store.name
-            for store in self._plan.stores
-            if store.quantization is not None and stores[store.name].is_floating_point()
-        )
+        return tuple(s.name for s in self._plan.stores if _is_latent(s, stores[s.name]))
 
     @torch.no_grad()
     def vectors(self, ids: Tensor) -> Tensor:
@@ -311,11 +317,15 @@ class CompressedTable(nn.Module):
         Args:
             values: by store name, of the store's shape. A quantized store takes float latents or
                 packed codes, whichever form it has here: codes become the latents that read as
-                them, and latents are packed. Its scale and bias are copied first.
+                them, and latents are packed. Its scale and bias are copied first. So does a sparse
+                store, with the mask of its latents, or the index and starts of its numbers.
 
         Raises:
             ValueError: a name that is no store, or another shape.
         """
+        for store in self._plan.stores:
+            if store.sparsity is not None and store.name in values:
+                values = {**values, **self._in_own_form(store, values)}
         quantized = {s.name: s for s in self._plan.stores if s.quantization is not None}
         # Scales and biases first: the latents of codes follow from them.
         for name in sorted(values, key=lambda name: name in quantized):
@@ -329,6 +339,14 @@ class CompressedTable(nn.Module):
                     f"store {name!r} has shape {tuple(target.shape)}, got {tuple(new.shape)}"
                 )
             target.copy_(new)
+
+    def _in_own_form(self, store: Store, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A sparse store's values in the form in which it is held, where they are in the other."""
+        given = {**self.stores(), **values}
+        is_latent = _is_latent(store, given[store.name])
+        if is_latent == (store.name in self.latents()):
+            return {}
+        return (pack_sparse if is_latent else unpack_sparse)(self._plan, store, given)
 
     def fit_(
         self: TableType,
@@ -356,15 +374,15 @@ class CompressedTable(nn.Module):
         return self
 
     def hold_packed(self, packed: Mapping[str, Tensor]) -> None:
-        """Replace latents by their packed codes, and end the training of a fused optimizer.
+        """Replace latents by their packed form, and end the training of a fused optimizer.
 
         Args:
-            packed: (bytes,) uint8 for every store of :meth:`latents`.
+            packed: by store name, what :func:`embcompress.deploy` made of :meth:`latents`.
         """
         if self.fused_rule is not None:
             self._drop_optimizer()
-        for name in self.latents():
-            self.hold(name, packed[name])
+        for name, tensor in packed.items():
+            self.hold(name, tensor)
 
     def _drop_optimizer(self) -> None:
         for name in [name for name in self._buffers if name.startswith("optimizer_")]:
@@ -490,21 +508,19 @@ class CompressedTable(nn.Module):
         )
 
     def _take_form_of(self, state_dict: Mapping[str, Any], prefix: str) -> None:
-        """Hold quantized stores as the weights to be loaded do: as latents, or packed."""
+        """Hold quantized and sparse stores as weights to be loaded do: as latents, or packed."""
         for store in self._plan.stores:
             own, saved = self.stores()[store.name], state_dict.get(prefix + store.name)
-            if store.quantization is None or not isinstance(saved, Tensor):
+            if not isinstance(saved, Tensor) or _is_latent(store, saved) == _is_latent(store, own):
                 continue
-            if saved.is_floating_point() and not own.is_floating_point():
-                dtype = _training_dtype(self._plan, store)
-                shape = (store.rows, store.width)
-                self.hold(store.name, torch.empty(shape, dtype=dtype, device=own.device))
-            elif own.is_floating_point() and not saved.is_floating_point():
-                if self.fused_rule is not None:
-                    self._drop_optimizer()
-                self.hold(
-                    store.name, torch.empty(store.bytes, dtype=torch.uint8, device=own.device)
-                )
+            deployed = not _is_latent(store, saved)
+            if deployed and self.fused_rule is not None:
+                self._drop_optimizer()
+            self.hold(store.name, _new_store(self._plan, store, deployed, own.device))
+            if store.sparsity is not None:
+                index = self._plan.store(store.sparsity.index)
+                size = index.bytes if deployed else mask_bytes(store)
+                self.hold(index.name, torch.zeros(size, dtype=torch.uint8, device=own.device))
 
     def _plan_mismatch(self, saved: Tensor) -> str | None:
         try:
@@ -540,6 +556,25 @@ class CompressedTable(nn.Module):
         return f"{text}, bytes={self._plan.bytes}"
 
 
+def _is_latent(store: Store, values: Tensor) -> bool:
+    """Whether a quantized or sparse store is held in the form that is trained."""
+    if store.sparsity is not None:
+        return values.dim() == 2
+    return store.quantization is not None and values.is_floating_point()
+
+
+def _new_store(
+    plan: LookupPlan, store: Store, deployed: bool, device: torch.device | str | None
+) -> Tensor:
+    """An uninitialized tensor for a store, in the form that is trained or the deployed one."""
+    if store.is_float or (store.quantization is not None and not deployed):
+        shape: tuple[int, ...] = (store.rows, store.width)
+        if store.sparsity is not None and deployed:
+            shape = (store.sparsity.stored,)
+        return torch.empty(shape, device=device, dtype=_training_dtype(plan, store))
+    return torch.zeros(store.bytes, device=device, dtype=torch.uint8)
+
+
 def _training_dtype(plan: LookupPlan, store: Store) -> torch.dtype:
     """The dtype in which a store of values is trained: latents are at least float32."""
     if store.quantization is None:
@@ -551,15 +586,14 @@ def _training_dtype(plan: LookupPlan, store: Store) -> torch.dtype:
 def _empty_stores(
     plan: LookupPlan, device: torch.device | str | None, deployed: bool = False
 ) -> dict[str, Tensor]:
-    """Tensors for the stores of a plan: floats of any value, codes that are zero."""
-    stores = {}
+    """Tensors for the stores of a plan: floats of any value, codes that are zero.
+
+    Masks of latents keep as many numbers as the plan.
+    """
+    stores = {store.name: _new_store(plan, store, deployed, device) for store in plan.stores}
     for store in plan.stores:
-        if store.is_float or (store.quantization is not None and not deployed):
-            dtype = _training_dtype(plan, store)
-            values = torch.empty(store.rows, store.width, device=device, dtype=dtype)
-        else:
-            values = torch.zeros(store.bytes, device=device, dtype=torch.uint8)
-        stores[store.name] = values
+        if store.sparsity is not None and not deployed:
+            stores[store.sparsity.index] = even_mask(store, device)
     return stores
 
 
@@ -567,9 +601,10 @@ def _check_stores(plan: LookupPlan, stores: Mapping[str, Tensor]) -> None:
     names = [store.name for store in plan.stores]
     if set(stores) != set(names):
         raise ValueError(f"the plan has stores {sorted(names)}, got {sorted(stores)}")
+    masks = {s.sparsity.index: mask_bytes(s) for s in plan.stores if s.sparsity is not None}
     for store in plan.stores:
-        tensor = stores[store.name]
-        shape = (store.rows, store.width) if tensor.is_floating_point() else (store.bytes,)
+        tensor, size = stores[store.name], masks.get(store.name, store.bytes)
+        shape = (store.rows, store.width) if tensor.is_floating_point() else (size,)
         if tuple(tensor.shape) != shape:
             raise ValueError(
                 f"store {store.name!r} has shape {tuple(tensor.shape)}, the plan says {shape}"

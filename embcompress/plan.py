@@ -19,6 +19,7 @@ from typing import ClassVar, Literal, TypeAlias, get_args
 from embcompress.hashing import MASK64
 
 Combine: TypeAlias = Literal["sum", "mul", "concat"]
+SparsityForm: TypeAlias = Literal["mask", "positions"]
 Pool: TypeAlias = Literal["none", "sum", "mean", "max"]
 
 FLOAT_BITS = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16}
@@ -27,6 +28,8 @@ _UNSIGNED = re.compile(r"uint([1-9]|1[0-9]|2[0-9]|3[0-2])")
 PACKED_VALUE_BITS = (1, 2, 4, 8, 16)
 #: Ids, addresses and positions of bits are signed 64-bit integers in every engine.
 INT64_END = 2**63
+#: Numbers that a sparse store keeps, at most.
+MOST_STORED = 2**31 - 1
 
 
 class PlanError(ValueError):
@@ -58,6 +61,42 @@ class Quantization:
 
 
 @dataclass(frozen=True)
+class Sparsity:
+    """Which numbers of a store are kept, row after row; the others are zero and take no bytes.
+
+    Rows come in blocks of ``block`` rows. The kept numbers of a block begin at a known place; which
+    they are is in one of two forms, the one or the other of which is smaller:
+
+    - ``"mask"``: a bit for every number of the store, set where it is kept;
+    - ``"positions"``: for every kept number its position in its block, ``row * width + column``
+      with the row counted from the block's first; rising within a block.
+
+    Attributes:
+        stored: how many numbers are kept, fixed, so that bytes follow from the plan.
+        index: name of the store that says which: ``rows`` × ``width`` of uint1, or ``stored`` × 1
+            of unsigned numbers that reach ``block * width - 1``.
+        starts: name of a store of ⌈rows / block⌉ × 1 unsigned numbers that reach ``stored``: how
+            many numbers are kept before each block.
+        block: rows of a block, ≥ 1.
+        form: ``"mask"`` or ``"positions"``.
+    """
+
+    stored: int
+    index: str
+    starts: str
+    block: int
+    form: SparsityForm = "mask"
+
+    def __post_init__(self) -> None:
+        require(
+            1 <= self.stored <= MOST_STORED,
+            f"a sparse store keeps 1 to {MOST_STORED} numbers, not {self.stored}",
+        )
+        require(self.block >= 1, "a block of a sparse store has at least one row")
+        require(self.form in get_args(SparsityForm), f"unknown form of sparsity {self.form!r}")
+
+
+@dataclass(frozen=True)
 class Store:
     """A physical table of ``rows`` × ``width`` numbers.
 
@@ -72,6 +111,7 @@ class Store:
             which only a :class:`Code` address may read.
         shared: where not empty, tables whose plans have a store of this ``shared`` name hold one
             and the same tensor, and its bytes count once for all of them.
+        sparsity: of a float store, which of its numbers are kept; None: all.
     """
 
     name: str
@@ -80,6 +120,7 @@ class Store:
     dtype: str = "float32"
     quantization: Quantization | None = None
     shared: str = ""
+    sparsity: Sparsity | None = None
 
     def __post_init__(self) -> None:
         require(bool(re.fullmatch(r"[A-Za-z_]\w*", self.name)), f"store name {self.name!r}")
@@ -98,6 +139,13 @@ class Store:
                 f"store {self.name!r}: quantized values take uint1, uint2, uint4, uint8 or uint16, "
                 f"not {self.dtype!r}",
             )
+        if self.sparsity is not None:
+            require(self.is_float, f"store {self.name!r}: only floats can be sparse")
+            require(
+                self.sparsity.stored <= self.rows * self.width,
+                f"store {self.name!r} keeps {self.sparsity.stored} of {self.rows * self.width} "
+                "numbers",
+            )
 
     @property
     def is_float(self) -> bool:
@@ -110,8 +158,9 @@ class Store:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the whole store."""
-        return -(-self.rows * self.width * self.bits // 8)
+        """Bytes of the whole store; of a sparse one, those of the kept numbers."""
+        numbers = self.rows * self.width if self.sparsity is None else self.sparsity.stored
+        return -(-numbers * self.bits // 8)
 
 
 # --------------------------------------------------------------------------------- addresses
@@ -322,6 +371,7 @@ class LookupPlan:
             require(0 <= self.padding_idx < self.num_embeddings, f"padding_idx {self.padding_idx}")
         for store in self.stores:
             self._check_quantization(store)
+            self._check_sparsity(store)
         for probe in self.probes:
             self._check_probe(probe)
         self._check_widths()
@@ -369,6 +419,7 @@ class LookupPlan:
             and self.head is None
             and len(self.stores) == 1
             and self.stores[0].is_float
+            and self.stores[0].sparsity is None
             and first == Probe(first.store, Digit(1, self.num_embeddings))
             and self.stores[0].rows == self.num_embeddings
         )
@@ -392,6 +443,7 @@ class LookupPlan:
         if store.quantization.bias is not None:
             parts.append(self.store(store.quantization.bias))
         for part in parts:
+            self._check_dense(part, f"scale or bias of {store.name!r}")
             require(
                 part.is_float
                 and part.rows in (1, store.rows)
@@ -399,6 +451,31 @@ class LookupPlan:
                 and (part.rows, part.width) == (scale.rows, scale.width),
                 f"store {part.name!r} does not broadcast over the rows of {store.name!r}",
             )
+
+    def _check_sparsity(self, store: Store) -> None:
+        sparsity = store.sparsity
+        if sparsity is None:
+            return
+        index, starts = self.store(sparsity.index), self.store(sparsity.starts)
+        blocks = -(-store.rows // sparsity.block)
+        for part in (index, starts):
+            require(
+                not part.is_float and part.quantization is None,
+                f"store {part.name!r} tells of the numbers of {store.name!r} and is not unsigned",
+            )
+        if sparsity.form == "mask":
+            fits = (index.rows, index.width, index.bits) == (store.rows, store.width, 1)
+        else:
+            last = min(sparsity.block, store.rows) * store.width - 1
+            fits = (index.rows, index.width) == (sparsity.stored, 1) and last < 2**index.bits
+        require(fits, f"store {index.name!r} is no {sparsity.form} of the rows of {store.name!r}")
+        require(
+            (starts.rows, starts.width) == (blocks, 1) and sparsity.stored < 2**starts.bits,
+            f"store {starts.name!r} does not say where {blocks} blocks of {store.name!r} begin",
+        )
+
+    def _check_dense(self, store: Store, what: str) -> None:
+        require(store.sparsity is None, f"{what} is {store.name!r}, which is sparse")
 
     def _check_address(self, address: Address, rows: int, what: str) -> None:
         require(address.size <= rows, f"{what} reaches row {address.size - 1} of {rows}")
@@ -429,6 +506,7 @@ class LookupPlan:
         self._check_address(probe.address, store.rows - probe.offset, what)
         if isinstance(probe.scale, Weight):
             weights = self.store(probe.scale.store)
+            self._check_dense(weights, f"scale of {what}")
             require(
                 weights.is_float and probe.scale.column < weights.width,
                 f"{what} takes its scale from column {probe.scale.column} of {weights.name!r}",
@@ -458,6 +536,7 @@ class LookupPlan:
             )
         else:
             weight = self.store(self.head.weight)
+            self._check_dense(weight, "the head's weight")
             require(
                 weight.is_float and (weight.rows, weight.width) == (self.embedding_dim, self.width),
                 f"the head's weight is {weight.rows} × {weight.width}, "
@@ -491,7 +570,7 @@ class LookupPlan:
             formula = f"{self.head.weight} @ ({formula})"
         if self.pool != "none":
             formula = f"{self.pool} over ids of {formula}"
-        stores = ", ".join(f"{s.name} {s.rows}×{s.width} {s.dtype}" for s in self.stores)
+        stores = ", ".join(_store_text(store) for store in self.stores)
         return (
             f"{self.num_embeddings} × {self.embedding_dim} in {self.bytes} bytes: "
             f"{formula}  [{stores}]"
@@ -512,6 +591,11 @@ def total_bytes(plans: Iterable[LookupPlan]) -> int:
 
 
 # ---------------------------------------------------------------------------------- printing
+
+
+def _store_text(store: Store) -> str:
+    text = f"{store.name} {store.rows}×{store.width} {store.dtype}"
+    return text if store.sparsity is None else f"{text}, {store.sparsity.stored} kept"
 
 
 def _address_text(address: Address) -> str:

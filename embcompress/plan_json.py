@@ -17,6 +17,7 @@ from embcompress.plan import (
     Probe,
     Quantization,
     Sign,
+    Sparsity,
     Store,
     Weight,
     require,
@@ -60,7 +61,7 @@ def _decode(cls: type, data: Any, **nested: Any) -> Any:
     return cls(**arguments)
 
 
-_SCALARS = {"int": int, "str": str, "Combine": str, "Pool": str}
+_SCALARS = {"int": int, "str": str, "Combine": str, "Pool": str, "SparsityForm": str}
 
 
 def _check_scalar(cls: type, name: str, annotation: str, value: Any) -> None:
@@ -96,7 +97,10 @@ def _decode_store(data: Any) -> Store:
     def quantization(value: Any) -> Quantization | None:
         return None if value is None else _decode(Quantization, value)
 
-    return _decode(Store, data, quantization=quantization)
+    def sparsity(value: Any) -> Sparsity | None:
+        return None if value is None else _decode(Sparsity, value)
+
+    return _decode(Store, data, quantization=quantization, sparsity=sparsity)
 
 
 def _decode_probe(data: Any) -> Probe:

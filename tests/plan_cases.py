@@ -32,6 +32,7 @@ from embcompress.plan import (
     Quantization,
     Scale,
     Sign,
+    Sparsity,
     Store,
     Weight,
 )
@@ -190,6 +191,8 @@ class PlanMaker:
         if fitting and self.choice.random() < 0.4:
             return self.choice.choice(fitting)
         rows = self.choice.randint(1, 60)
+        if self.choice.random() < 0.15:
+            return self.sparse(rows, width)
         return self.quantized(rows, width) if self.choice.random() < 0.3 else (
             self.float_store(rows, width)
         )  # fmt: skip
@@ -202,12 +205,32 @@ class PlanMaker:
         quantization = Quantization(scale, bias)
         return self.add(Store(self.name(), rows, width, f"uint{bits}", quantization))
 
+    def sparse(self, rows: int, width: int) -> Store:
+        dense = self.float_store(rows, width)
+        stored = self.choice.choice((1, rows * width, self.choice.randint(1, rows * width)))
+        block, name = self.choice.choice((1, 2, 7, rows, rows + 3)), dense.name
+        if self.choice.random() < 0.5:
+            form, index = "mask", Store(f"{name}_index", rows, width, "uint1")
+        else:
+            last = min(block, rows) * width - 1
+            bits = max(1, last.bit_length() + self.choice.choice((0, 0, 3)))
+            form, index = "positions", Store(f"{name}_index", stored, 1, f"uint{bits}")
+        bits = stored.bit_length() + self.choice.choice((0, 0, 2))
+        starts = self.add(Store(f"{name}_starts", -(-rows // block), 1, f"uint{bits}"))
+        self.add(index)
+        sparsity = Sparsity(stored, index.name, starts.name, block, form)
+        self.stores[self.stores.index(dense)] = store = replace(dense, sparsity=sparsity)
+        return store
+
     def code_store(self, size: int) -> Store:
         """A store whose codes can count to ``size``, new or shared."""
         fitting = [
             store
             for store in self.stores
-            if not store.is_float and store.quantization is None and size < 2**store.bits
+            if not store.is_float
+            and store.quantization is None
+            and size < 2**store.bits
+            and not store.name.endswith(("_index", "_starts"))
         ]
         if fitting and self.choice.random() < 0.3:
             return self.choice.choice(fitting)
@@ -247,7 +270,7 @@ class PlanMaker:
             return None
         if drawn < 0.75:
             return Sign(self.key())
-        floats = [store for store in self.stores if store.is_float]
+        floats = [s for s in self.stores if s.is_float and s.sparsity is None]
         if floats and self.choice.random() < 0.3:  # learned numbers beside the values themselves
             store = self.choice.choice(floats)
         else:
@@ -306,7 +329,38 @@ def make_stores(plan: LookupPlan, generator: torch.Generator, *, whole: bool) ->
                 absent = torch.rand(count, generator=generator) < share**2
                 codes[absent] = (1 << store.bits) - 1
             tensors[store.name] = pack_bits(codes.tolist(), store.bits)
+    for store in plan.stores:
+        if store.sparsity is not None:
+            tensors |= _sparse_tensors(plan, store, tensors[store.name], generator)
     return tensors
+
+
+def _sparse_tensors(
+    plan: LookupPlan, store: Store, latents: Tensor, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Latents and a mask of them, or what it keeps, packed."""
+    sparsity = store.sparsity
+    assert sparsity is not None
+    places = torch.randperm(latents.numel(), generator=generator)[: sparsity.stored].sort().values
+    kept = torch.zeros(latents.numel(), dtype=torch.bool).index_fill(0, places, True)
+    mask, starts = pack_bits(kept.long().tolist(), 1), plan.store(sparsity.starts)
+    if torch.rand((), generator=generator) < 0.5:
+        nothing = torch.zeros(starts.bytes, dtype=torch.uint8)
+        return {store.name: latents, sparsity.index: mask, starts.name: nothing}
+    block = sparsity.block * store.width
+    begins = [int((places < first).sum()) for first in range(0, store.rows * store.width, block)]
+    index = pack_bits((places % block).tolist(), plan.store(sparsity.index).bits)
+    return {
+        store.name: latents.reshape(-1)[places],
+        sparsity.index: mask if sparsity.form == "mask" else index,
+        starts.name: pack_bits(begins, starts.bits),
+    }
+
+
+def packed_sparse(case: Case) -> set[str]:
+    """Names of the sparse stores that are not held as latents."""
+    stores = {s.name for s in case.plan.stores if s.sparsity is not None}
+    return {name for name in stores if case.stores[name].dim() == 1}
 
 
 def _floats(shape: tuple[int, ...], generator: torch.Generator, whole: bool) -> Tensor:
@@ -405,7 +459,11 @@ def make_feature_cases(number: int) -> list[Case]:
 
 
 def with_leaves(case: Case, frozen: Collection[str] = ()) -> Case:
-    """A copy of the case whose floats, but for the frozen stores, are leaves with gradients."""
+    """A copy of the case whose floats, but for the frozen stores, are leaves with gradients.
+
+    So are not the kept numbers of packed sparse stores, which only the reference trains.
+    """
+    frozen = {*frozen, *packed_sparse(case)}
 
     def leaf(tensor: Tensor, learned: bool = True) -> Tensor:
         copy = tensor.detach().clone()

@@ -58,8 +58,11 @@ def head_stores(encoding: Tensor) -> set[int]:
 
 
 def can_encode(plan: LookupPlan) -> bool:
-    """Whether the kernels run this plan; float64 is the reference's."""
-    return all(not store.is_float or store.dtype in _KERNEL_FLOATS for store in plan.stores)
+    """Whether the kernels run this plan; float64 and sparse rows are the reference's."""
+    return all(
+        not store.is_float or (store.dtype in _KERNEL_FLOATS and store.sparsity is None)
+        for store in plan.stores
+    )
 
 
 def encode_plans(

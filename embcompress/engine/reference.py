@@ -158,6 +158,8 @@ def gather_rows(
 ) -> Tensor:
     """(N, width) values of the rows, in at least float32."""
     tensor = stores[store.name]
+    if store.sparsity is not None:
+        return _gather_sparse(plan, store, stores, rows, sparse)
     if store.quantization is None:
         return _gather(tensor, rows, sparse)
 
@@ -173,6 +175,84 @@ def gather_rows(
     columns = torch.arange(store.width, device=rows.device)
     codes = unpack_bits(tensor, rows[:, None] * store.width + columns, store.bits)
     return dequantize(codes.to(scale.dtype), scale, bias, store.bits)
+
+
+def _gather_sparse(
+    plan: LookupPlan, store: Store, stores: Stores, rows: Tensor, sparse: bool
+) -> Tensor:
+    """Rows of a sparse store: of its kept numbers, (stored,), or of latents under a mask."""
+    assert store.sparsity is not None
+    tensor = stores[store.name]
+    if tensor.dim() == 2:  # latents, in training
+        kept = unpack_bits(stores[store.sparsity.index], _places(store, rows), 1) == 1
+        return torch.where(kept, _gather(tensor, rows, sparse), 0)
+    numbers = kept_numbers(plan, store, stores, rows)
+    values = _widen(tensor)[numbers.clamp(min=0)]
+    return torch.where(numbers >= 0, values, 0)
+
+
+def kept_numbers(plan: LookupPlan, store: Store, stores: Stores, rows: Tensor) -> Tensor:
+    """(N, width) which of a packed sparse store's kept numbers each number of the rows is.
+
+    -1 where it is none of them, as it is where a damaged index or start points past them.
+    """
+    sparsity = store.sparsity
+    assert sparsity is not None
+    starts = plan.store(sparsity.starts)
+    block = rows // sparsity.block
+    begin = unpack_bits(stores[starts.name], block, starts.bits)
+    if sparsity.form == "mask":
+        numbers = _ranks_in_mask(store, stores[sparsity.index], rows, begin)
+    else:
+        following = (block + 1).clamp(max=starts.rows - 1)
+        after = unpack_bits(stores[starts.name], following, starts.bits)
+        end = torch.where(block + 1 < starts.rows, after, sparsity.stored)
+        index = plan.store(sparsity.index)
+        numbers = _found_positions(store, stores[index.name], index.bits, rows, begin, end)
+    return torch.where(numbers < sparsity.stored, numbers, -1)
+
+
+def _places(store: Store, rows: Tensor) -> Tensor:
+    """(N, width) numbers of the rows, counted from the store's first."""
+    return rows[:, None] * store.width + torch.arange(store.width, device=rows.device)
+
+
+def _ranks_in_mask(store: Store, mask: Tensor, rows: Tensor, begin: Tensor) -> Tensor:
+    """How many bits are set before each number of the rows; -1 where its own is not.
+
+    Args:
+        begin: (N,) how many are set before the block of each row.
+    """
+    assert store.sparsity is not None
+    first = rows // store.sparsity.block * store.sparsity.block
+    in_block = torch.arange(store.sparsity.block * store.width, device=rows.device)
+    bits = unpack_bits(mask, first[:, None] * store.width + in_block, 1)
+    ranks = begin[:, None] + bits.cumsum(1) - 1
+    return torch.where(bits == 1, ranks, -1).gather(1, _places(store, rows - first))
+
+
+def _found_positions(
+    store: Store, index: Tensor, bits: int, rows: Tensor, begin: Tensor, end: Tensor
+) -> Tensor:
+    """Where each number of the rows is among the rising positions of its block; -1: nowhere.
+
+    Args:
+        begin, end: (N,) the entries of each row's block.
+    """
+    assert store.sparsity is not None
+    wanted = _places(store, rows % store.sparsity.block)
+    low, end = begin[:, None].expand_as(wanted), end[:, None]
+    high = end.expand_as(wanted)
+    last = store.sparsity.stored - 1
+    for _ in range((store.sparsity.block * store.width).bit_length()):  # halves what is left
+        middle = (low + high) // 2
+        is_later = unpack_bits(index, middle.clamp(max=last), bits) < wanted
+        low, high = (
+            torch.where((low < high) & is_later, middle + 1, low),
+            torch.where((low < high) & ~is_later, middle, high),
+        )
+    found = (low < end) & (unpack_bits(index, low.clamp(max=last), bits) == wanted)
+    return torch.where(found, low, -1)
 
 
 def _gather(values: Tensor, rows: Tensor, sparse: bool) -> Tensor:
@@ -306,7 +386,8 @@ def lookup_reference(
     Args:
         plan: what to do; ``plan.pool == "none"`` reads ``bags.ids`` alone.
         stores: a tensor for each store: float ones (rows, width), packed ones (bytes,) uint8, or
-            quantized ones in training their latents, (rows, width) float.
+            quantized ones in training their latents, (rows, width) float; sparse ones (stored,),
+            or in training their latents, with a mask of them in the place of the index.
         bags: canonical, checked input.
         sparse: gather with sparse gradients, as ``torch.nn.Embedding(sparse=True)``.
 

@@ -104,6 +104,8 @@ class PhysicalTable:
 
 def why_not(plan: LookupPlan) -> str:
     """Why a plan cannot be lowered; empty if it can."""
+    if any(store.sparsity is not None for store in plan.stores):
+        return "TorchRec has no sparse rows"
     if plan.pool == "max":
         return "TorchRec does not pool by maxima"
     replicated = {store.name for store in replicated_stores(plan)}

@@ -127,7 +127,7 @@ class Method(ABC):
         """
         from embcompress.fitting import fit_stores, new_stores
 
-        if any(store.quantization is not None for store in plan.stores):
+        if any(s.quantization is not None or s.sparsity is not None for s in plan.stores):
             raise ValueError(
                 f"method {self.name!r} cannot start from a trained table; train it from the start"
             )

@@ -61,6 +61,8 @@ class ScalarLoop:
         return None if address.otherwise is None else self.row(address.otherwise, id)
 
     def value(self, store: Store, row: int, column: int) -> float:
+        if store.sparsity is not None:
+            return self.sparse_value(store, row, column)
         if store.quantization is None:
             return self.floats[store.name][row][column]
 
@@ -73,6 +75,25 @@ class ScalarLoop:
         if store.quantization.bias is None:
             return scale * (code - (2**store.bits - 1) / 2)
         return scale * code + part(store.quantization.bias)
+
+    def sparse_value(self, store: Store, row: int, column: int) -> float:
+        """Found by going through all that is kept before it."""
+        sparsity, values = store.sparsity, self.floats[store.name]
+        assert sparsity is not None
+        place = row * store.width + column
+        if isinstance(values[0], list):  # latents under a mask
+            return values[row][column] if self.streams[sparsity.index] >> place & 1 else 0.0
+        if sparsity.form == "mask":
+            kept = [p for p in range(place + 1) if self.streams[sparsity.index] >> p & 1]
+            return values[len(kept) - 1] if kept and kept[-1] == place else 0.0
+        starts, index = self.plan.store(sparsity.starts), self.plan.store(sparsity.index)
+        begins = [self.code(starts, block, 0) for block in range(starts.rows)]
+        block = row // sparsity.block
+        end = [*begins, sparsity.stored][block + 1]
+        for number in range(begins[block], end):
+            if self.code(index, number, 0) == place - block * sparsity.block * store.width:
+                return values[number]
+        return 0.0
 
     def scale(self, probe: Probe, id: int) -> float:
         if isinstance(probe.scale, Sign):

@@ -32,7 +32,9 @@ def engine(case: Case, sparse: bool = False, device: str = "cpu") -> Tensor:
 
 
 def may_use_reference(case: Case) -> bool:
-    """Double precision is left to the reference, and heads where the kernels run none."""
+    """Double precision is left to the reference, and what the kernels of a device do not run."""
+    if any(store.sparsity is not None for store in case.plan.stores):
+        return True
     dtypes = {store.dtype for store in case.plan.stores}
     weights, device = case.bags.weights, case.bags.ids.device
     if case.plan.head is not None and not ops.runs_heads(device):

@@ -28,10 +28,11 @@ from embcompress.plan import (
     Probe,
     Quantization,
     Sign,
+    Sparsity,
     Store,
     Weight,
 )
-from tests.plan_cases import make_case
+from tests.plan_cases import make_case, packed_sparse
 
 ROWS = Store("rows", 10, 4)
 CODES = Store("codes", 10, 2, "uint3")
@@ -52,11 +53,73 @@ def packed(scale: Store, bias: Store | None = None) -> LookupPlan:
     return table(store, scale, *([] if bias is None else [bias]))
 
 
+MASK, POSITIONS = Store("index", 10, 4, "uint1"), Store("index", 7, 1, "uint4")
+STARTS = Store("starts", 4, 1, "uint3")
+
+
+def sparse(
+    index: Store = MASK, starts: Store = STARTS, stored: int = 7, block: int = 3, form: Any = "mask"
+) -> LookupPlan:
+    sparsity = Sparsity(stored, "index", "starts", block, form)
+    return table(index, starts, stores=(replace(ROWS, sparsity=sparsity), index, starts))
+
+
+def with_sparse_part(plan: LookupPlan, name: str) -> LookupPlan:
+    """The plan whose store of that name is sparse."""
+    sparsity = Sparsity(1, "index", "starts", 10, "positions")
+    stores = [replace(s, sparsity=sparsity) if s.name == name else s for s in plan.stores]
+    parts = (Store("index", 1, 1, "uint32"), Store("starts", 1, 1, "uint1"))
+    return replace(plan, stores=(*stores, *parts))
+
+
 #: Something that breaks a rule, and words of the error.
 BROKEN: dict[str, tuple[Callable[[], object], str]] = {
     "store name": (lambda: Store("a b", 1, 1), "store name 'a b'"),
     "empty store name": (lambda: Store("", 1, 1), "store name ''"),
     "name with a dot": (lambda: Store("a.b", 1, 1), "store name"),
+    "nothing kept": (lambda: Sparsity(0, "index", "starts", 1), "keeps 1 to"),
+    "a block of no rows": (lambda: Sparsity(1, "index", "starts", 0), "at least one row"),
+    "form of sparsity": (lambda: sparse(form="rows"), "form of sparsity 'rows'"),
+    "sparse codes": (
+        lambda: Store("s", 10, 4, "uint2", sparsity=Sparsity(1, "index", "starts", 1)),
+        "only floats can be sparse",
+    ),
+    "more kept than there is": (lambda: sparse(stored=41), "keeps 41 of 40 numbers"),
+    "a float index": (lambda: sparse(replace(MASK, dtype="float32")), "is not unsigned"),
+    "float starts": (lambda: sparse(starts=replace(STARTS, dtype="float32")), "is not unsigned"),
+    "a mask of other rows": (lambda: sparse(replace(MASK, rows=9)), "is no mask of the rows"),
+    "a mask of two bits": (lambda: sparse(replace(MASK, dtype="uint2")), "is no mask"),
+    "too few positions": (
+        lambda: sparse(replace(POSITIONS, rows=6), form="positions"),
+        "is no positions of the rows",
+    ),
+    "positions of too few bits": (
+        lambda: sparse(replace(POSITIONS, dtype="uint3"), form="positions"),
+        "is no positions of the rows",
+    ),
+    "starts of other blocks": (lambda: sparse(block=2), "does not say where 5 blocks"),
+    "starts of too few bits": (
+        lambda: sparse(starts=replace(STARTS, dtype="uint2")),
+        "does not say where 4 blocks",
+    ),
+    "a sparse scale": (
+        lambda: with_sparse_part(packed(Store("scale", 10, 1)), "scale"),
+        "scale or bias of 'packed' is 'scale', which is sparse",
+    ),
+    "a sparse weight": (
+        lambda: with_sparse_part(
+            table(
+                Store("weights", 10, 1),
+                probe=Probe("rows", Digit(1, 10), Weight("weights", Digit(1, 10))),
+            ),
+            "weights",
+        ),
+        "scale of probe of 'rows' is 'weights', which is sparse",
+    ),
+    "a sparse head": (
+        lambda: with_sparse_part(table(Store("head", 4, 4), head=Linear("head")), "head"),
+        "the head's weight is 'head', which is sparse",
+    ),
     "no rows": (lambda: Store("s", 0, 1), "no rows or columns"),
     "no columns": (lambda: Store("s", 1, 0), "no rows or columns"),
     "dtype": (lambda: Store("s", 1, 1, "int8"), "unknown dtype 'int8'"),
@@ -338,6 +401,9 @@ def test_generated_plans_print_what_they_read() -> None:
 def test_bytes_are_those_of_the_tensors() -> None:
     for number in range(200):
         case = make_case(number)
+        sparse_stores = {s.name for s in case.plan.stores if s.sparsity is not None}
+        if sparse_stores != packed_sparse(case):  # latents, in training
+            continue
         assert case.plan.bytes == sum(t.numel() * t.element_size() for t in case.stores.values())
 
 
