@@ -118,6 +118,27 @@ inline int64_t check_address(const Lookup& lookup, const Address& address, const
     return code.size;
 }
 
+// Rows of a float store are its tensor's, or overlap: then they begin and end where rows of the
+// tensor do, which are the pieces that gradients are added up in.
+inline void check_rows(const StoreView& store, int64_t rows, const Probe& probe) {
+    if (probe.stride == probe.width) {
+        check_float_store(store, rows, probe.width);
+        STD_TORCH_CHECK(store.width == probe.width, "encoding: reads rows of ", probe.width,
+                        " numbers of a store of ", store.rows, " x ", store.width);
+        return;
+    }
+    check_float_store(store, 1, 1);
+    STD_TORCH_CHECK(probe.stride >= 1 && probe.stride < probe.width &&
+                        probe.stride % store.width == 0 && probe.width % store.width == 0,
+                    "encoding: reads rows of ", probe.width, " numbers, ", probe.stride,
+                    " apart, of a store of ", store.rows, " x ", store.width);
+    const int64_t pieces = probe.width / store.width;
+    STD_TORCH_CHECK(pieces <= store.rows &&
+                        rows - 1 <= (store.rows - pieces) / (probe.stride / store.width),
+                    "encoding: reads ", rows, " overlapping rows of a store of ", store.rows, " x ",
+                    store.width);
+}
+
 inline void check_probe(const Lookup& lookup, const Probe& probe, const Feature& feature) {
     STD_TORCH_CHECK(probe.width >= 1 && probe.width <= feature.width && probe.column >= 0 &&
                         probe.column <= feature.width - probe.width && probe.offset >= 0,
@@ -128,11 +149,9 @@ inline void check_probe(const Lookup& lookup, const Probe& probe, const Feature&
     STD_TORCH_CHECK(rows <= kMostBits - probe.offset, "encoding: offset of a probe");
     rows += probe.offset;
     if (probe.quantization.bits == 0) {
-        const StoreView& store = store_at(lookup, probe.store);
-        check_float_store(store, rows, probe.width);
-        STD_TORCH_CHECK(store.width == probe.width, "encoding: reads rows of ", probe.width,
-                        " numbers of a store of ", store.rows, " x ", store.width);
+        check_rows(store_at(lookup, probe.store), rows, probe);
     } else {
+        STD_TORCH_CHECK(probe.stride == probe.width, "encoding: packed rows that overlap");
         check_quantization(lookup, probe, rows);
     }
     const Scale& scale = probe.scale;

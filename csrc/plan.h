@@ -18,7 +18,7 @@
 
 namespace embcompress {
 
-constexpr int64_t kFormat = 4;
+constexpr int64_t kFormat = 5;
 
 enum class Pool : int64_t { kNone = 0, kSum = 1, kMean = 2 };
 // Rows are added up or multiplied, all of the feature's width; or each is added to its columns.
@@ -89,6 +89,7 @@ struct Probe {
     int64_t offset;  // added to the address
     int64_t column;  // where its columns begin in the combined vector; 0 in sums and products
     int64_t width;
+    int64_t stride;   // row i begins at number i * stride of the store; width, or less of it
     Address address;  // of the row, or of the row in the table of codes
     Code code;
     Scale scale;
@@ -98,7 +99,7 @@ struct Probe {
 constexpr int64_t kHeaderFields = sizeof(Header) / sizeof(int64_t);
 constexpr int64_t kFeatureFields = sizeof(Feature) / sizeof(int64_t);
 constexpr int64_t kProbeFields = sizeof(Probe) / sizeof(int64_t);
-static_assert(kHeaderFields == 4 && kFeatureFields == 10 && kProbeFields == 39,
+static_assert(kHeaderFields == 4 && kFeatureFields == 10 && kProbeFields == 40,
               "change embcompress/engine/encoding.py too");
 
 // ------------------------------------------------------------------------------------ hashing

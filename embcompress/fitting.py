@@ -63,7 +63,7 @@ def principal_directions(weight: Tensor, rank: int, counts: Tensor | None = None
 def new_stores(plan: LookupPlan, seed: int) -> Stores:
     """Stores of a plan with start values of their own; packed ones are zero."""
     stores = {
-        store.name: torch.empty(store.rows, store.width)
+        store.name: torch.empty(store.shape)
         if store.is_float
         else torch.zeros(store.bytes, dtype=torch.uint8)
         for store in plan.stores

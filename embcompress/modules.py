@@ -265,17 +265,16 @@ class CompressedTable(nn.Module):
         """Hold these tensors as the stores of those names, sharing their memory.
 
         Args:
-            stores: float tensors, (rows, width), which become parameters.
+            stores: float tensors of the stores' shapes, which become parameters.
 
         Raises:
             ValueError: a shape that is not the plan's.
         """
         for name, tensor in stores.items():
             store = self._plan.store(name)
-            if tuple(tensor.shape) != (store.rows, store.width):
+            if tuple(tensor.shape) != store.shape:
                 raise ValueError(
-                    f"store {name!r} has shape {tuple(tensor.shape)}, the plan says "
-                    f"({store.rows}, {store.width})"
+                    f"store {name!r} has shape {tuple(tensor.shape)}, the plan says {store.shape}"
                 )
             setattr(self, name, nn.Parameter(tensor))
         return self
@@ -399,9 +398,9 @@ class CompressedTable(nn.Module):
 
     # -- fused optimizers
 
-    def runs_heads(self) -> bool:
-        """Whether the kernels of the stores' device run the plan's head; True without one."""
-        return self._program.runs_heads(next(iter(self.stores().values())).device)
+    def runs_in_kernels(self) -> bool:
+        """Whether the kernels of the stores' device run the plan's head and overlapping rows."""
+        return self._program.runs_on(next(iter(self.stores().values())).device)
 
     def fuse(self, rule: UpdateRule, states: dict[Tensor, list[Tensor]]) -> None:
         """Update the stores in the backward pass; see :func:`embcompress.fuse_optimizer`.
@@ -568,7 +567,7 @@ def _new_store(
 ) -> Tensor:
     """An uninitialized tensor for a store, in the form that is trained or the deployed one."""
     if store.is_float or (store.quantization is not None and not deployed):
-        shape: tuple[int, ...] = (store.rows, store.width)
+        shape: tuple[int, ...] = store.shape
         if store.sparsity is not None and deployed:
             shape = (store.sparsity.stored,)
         return torch.empty(shape, device=device, dtype=_training_dtype(plan, store))
@@ -604,7 +603,7 @@ def _check_stores(plan: LookupPlan, stores: Mapping[str, Tensor]) -> None:
     masks = {s.sparsity.index: mask_bytes(s) for s in plan.stores if s.sparsity is not None}
     for store in plan.stores:
         tensor, size = stores[store.name], masks.get(store.name, store.bytes)
-        shape = (store.rows, store.width) if tensor.is_floating_point() else (size,)
+        shape = store.shape if tensor.is_floating_point() else (size,)
         if tuple(tensor.shape) != shape:
             raise ValueError(
                 f"store {store.name!r} has shape {tuple(tensor.shape)}, the plan says {shape}"

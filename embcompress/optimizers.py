@@ -31,9 +31,10 @@ def fuse_optimizer(
     :class:`torch.optim.Adagrad` (without decay of the rate); ``"adam"`` is
     :class:`torch.optim.SparseAdam`: moments of untouched rows do not decay.
     ``"rowwise_adagrad"`` keeps one sum for each row, of the mean squared gradient (FBGEMM's
-    exact row-wise Adagrad). With ``weight_decay``, only touched rows decay. Heads are updated
-    as a whole. Where a table has a head and is on a GPU, whose kernels run none, all tables of the
-    module take sparse gradients and torch's operators instead: move the module first, then fuse.
+    exact row-wise Adagrad), or for each piece of rows that overlap. With ``weight_decay``, only
+    touched rows decay. Heads are updated as a whole. Where a table has a head or overlapping rows
+    and is on a GPU, whose kernels run neither, all tables of the module take sparse gradients and
+    torch's operators instead: move the module first, then fuse.
 
     Args:
         module: a table, a collection, or a model that contains some.
@@ -66,7 +67,7 @@ def fuse_optimizer(
         if table.fused_rule is not None:
             raise ValueError("the module has a fused optimizer already")
     chosen_eps = _DEFAULT_EPS[name] if eps is None else eps
-    in_kernel = all(table.runs_heads() for table in tables)
+    in_kernel = all(table.runs_in_kernels() for table in tables)
     rule = UpdateRule(name, lr, chosen_eps, weight_decay, betas, in_kernel)
     states: dict[Tensor, list[Tensor]] = {}  # tied stores share their state
     for table in tables:

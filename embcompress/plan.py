@@ -11,6 +11,7 @@ Nothing here knows about ``torch.nn``; see :mod:`embcompress.engine` for what ru
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -112,6 +113,9 @@ class Store:
         shared: where not empty, tables whose plans have a store of this ``shared`` name hold one
             and the same tensor, and its bytes count once for all of them.
         sparsity: of a float store, which of its numbers are kept; None: all.
+        stride: None, or for float stores the distance between the starts of rows, less than
+            ``width``: rows overlap, number ``j`` of row ``i`` is number ``i * stride + j`` of one
+            array of ``(rows - 1) * stride + width`` numbers. Nothing wraps round its end.
     """
 
     name: str
@@ -121,6 +125,7 @@ class Store:
     quantization: Quantization | None = None
     shared: str = ""
     sparsity: Sparsity | None = None
+    stride: int | None = None
 
     def __post_init__(self) -> None:
         require(bool(re.fullmatch(r"[A-Za-z_]\w*", self.name)), f"store name {self.name!r}")
@@ -129,8 +134,14 @@ class Store:
             self.dtype in FLOAT_BITS or bool(_UNSIGNED.fullmatch(self.dtype)),
             f"store {self.name!r} has unknown dtype {self.dtype!r}",
         )
+        if self.stride is not None:
+            require(
+                self.is_float and 1 <= self.stride < self.width,
+                f"store {self.name!r}: a stride must be in [1, width = {self.width}) and the "
+                f"numbers floats, not {self.stride} and {self.dtype!r}",
+            )
         require(
-            self.rows * self.width * self.bits < INT64_END,
+            self.numbers * self.bits < INT64_END,
             f"store {self.name!r} has 2**63 bits or more",
         )
         if self.quantization is not None:
@@ -140,7 +151,10 @@ class Store:
                 f"not {self.dtype!r}",
             )
         if self.sparsity is not None:
-            require(self.is_float, f"store {self.name!r}: only floats can be sparse")
+            require(
+                self.is_float and self.stride is None,
+                f"store {self.name!r}: only floats can be sparse, whose rows do not overlap",
+            )
             require(
                 self.sparsity.stored <= self.rows * self.width,
                 f"store {self.name!r} keeps {self.sparsity.stored} of {self.rows * self.width} "
@@ -157,9 +171,29 @@ class Store:
         return FLOAT_BITS[self.dtype] if self.is_float else int(self.dtype[4:])
 
     @property
+    def step(self) -> int:
+        """Numbers from the start of a row to that of the next."""
+        return self.width if self.stride is None else self.stride
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers are stored."""
+        return (self.rows - 1) * self.step + self.width
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the tensor that holds the numbers of a float store.
+
+        (rows, width); where rows overlap, the pieces that all rows are made of: as many columns
+        as the greatest common divisor of stride and width.
+        """
+        columns = math.gcd(self.step, self.width)
+        return self.numbers // columns, columns
+
+    @property
     def bytes(self) -> int:
         """Bytes of the whole store; of a sparse one, those of the kept numbers."""
-        numbers = self.rows * self.width if self.sparsity is None else self.sparsity.stored
+        numbers = self.numbers if self.sparsity is None else self.sparsity.stored
         return -(-numbers * self.bits // 8)
 
 
@@ -475,7 +509,10 @@ class LookupPlan:
         )
 
     def _check_dense(self, store: Store, what: str) -> None:
-        require(store.sparsity is None, f"{what} is {store.name!r}, which is sparse")
+        require(
+            store.sparsity is None and store.stride is None,
+            f"{what} is {store.name!r}, which is sparse or of rows that overlap",
+        )
 
     def _check_address(self, address: Address, rows: int, what: str) -> None:
         require(address.size <= rows, f"{what} reaches row {address.size - 1} of {rows}")
@@ -611,6 +648,11 @@ def _address_text(address: Address) -> str:
     if address.first:
         text += f" - {address.first}"
     return text if address.otherwise is None else f"{text} or {_address_text(address.otherwise)}"
+
+
+def _store_text(store: Store) -> str:
+    apart = "" if store.stride is None else f" every {store.stride}"
+    return f"{store.name} {store.rows}×{store.width}{apart} {store.dtype}"
 
 
 def _probe_text(probe: Probe) -> str:

@@ -177,9 +177,9 @@ class PlanMaker:
     def name(self) -> str:
         return f"store_{len(self.stores)}"
 
-    def float_store(self, rows: int, width: int) -> Store:
+    def float_store(self, rows: int, width: int, stride: int | None = None) -> Store:
         dtype = self.choice.choice(FLOATS) if self.mixed_dtypes else self.main_dtype
-        return self.add(Store(self.name(), rows, width, dtype))
+        return self.add(Store(self.name(), rows, width, dtype, stride=stride))
 
     def value_store(self, width: int) -> Store:
         """A store of values, new or shared with an earlier probe."""
@@ -193,9 +193,17 @@ class PlanMaker:
         rows = self.choice.randint(1, 60)
         if self.choice.random() < 0.15:
             return self.sparse(rows, width)
-        return self.quantized(rows, width) if self.choice.random() < 0.3 else (
-            self.float_store(rows, width)
-        )  # fmt: skip
+        if self.choice.random() < 0.3:
+            return self.quantized(rows, width)
+        overlaps = width > 1 and self.choice.random() < 0.2
+        return self.float_store(rows, width, self.stride(width) if overlaps else None)
+
+    def stride(self, width: int) -> int:
+        """Of rows that overlap; often one that divides the width."""
+        divisors = [stride for stride in range(1, width) if width % stride == 0]
+        return self.choice.choice(
+            (1, self.choice.choice(divisors), self.choice.randint(1, width - 1))
+        )
 
     def quantized(self, rows: int, width: int) -> Store:
         shape = (self.choice.choice((1, rows)), self.choice.choice((1, width)))
@@ -270,7 +278,7 @@ class PlanMaker:
             return None
         if drawn < 0.75:
             return Sign(self.key())
-        floats = [s for s in self.stores if s.is_float and s.sparsity is None]
+        floats = [s for s in self.stores if s.is_float and s.sparsity is None and s.stride is None]
         if floats and self.choice.random() < 0.3:  # learned numbers beside the values themselves
             store = self.choice.choice(floats)
         else:
@@ -314,7 +322,7 @@ def make_stores(plan: LookupPlan, generator: torch.Generator, *, whole: bool) ->
     tensors = {}
     for store in plan.stores:
         if store.is_float:
-            values = _floats((store.rows, store.width), generator, whole)
+            values = _floats(store.shape, generator, whole)
             if whole and store.name in scales:
                 values *= 2  # a symmetric code is a half, its value shall be a whole number
             tensors[store.name] = values.to(getattr(torch, store.dtype))

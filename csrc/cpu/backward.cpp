@@ -92,7 +92,7 @@ struct StoreGradients::State {
         : lookup(lookup), output(lookup, grad, num_threads), num_threads(num_threads) {}
 
     void add_store(int64_t number);
-    Source source_of(const Use& use) const;
+    Source source_of(const Use& use, bool is_summed) const;
     bool add_piece(Piece& piece, RowBlock& block, Reducer& reducer) const;
     void add_pieces();
     void add_contributions_of_ids();
@@ -104,8 +104,9 @@ struct StoreGradients::State {
     int64_t most_probes() const;
 };
 
-Source StoreGradients::State::source_of(const Use& use) const {
+Source StoreGradients::State::source_of(const Use& use, bool is_summed) const {
     Source source{};
+    source.pieces = 1;
     source.use = use;
     source.feature = &lookup.features[use.feature];
     source.first = ids_of(lookup, use.feature).begin;
@@ -116,7 +117,10 @@ Source StoreGradients::State::source_of(const Use& use) const {
         source.column = contribution_column(lookup, use);
         return source;
     }
-    source.width = source.probe->width;
+    const int64_t pieces = pieces_of(lookup, *source.probe);
+    if (is_summed) source.pieces = pieces;
+    source.width = source.probe->width / pieces * source.pieces;
+    source.first_column = use.piece * source.width;
     source.is_product = source.feature->combine == Combine::kMul && source.feature->num_probes > 1;
     source.has_coefficients =
         output.has_coefficients(use.feature) || source.probe->scale.kind != ScaleKind::kNone;
@@ -137,12 +141,14 @@ void StoreGradients::State::add_store(int64_t number) {
     const int64_t rows = gradient.store.rows, numbers = rows * gradient.store.width;
     const bool is_small = numbers <= kSmallGradient && rows <= count;
     for (const Use& use : uses) {
-        const Source source = source_of(use);
+        const bool is_summed =
+            use.role == Role::kHead || (use.role == Role::kRows ? is_small : rows == 1);
+        // A sum takes the pieces of an overlapping row at once.
+        if (is_summed && use.piece > 0) continue;
+        const Source source = source_of(use, is_summed);
         if (use.role == Role::kRows && is_latent(lookup, *source.probe)) {
             gradient.latents = source.probe;
         }
-        const bool is_summed =
-            use.role == Role::kHead || (use.role == Role::kRows ? is_small : rows == 1);
         (is_summed ? gradient.summed : gradient.sources).push_back(source);
         gradient.has_products |= source.is_product;
     }

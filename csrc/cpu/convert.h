@@ -189,7 +189,7 @@ EMBCOMPRESS_INLINE void convert_row(const StoreView& store, const Probe& probe, 
         return unpack_row<true>(store, q.bits, row, width, steps, out);
     }
     for (int64_t c = 0; c < width; ++c) {
-        const float value = load_float(store.data, store.dtype, row * width + c);
+        const float value = load_float(store.data, store.dtype, row * probe.stride + c);
         const float* bias = q.bias_store < 0 ? nullptr : steps + steps_room(width) + c;
         out[c] = q.bits == 0 ? value : read_latent(value, steps[c], bias, q.bits).value;
     }
@@ -208,7 +208,7 @@ EMBCOMPRESS_INLINE void convert_rows(const Lookup& lookup, const Probe& probe, c
     for (int i = 0; i < n; ++i) {
         if (rows[i] < 0) continue;
         const char* row =
-            static_cast<const char*>(store.data) + ((rows[i] * probe.width * bits) >> 3);
+            static_cast<const char*>(store.data) + ((rows[i] * probe.stride * bits) >> 3);
         for (int64_t byte = 0; byte < std::min<int64_t>(row_bytes, 256); byte += 64) {
             __builtin_prefetch(row + byte);
         }

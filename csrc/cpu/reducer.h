@@ -20,7 +20,9 @@ struct Source {
     int64_t first;             // position of the feature's first id
     std::vector<float> added;  // (ids, width), where the use is no row: what each id adds
     int64_t width;
-    int64_t column;  // of the row, where the width begins
+    int64_t column;        // of the row, where the width begins
+    int64_t first_column;  // of the probe's row, likewise
+    int64_t pieces;        // how many rows of the store's tensor the width fills
     bool is_product;
     bool has_coefficients;
 };
@@ -165,7 +167,7 @@ class Reducer {
             for (int i = 0; i < count; ++i) load_entry(source, i);
             if (source.is_product) load_factors(source);
             for (int i = 0; i < count; ++i) {
-                touched[entries_.rows[i]] = 1;
+                std::fill_n(touched + entries_.rows[i], source.pieces, uint8_t{1});
                 pool_run(source, i, i + 1, false, sums + entries_.rows[i] * gradient.width());
             }
         }
@@ -215,7 +217,8 @@ class Reducer {
             return;
         }
         const int64_t feature = source.use.feature, sample = output_.sample(feature, position);
-        const float* mine = output_.of_sample(feature, sample) + source.probe->column;
+        const float* mine =
+            output_.of_sample(feature, sample) + source.probe->column + source.first_column;
         for (int64_t c = 0; c < std::min(source.width, kPrefetchFloats); c += 16) {
             __builtin_prefetch(mine + c);
         }
@@ -241,7 +244,7 @@ class Reducer {
             factors += kBlock;
             block_.find_rows(u, count);
             block_.find_pointers(u, count);
-            std::copy(block_.pointers(u), block_.pointers(u) + count, factors);
+            for (int i = 0; i < count; ++i) factors[i] = block_.pointers(u)[i] + source.first_column;
             if (!block_.scaled()) continue;
             for (int i = 0; i < count; ++i) entries_.coefficients[i] *= block_.scales(u)[i];
         }

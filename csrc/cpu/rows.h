@@ -102,11 +102,11 @@ class RowBlock {
         if (!is_converted(probe)) {
             const float* data = static_cast<const float*>(store.data);
             const float* zeros = zeros_.data();
-            const int64_t width = probe.width;
+            const int64_t width = probe.width, stride = probe.stride;
             // A small store is in the first-level cache by itself.
             const int64_t lines = store.bytes <= kSmallStore ? 0 : std::min(width, kPrefetchFloats);
             for (int i = 0; i < n; ++i) {
-                const float* row = rows[i] < 0 ? zeros : data + rows[i] * width;
+                const float* row = rows[i] < 0 ? zeros : data + rows[i] * stride;
                 pointers[i] = row;
                 if (lines > 0) __builtin_prefetch(row);
                 for (int64_t c = 16; c < lines; c += 16) __builtin_prefetch(row + c);

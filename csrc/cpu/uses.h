@@ -15,12 +15,20 @@ struct Use {
     int64_t feature;  // its number
     int probe;        // its number in the feature; -1: a head
     Role role;
+    int64_t piece = 0;  // of the probe's row; not 0 only where rows overlap
 };
 
 inline const Probe& probe_of(const Lookup& lookup, const Use& use) {
     return lookup.probes[lookup.features[use.feature].first_probe + use.probe];
 }
 
+// How many rows of a store's tensor a gathered row is: several where rows overlap.
+inline int64_t pieces_of(const Lookup& lookup, const Probe& probe) {
+    if (probe.stride == probe.width) return 1;
+    return probe.width / lookup.stores[probe.store].width;
+}
+
+// Rows that overlap are used piece by piece, so that every number is in one row.
 inline std::vector<Use> uses_of(const Lookup& lookup, int64_t store) {
     std::vector<Use> uses;
     for (int64_t f = 0; f < lookup.header.num_features; ++f) {
@@ -28,7 +36,9 @@ inline std::vector<Use> uses_of(const Lookup& lookup, int64_t store) {
         for (int t = 0; t < feature.num_probes; ++t) {
             const Probe& probe = lookup.probes[feature.first_probe + t];
             const Quantization& q = probe.quantization;
-            if (probe.store == store) uses.push_back({f, t, Role::kRows});
+            for (int64_t p = 0; probe.store == store && p < pieces_of(lookup, probe); ++p) {
+                uses.push_back({f, t, Role::kRows, p});
+            }
             if (probe.scale.kind == ScaleKind::kWeight && probe.scale.store == store) {
                 uses.push_back({f, t, Role::kScale});
             }
@@ -57,6 +67,10 @@ EMBCOMPRESS_INLINE bool touched_rows(const Lookup& lookup, const Use& use, int64
     const bool one_row = use.role != Role::kRows && !probe.quantization.per_row;
     for (int i = 0; i < n; ++i) {
         rows[i] = found[i] < 0 || block.skipped(i) ? -1 : one_row ? 0 : found[i];
+    }
+    if (use.role == Role::kRows && probe.stride != probe.width) {
+        const int64_t apart = probe.stride / lookup.stores[probe.store].width;
+        for (int i = 0; i < n; ++i) rows[i] = rows[i] < 0 ? -1 : rows[i] * apart + use.piece;
     }
     return valid;
 }

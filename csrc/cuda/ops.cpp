@@ -83,6 +83,10 @@ Lookup check_lookup(const std::vector<Tensor>& stores, const Tensor& ids,
         STD_TORCH_CHECK(lookup.features[f].head_store < 0,
                         "the CUDA kernels run no heads; feature ", f, " has one");
     }
+    for (int64_t p = 0; p < lookup.header.num_probes; ++p) {
+        STD_TORCH_CHECK(lookup.probes[p].stride == lookup.probes[p].width,
+                        "the CUDA kernels read no rows that overlap; probe ", p, " does");
+    }
     return lookup;
 }
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from embcompress.engine import ops
 from embcompress.engine.bags import Bags, check_ids, check_offsets, make_bags
-from embcompress.engine.encoding import EncodedPlans, can_encode, encode_plans
+from embcompress.engine.encoding import EncodedPlans, can_encode, encode_plans, needs_cpu_kernels
 from embcompress.engine.fused import FusedStores, lookup_fused
 from embcompress.engine.reference import lookup_reference, pool_bags
 from embcompress.plan import LookupPlan
@@ -81,7 +81,7 @@ class Program:
             self._encode()
         self._has_maxima = plans[0].pool == "max"
         self._has_vectors = plans[0].pool in ("none", "max")  # for every id, and no bags yet
-        self._has_head = any(plan.head is not None for plan in plans)
+        self._is_for_cpu = any(map(needs_cpu_kernels, plans))
         self._sparse = options.sparse
         self._dtype = _output_dtype(plans)
         # One call of the operator, and nothing before or after it.
@@ -117,13 +117,13 @@ class Program:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether the compiled operators run these plans in one call, on a device that runs heads
-        where there are any (:meth:`runs_heads`)."""
+        """Whether the compiled operators run these plans in one call, on a device that runs all
+        that they need (:meth:`runs_on`)."""
         return self._encoded is not None
 
-    def runs_heads(self, device: torch.device) -> bool:
-        """Whether a device's kernels run the heads of these plans; True where there are none."""
-        return not self._has_head or ops.runs_heads(device)
+    def runs_on(self, device: torch.device) -> bool:
+        """Whether a device's kernels run the heads and the overlapping rows of these plans."""
+        return not self._is_for_cpu or ops.runs_every_plan(device)
 
     def __call__(
         self,
@@ -134,8 +134,8 @@ class Program:
         """Vectors (one feature, ``pool="none"``), or the pooled bags of all features.
 
         Args:
-            stores: for each feature its tensors by store name: float ones (rows, width), packed
-                ones (bytes,) uint8.
+            stores: for each feature its tensors by store name: float ones of the store's shape,
+                packed ones (bytes,) uint8.
             bags: feature-major ids and offsets.
             fused: stores that the backward pass updates; for compiled programs. A sequence of
                 them, one a feature, for a program of parts.
@@ -144,7 +144,7 @@ class Program:
             (N, embedding_dim), or (B, sum of embedding_dim).
 
         Raises:
-            TypeError: inputs or heads that the compiled engine does not run, with ``fused``.
+            TypeError: inputs or plans that the compiled engine does not run, with ``fused``.
             IndexError: an id outside ``[0, num_embeddings)``.
             ValueError: offsets that describe no bags.
         """
@@ -155,13 +155,14 @@ class Program:
             parts = zip(self.parts, stores, self._feature_bags(bags), updates, strict=True)
             return torch.cat([part((each,), own, update) for part, each, own, update in parts], 1)
         assert not isinstance(fused, Sequence)
-        runs_heads = self.runs_heads(bags.ids.device)
-        if self._encoded is not None and _is_for_kernels(bags) and runs_heads:
+        runs_on_device = self.runs_on(bags.ids.device)
+        if self._encoded is not None and _is_for_kernels(bags) and runs_on_device:
             return self._run_compiled(self._encoded, stores, bags, fused)
-        if fused is not None and not runs_heads:
+        if fused is not None and not runs_on_device:
             raise TypeError(
-                f"the kernels of a {bags.ids.device.type} device run no heads, and the optimizer "
-                "was fused on another device; move the module first, then fuse the optimizer"
+                f"the kernels of a {bags.ids.device.type} device run no heads and no overlapping "
+                "rows, and the optimizer was fused on another device; move the module first, then "
+                "fuse the optimizer"
             )
         if fused is not None:
             raise TypeError(
@@ -186,7 +187,7 @@ class Program:
         """
         if not self._is_plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        if not self.runs_heads(ids.device):
+        if not self.runs_on(ids.device):
             return None
         assert self._encoded is not None
         try:

@@ -24,7 +24,7 @@ from embcompress.plan import (
     Weight,
 )
 
-FORMAT = 4
+FORMAT = 5
 HEADER_FIELDS, FEATURE_FIELDS, HEAD_STORE_FIELD = 4, 10, 8
 #: Pools that the kernels run; maxima pool the kernels' vectors in torch.
 POOLS = {"none": 0, "sum": 1, "mean": 2}
@@ -63,6 +63,12 @@ def can_encode(plan: LookupPlan) -> bool:
         not store.is_float or (store.dtype in _KERNEL_FLOATS and store.sparsity is None)
         for store in plan.stores
     )
+
+
+def needs_cpu_kernels(plan: LookupPlan) -> bool:
+    """Whether only the CPU's kernels run this plan: those of GPUs run neither heads nor rows that
+    overlap."""
+    return plan.head is not None or any(store.stride is not None for store in plan.stores)
 
 
 def encode_plans(
@@ -114,6 +120,7 @@ def _encode_probes(plan: LookupPlan, numbers: dict[str, int]) -> list[list[int]]
                 probe.offset,
                 column,
                 store.width,
+                store.step,
                 *_encode_address(plan, probe.address, numbers),
                 *_encode_scale(plan, probe, numbers),
                 *_encode_quantization(plan, probe, numbers),

@@ -47,8 +47,9 @@ _LOADED = _load()
 _HAS_CUDA = _LOADED and torch._C._dispatch_has_kernel_for_dispatch_key(
     "embcompress::lookup_forward", "CUDA"
 )
-#: Types of the devices whose kernels run no heads: those that report, as csrc/cuda does.
-_WITHOUT_HEADS = frozenset(
+#: Types of the devices whose kernels run no heads and no overlapping rows: those that report, as
+#: csrc/cuda does.
+_PLAIN_PLANS_ONLY = frozenset(
     kind
     for kind in ("cpu", "cuda")
     if _LOADED
@@ -82,9 +83,10 @@ def runs_on(device: torch.device) -> bool:
     return device.type in ("cpu", "cuda")
 
 
-def runs_heads(device: torch.device) -> bool:
-    """Whether the compiled operators of a device run plans with a head; the CUDA kernels do not."""
-    return device.type not in _WITHOUT_HEADS
+def runs_every_plan(device: torch.device) -> bool:
+    """Whether the compiled operators of a device run heads and overlapping rows, too; the CUDA
+    kernels run neither."""
+    return device.type not in _PLAIN_PLANS_ONLY
 
 
 def is_report(error: RuntimeError) -> bool:

@@ -160,6 +160,8 @@ def gather_rows(
     tensor = stores[store.name]
     if store.sparsity is not None:
         return _gather_sparse(plan, store, stores, rows, sparse)
+    if store.stride is not None:
+        return _gather_overlapping(store, tensor, rows, sparse)
     if store.quantization is None:
         return _gather(tensor, rows, sparse)
 
@@ -257,6 +259,14 @@ def _found_positions(
 
 def _gather(values: Tensor, rows: Tensor, sparse: bool) -> Tensor:
     return _widen(F.embedding(rows, values, sparse=sparse))
+
+
+def _gather_overlapping(store: Store, pieces: Tensor, rows: Tensor, sparse: bool) -> Tensor:
+    """Rows of several pieces each; ``pieces`` is of the store's shape."""
+    columns = pieces.shape[1]
+    first = rows[:, None] * (store.step // columns)
+    numbers = first + torch.arange(store.width // columns, device=rows.device)
+    return _gather(pieces, numbers, sparse).reshape(len(rows), store.width)
 
 
 def _widen(values: Tensor) -> Tensor:
@@ -385,9 +395,10 @@ def lookup_reference(
 
     Args:
         plan: what to do; ``plan.pool == "none"`` reads ``bags.ids`` alone.
-        stores: a tensor for each store: float ones (rows, width), packed ones (bytes,) uint8, or
-            quantized ones in training their latents, (rows, width) float; sparse ones (stored,),
-            or in training their latents, with a mask of them in the place of the index.
+        stores: a tensor for each store: float ones of the store's shape, (rows, width) unless
+            rows overlap, packed ones (bytes,) uint8, or quantized ones in training their latents,
+            (rows, width) float; sparse ones (stored,), or in training their latents, with a mask
+            of them in the place of the index.
         bags: canonical, checked input.
         sparse: gather with sparse gradients, as ``torch.nn.Embedding(sparse=True)``.
 

@@ -108,6 +108,8 @@ def why_not(plan: LookupPlan) -> str:
         return "TorchRec has no sparse rows"
     if plan.pool == "max":
         return "TorchRec does not pool by maxima"
+    if any(store.stride is not None for store in plan.stores):
+        return "TorchRec has no rows that overlap"
     replicated = {store.name for store in replicated_stores(plan)}
     known = {store.name for store in code_stores(plan)}
     known |= set() if plan.head is None else {plan.head.weight}

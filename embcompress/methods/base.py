@@ -112,9 +112,9 @@ class Method(ABC):
             weight: (num_embeddings, embedding_dim) float.
 
         Returns:
-            Tensors by store name: float stores (rows, width); packed ones (bytes,) uint8, also
-            quantized ones. A module that holds latents for a quantized store turns its codes
-            into the latents that read as them
+            Tensors by store name: float stores of their shape, (rows, width) unless rows overlap;
+            packed ones (bytes,) uint8, also quantized ones. A module that holds latents for a
+            quantized store turns its codes into the latents that read as them
             (:meth:`embcompress.modules.CompressedTable.load_stores`).
 
         Here by least squares through the lookup itself (:mod:`embcompress.fitting`), which

@@ -74,8 +74,8 @@ cases = map(make_case, range(300))
 case = next(c for c in cases if c.plan.head is not None and c.plan.pool == "sum")
 program = Program([case.plan])
 program([case.stores], case.bags)  # by the reference
-assert not program.runs_heads(torch.device("cpu"))
-program.runs_heads = lambda device: True
+assert not program.runs_on(torch.device("cpu"))
+program.runs_on = lambda device: True
 program([case.stores], case.bags)
 """
 

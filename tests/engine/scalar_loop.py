@@ -64,7 +64,9 @@ class ScalarLoop:
         if store.sparsity is not None:
             return self.sparse_value(store, row, column)
         if store.quantization is None:
-            return self.floats[store.name][row][column]
+            number = row * store.step + column
+            line = self.floats[store.name]
+            return line[number // len(line[0])][number % len(line[0])]
 
         def part(name: str) -> float:
             table = self.floats[name]

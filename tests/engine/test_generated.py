@@ -12,6 +12,7 @@ from torch import Tensor
 
 import embcompress.engine
 from embcompress.engine import Bags, GradientOptions, lookup, lookup_features, ops
+from embcompress.engine.encoding import needs_cpu_kernels
 from embcompress.plan import Code, Digit, Hash, LookupPlan, Probe, Quantization, Store
 from tests.engine.devices import DEVICES, to_device
 from tests.engine.judging import WEIGHTS, Judge, Result, output_gradient, quantization_steps, run
@@ -37,7 +38,7 @@ def may_use_reference(case: Case) -> bool:
         return True
     dtypes = {store.dtype for store in case.plan.stores}
     weights, device = case.bags.weights, case.bags.ids.device
-    if case.plan.head is not None and not ops.runs_heads(device):
+    if needs_cpu_kernels(case.plan) and not ops.runs_every_plan(device):
         return True
     return "float64" in dtypes or (weights is not None and weights.dtype == torch.float64)
 

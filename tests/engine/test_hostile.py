@@ -38,7 +38,7 @@ FEATURE = [
     "num_probes", "head_store", "out_width",
 ]  # fmt: skip
 PROBE = [
-    "store", "offset", "column", "width", "address.kind", "address.a", "address.b",
+    "store", "offset", "column", "width", "stride", "address.kind", "address.a", "address.b",
     "code.store", "code.bits", "code.width", "code.column", "code.first", "code.size",
     "code.has_otherwise",
     "otherwise.kind", "otherwise.a", "otherwise.b", "scale.kind", "scale.key", "scale.store",

@@ -127,6 +127,9 @@ BROKEN: dict[str, tuple[Callable[[], object], str]] = {
     "dtype of 0 bits": (lambda: Store("s", 1, 1, "uint0"), "unknown dtype"),
     "dtype with a newline": (lambda: Store("s", 1, 1, "uint8\n"), "unknown dtype"),
     "too many bits": (lambda: Store("s", 2**40, 2**20), "2\\*\\*63 bits or more"),
+    "no stride": (lambda: Store("s", 2, 4, stride=0), "a stride must be in \\[1, width = 4\\)"),
+    "stride of the width": (lambda: Store("s", 2, 4, stride=4), "not 4 and 'float32'"),
+    "stride of codes": (lambda: Store("s", 2, 4, "uint8", stride=1), "not 1 and 'uint8'"),
     "quantized float": (
         lambda: Store("s", 1, 1, "float32", Quantization("t")),
         "take uint1, uint2, uint4, uint8 or uint16, not 'float32'",
@@ -179,6 +182,10 @@ BROKEN: dict[str, tuple[Callable[[], object], str]] = {
     "scale of other rows": (lambda: packed(Store("scale", 3, 4)), "does not broadcast"),
     "scale of other columns": (lambda: packed(Store("scale", 10, 2)), "does not broadcast"),
     "scale of codes": (lambda: packed(Store("scale", 1, 1, "uint8")), "does not broadcast"),
+    "scale of overlapping rows": (
+        lambda: packed(Store("scale", 10, 4, stride=2)),
+        "which is sparse or of rows that overlap",
+    ),
     "bias of another shape": (
         lambda: packed(Store("scale", 1, 4), Store("bias", 1, 1)),
         "store 'bias' does not broadcast",
@@ -212,6 +219,12 @@ BROKEN: dict[str, tuple[Callable[[], object], str]] = {
         lambda: table(probe=replace(READ, scale=Weight("rows", Digit(1, 10), 4))),
         "takes its scale from column 4 of 'rows'",
     ),
+    "weight of overlapping rows": (
+        lambda: table(
+        "which is sparse or of rows that overlap",
+    ),
+        "takes its scale from column 0 of 'laps'",
+    ),
     "weight of codes": (
         lambda: table(CODES, probe=replace(READ, scale=Weight("codes", Digit(1, 10)))),
         "takes its scale from column 0 of 'codes'",
@@ -241,6 +254,10 @@ BROKEN: dict[str, tuple[Callable[[], object], str]] = {
     "shape of the head": (
         lambda: table(Store("head", 4, 3), head=Linear("head")),
         "the head's weight is 4 × 3, not 4 × 4",
+    ),
+    "head of overlapping rows": (
+        lambda: table(Store("head", 4, 4, stride=2), head=Linear("head")),
+        "which is sparse or of rows that overlap",
     ),
     "head of codes": (
         lambda: table(Store("head", 4, 4, "uint8"), head=Linear("head")),
