@@ -133,10 +133,10 @@ inline void check_rows(const StoreView& store, int64_t rows, const Probe& probe)
                     "encoding: reads rows of ", probe.width, " numbers, ", probe.stride,
                     " apart, of a store of ", store.rows, " x ", store.width);
     const int64_t pieces = probe.width / store.width;
-    STD_TORCH_CHECK(pieces <= store.rows &&
-                        rows - 1 <= (store.rows - pieces) / (probe.stride / store.width),
-                    "encoding: reads ", rows, " overlapping rows of a store of ", store.rows, " x ",
-                    store.width);
+    STD_TORCH_CHECK(
+        pieces <= store.rows && rows - 1 <= (store.rows - pieces) / (probe.stride / store.width),
+        "encoding: reads ", rows, " overlapping rows of a store of ", store.rows, " x ",
+        store.width);
 }
 
 inline void check_probe(const Lookup& lookup, const Probe& probe, const Feature& feature) {

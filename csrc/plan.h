@@ -18,7 +18,7 @@
 
 namespace embcompress {
 
-constexpr int64_t kFormat = 5;
+constexpr int64_t kFormat = 6;
 
 enum class Pool : int64_t { kNone = 0, kSum = 1, kMean = 2 };
 // Rows are added up or multiplied, all of the feature's width; or each is added to its columns.

@@ -24,7 +24,7 @@ from embcompress.plan import (
     Weight,
 )
 
-FORMAT = 5
+FORMAT = 6
 HEADER_FIELDS, FEATURE_FIELDS, HEAD_STORE_FIELD = 4, 10, 8
 #: Pools that the kernels run; maxima pool the kernels' vectors in torch.
 POOLS = {"none": 0, "sum": 1, "mean": 2}
