@@ -244,8 +244,9 @@ class Reducer {
             factors += kBlock;
             block_.find_rows(u, count);
             block_.find_pointers(u, count);
-            for (int i = 0; i < count; ++i)
+            for (int i = 0; i < count; ++i) {
                 factors[i] = block_.pointers(u)[i] + source.first_column;
+            }
             if (!block_.scaled()) continue;
             for (int i = 0; i < count; ++i) entries_.coefficients[i] *= block_.scales(u)[i];
         }
