@@ -221,9 +221,9 @@ BROKEN: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "weight of overlapping rows": (
         lambda: table(
+            Store("laps", 10, 4, stride=1), probe=replace(READ, scale=Weight("laps", Digit(1, 10)))
+        ),
         "which is sparse or of rows that overlap",
-    ),
-        "takes its scale from column 0 of 'laps'",
     ),
     "weight of codes": (
         lambda: table(CODES, probe=replace(READ, scale=Weight("codes", Digit(1, 10)))),
