@@ -631,7 +631,8 @@ def total_bytes(plans: Iterable[LookupPlan]) -> int:
 
 
 def _store_text(store: Store) -> str:
-    text = f"{store.name} {store.rows}×{store.width} {store.dtype}"
+    apart = "" if store.stride is None else f" every {store.stride}"
+    text = f"{store.name} {store.rows}×{store.width}{apart} {store.dtype}"
     return text if store.sparsity is None else f"{text}, {store.sparsity.stored} kept"
 
 
@@ -648,11 +649,6 @@ def _address_text(address: Address) -> str:
     if address.first:
         text += f" - {address.first}"
     return text if address.otherwise is None else f"{text} or {_address_text(address.otherwise)}"
-
-
-def _store_text(store: Store) -> str:
-    apart = "" if store.stride is None else f" every {store.stride}"
-    return f"{store.name} {store.rows}×{store.width}{apart} {store.dtype}"
 
 
 def _probe_text(probe: Probe) -> str:
