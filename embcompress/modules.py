@@ -538,7 +538,9 @@ class CompressedTable(nn.Module):
 
         Not where an optimizer is fused, whose state would have to change with it.
         """
-        if not self.has_phases or self.fused_rule is not None:
+        if self.settings is None or not self.settings.searches_plans:
+            return False
+        if self.fused_rule is not None:
             return False
         plan = LookupPlan.from_json(bytes(saved.cpu().numpy()).decode())
         shape = (plan.num_embeddings, plan.embedding_dim)
