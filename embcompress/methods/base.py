@@ -81,8 +81,8 @@ class Method(ABC):
 
     #: The name in the registry; lower case, words joined by underscores.
     name: ClassVar[str]
-    #: Whether the last phase may have another plan than the table was built with; then a table takes
-    #: the plan of the weights that it loads.
+    #: Whether the last phase may have another plan than the table was built with; then a table
+    #: takes the plan of the weights that it loads.
     searches_plans: ClassVar[bool] = False
 
     @abstractmethod
