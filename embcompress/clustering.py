@@ -11,6 +11,8 @@ _ITERATIONS = 40
 _RESTARTS = 3
 #: Vectors a center that training looks at; more gain nothing that can be measured.
 _SAMPLE_PER_CENTER = 256
+#: Distances to all centers that are held at a time.
+_DISTANCES = 1 << 22
 
 
 def cluster(
@@ -43,6 +45,16 @@ def cluster(
         return _scikit_learn(vectors, sample, sample_weights, centers, seed)
     raise ModuleNotFoundError(
         "k-means needs faiss or scikit-learn; pip install embcompress[quantize]"
+    )
+
+
+def nearest(vectors: Tensor, centers: Tensor) -> Tensor:
+    """(N,) the row of the centers nearest to each vector, the first of equal ones."""
+    centers = centers.float()
+    lengths = centers.square().sum(1)
+    chunks = vectors.split(max(1, _DISTANCES // len(centers)))
+    return torch.cat(
+        [torch.addmm(lengths, each, centers.t(), alpha=-2).argmin(1) for each in chunks]
     )
 
 

@@ -104,6 +104,11 @@ class ManagedTable:
             delattr(self.module, BUFFER_PREFIX + name)
         self._names, self.procedure = [], None
 
+    def take_keys(self, plan: LookupPlan) -> None:
+        """Hash with the keys of a plan that differs in these alone, in all tied modules."""
+        for module in self._tied:
+            module.take_keys(plan)
+
     def take(self, form: TableForm) -> None:
         """Take another plan and stores, in all tied modules."""
         self.module.take_form(form.plan, form.stores, form.frozen)

@@ -16,6 +16,7 @@ from embcompress.initialization import initialize_stores
 from embcompress.latents import fixed_steps, pack_latents, unpack_latents
 from embcompress.methods import Method, TableSpec, methods, resolve_method
 from embcompress.plan import LookupPlan, PlanError, Pool, Store
+from embcompress.plan_keys import with_keys_of
 from embcompress.sparse_layout import even_mask, mask_bytes, pack_sparse, unpack_sparse
 
 _PLAN_KEY = "plan"
@@ -123,6 +124,17 @@ class CompressedTable(nn.Module):
         self._plan = plan
         self._store_names = tuple(store.name for store in plan.stores)
         self._program = Program((plan,), self.options)
+
+    def take_keys(self, plan: LookupPlan) -> None:
+        """Hash from now on with the keys of a plan that differs from the module's in these alone.
+
+        Raises:
+            ValueError: it differs in more.
+        """
+        renewed = with_keys_of(self._plan, plan)
+        if renewed is None:
+            raise ValueError(f"this plan has more than other keys: {plan}\n  here: {self._plan}")
+        self._set_plan(renewed)
 
     # -- reading
 
@@ -528,6 +540,11 @@ class CompressedTable(nn.Module):
             return f"the saved plan cannot be read: {error}"
         if _addressing(plan) == _addressing(self._plan):
             return None
+        if self.settings is not None and self.settings.renews_keys:
+            renewed = with_keys_of(self._plan, plan)
+            if renewed is not None and _addressing(renewed) == _addressing(plan):
+                self._set_plan(renewed)
+                return None
         return (
             f"the saved weights belong to another plan:\n  saved: {plan}\n  here:  {self._plan}\n"
             "create the module with the same method, budget, seed and name"

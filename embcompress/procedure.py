@@ -39,7 +39,11 @@ class TrainedTable(Protocol):
 
     @property
     def plan(self) -> LookupPlan:
-        """The plan; its rows and codes may be changed, the plan itself may not."""
+        """The plan; its rows and codes may be changed, the plan itself only by take_keys."""
+        ...
+
+    def take_keys(self, plan: LookupPlan) -> None:
+        """Hash with the keys of a plan that differs in these alone; the method ``renews_keys``."""
         ...
 
     def stores(self) -> dict[str, Tensor]:

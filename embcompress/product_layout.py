@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from embcompress.clustering import nearest
 from embcompress.packing import absent_code, unpack_codes, write_codes
 from embcompress.plan import Address, Code, Digit, LookupPlan, Probe, Scale, Store, Weight
 
 CODES, NORM_CODES, NORMS = "codes", "norm_codes", "norms"
-#: Distances to all codewords that are held at a time.
-_DISTANCES = 1 << 22
 _TURNS = 2
 _TINY = 1e-20
 
@@ -133,23 +132,15 @@ class ProductLayout:
             chosen = torch.cat(columns, dim=1)
             lengths = chosen.square().sum(1, keepdim=True).clamp(min=_TINY)
             best = (vectors * chosen).sum(1, keepdim=True) / lengths
-            norm_codes = _nearest(best, books[NORMS])
+            norm_codes = nearest(best, books[NORMS])
             norms = books[NORMS][norm_codes].float()
             directions = torch.where(norms.abs() > _TINY, vectors / norms, directions)
         return torch.cat([codes, norm_codes[:, None]], dim=1)
 
     def _encode_parts(self, books: Mapping[str, Tensor], vectors: Tensor) -> Tensor:
         parts = vectors.chunk(self.parts, dim=1)
-        nearest = [_nearest(part, books[codebook(t)]) for t, part in enumerate(parts)]
-        return torch.stack(nearest, dim=1)
-
-
-def _nearest(vectors: Tensor, book: Tensor) -> Tensor:
-    """(N,) the row of the book nearest to each vector."""
-    book = book.float()
-    lengths = book.square().sum(1)
-    chunks = vectors.split(max(1, _DISTANCES // len(book)))
-    return torch.cat([torch.addmm(lengths, each, book.t(), alpha=-2).argmin(1) for each in chunks])
+        codes = [nearest(part, books[codebook(t)]) for t, part in enumerate(parts)]
+        return torch.stack(codes, dim=1)
 
 
 def unit_norm(vectors: Tensor) -> tuple[Tensor, Tensor]:

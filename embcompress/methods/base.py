@@ -84,6 +84,8 @@ class Method(ABC):
     #: Whether the last phase may have another plan than the table was built with; then a table
     #: takes the plan of the weights that it loads.
     searches_plans: ClassVar[bool] = False
+    #: Whether hash keys change while a table trains; then a module takes those of a saved state.
+    renews_keys: ClassVar[bool] = False
 
     @abstractmethod
     def sizes(self, table: TableSpec) -> range:
