@@ -105,8 +105,12 @@ inline ForwardPlan plan_forward(const Lookup& lookup, const DeviceLimits& device
     const int64_t bags = std::max<int64_t>(1, lookup.header.num_features * lookup.batch);
     for (const Members& each : classes) {
         const int64_t count = static_cast<int64_t>(each.features.size());
-        const PoolShape shape = pool_shape(each.which, lookup.batch, count, lookup.num_ids / bags,
-                                           each.probes, each.width, each.staged_bytes, device);
+        const PoolShape shape =
+            each.which.kind == Kind::kAny
+                ? pool_shape(each.which, lookup.batch, count, lookup.num_ids / bags, each.probes,
+                             each.width, each.staged_bytes, device)
+                : plain_shape(each.which, lookup.batch, count, lookup.num_ids / bags, each.width,
+                              device);
         plan.launches.push_back({each.which, shape, static_cast<int64_t>(order.size()), count,
                                  static_cast<int32_t>(each.probes)});
         order.insert(order.end(), each.features.begin(), each.features.end());

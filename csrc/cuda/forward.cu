@@ -77,7 +77,7 @@ __device__ void fill_tile(const PoolArguments& arguments, const Group& group,
         int64_t id = -1;
         if (position + i < end) {
             bool inside;
-            id = checked_id(inputs, feature, position + i, &inside);
+            id = checked_id(feature, inputs.id(position + i), &inside);
             if (!inside) inputs.errors->ids = 1;
         }
         for (int t = 0; t < feature.num_probes; ++t) {
@@ -90,18 +90,41 @@ __device__ void fill_tile(const PoolArguments& arguments, const Group& group,
     }
 }
 
+// Probes [begin, end) of a feature.
+struct ProbeRange {
+    int begin;
+    int end;
+};
+
+// From the first to the last probe that reaches columns [column, column + C): of the many parts of a
+// concatenation, a few.
+template <int C>
+EMBCOMPRESS_DEVICE ProbeRange probes_at(const Feature& feature, const BoundProbe* bound,
+                                        int64_t column) {
+    const int num_probes = static_cast<int>(feature.num_probes);
+    if (feature.combine != Combine::kPlace) return {0, num_probes};
+    ProbeRange range{num_probes, 0};
+    for (int t = num_probes - 1; t >= 0; --t) {
+        const Probe& probe = bound[t].probe;
+        if (probe.column + probe.width <= column || probe.column >= column + C) continue;
+        range.begin = t;
+        if (range.end == 0) range.end = t + 1;
+    }
+    return range;
+}
+
 // Vectors of U ids, `column` on: probes combined.
 template <int C, int U>
-EMBCOMPRESS_DEVICE void combine_any(const Feature& feature, const BoundProbe* bound,
-                                    const Tile& tile, int i, int64_t column,
-                                    float (&values)[U][C]) {
+EMBCOMPRESS_DEVICE void combine(const Feature& feature, const BoundProbe* bound,
+                                const ProbeRange& range, const Tile& tile, int i, int64_t column,
+                                float (&values)[U][C]) {
     const bool multiply = feature.combine == Combine::kMul;
 #pragma unroll
     for (int u = 0; u < U; ++u) {
 #pragma unroll
         for (int c = 0; c < C; ++c) values[u][c] = multiply ? 1.0f : 0.0f;
     }
-    for (int t = 0; t < feature.num_probes; ++t) {
+    for (int t = range.begin; t < range.end; ++t) {
         const Probe& probe = bound[t].probe;
         const int64_t first = column - probe.column;
         if (first + C <= 0 || first >= probe.width) continue;
@@ -120,44 +143,12 @@ EMBCOMPRESS_DEVICE void combine_any(const Feature& feature, const BoundProbe* bo
     }
 }
 
-// The same for one or two plain float32 probes, whose loads are all under way at once.
-template <int C, int U, Kind kKind>
-EMBCOMPRESS_DEVICE void combine_plain(const Feature& feature, const BoundProbe* bound,
-                                      const Tile& tile, int i, int64_t column,
-                                      float (&values)[U][C]) {
-    constexpr int kProbes = kKind == Kind::kTwo ? 2 : 1;
-    const int64_t width = feature.width;
-    float part[kProbes][U][C];
-#pragma unroll
-    for (int t = 0; t < kProbes; ++t) {
-        const float* data = static_cast<const float*>(bound[t].store.data) + column;
-#pragma unroll
-        for (int u = 0; u < U; ++u) {
-            const int64_t row = tile.rows[t * tile.size + i + u];
-#pragma unroll
-            for (int c = 0; c < C; ++c) part[t][u][c] = 0.0f;
-            if (row >= 0) load_floats(data + row * width, part[t][u]);
-        }
-    }
-    const bool multiply = feature.combine == Combine::kMul;
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-#pragma unroll
-        for (int c = 0; c < C; ++c) {
-            const float other = part[kProbes - 1][u][c];
-            values[u][c] = kProbes == 1 ? part[0][u][c]
-                           : multiply   ? part[0][u][c] * other
-                                        : part[0][u][c] + other;
-        }
-    }
-}
-
 // Pools bags [first, first + count) of a feature into columns [column, column + C).
-template <int C, Kind kKind>
+template <int C>
 EMBCOMPRESS_DEVICE void pool_run(const PoolArguments& arguments, const Group& group,
-                                 const Feature& feature, const BoundProbe* bound, const Tile& tile,
-                                 int64_t feature_number, int64_t first, int count, int64_t column,
-                                 int64_t num_bags) {
+                                 const Feature& feature, const BoundProbe* bound,
+                                 const ProbeRange& range, const Tile& tile, int64_t feature_number,
+                                 int64_t first, int count, int64_t column, int64_t num_bags) {
     constexpr int U = 16 / C;
     const Inputs& inputs = arguments.inputs;
     const int64_t bag = feature_number * inputs.batch + first;
@@ -200,13 +191,7 @@ EMBCOMPRESS_DEVICE void pool_run(const PoolArguments& arguments, const Group& gr
         const int n = static_cast<int>(end - position < tile.size ? end - position : tile.size);
         for (int i = 0; i < n; i += U) {
             float values[U][C];
-            if (active) {
-                if (kKind == Kind::kAny) {
-                    combine_any<C, U>(feature, bound, tile, i, column, values);
-                } else {
-                    combine_plain<C, U, kKind>(feature, bound, tile, i, column, values);
-                }
-            }
+            if (active) combine<C, U>(feature, bound, range, tile, i, column, values);
 #pragma unroll
             for (int u = 0; u < U; ++u) {
                 if (i + u >= n) continue;
@@ -226,7 +211,7 @@ EMBCOMPRESS_DEVICE void pool_run(const PoolArguments& arguments, const Group& gr
     while (k < count) finish_bag();
 }
 
-template <int C, Kind kKind>
+template <int C>
 __global__ void __launch_bounds__(kThreads, 2)
     pool_kernel(const __grid_constant__ PlanArgument argument,
                 const __grid_constant__ PoolArguments arguments) {
@@ -240,19 +225,20 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int64_t column = (static_cast<int64_t>(blockIdx.z) * group.lanes + group.lane) * C;
     unsigned char* tiles = shared + shape.plan_bytes + shape.staged_bytes;
     const Tile tile(tiles + group.number * shape.group_bytes, shape.tile, arguments.most_probes);
+    const ProbeRange range = probes_at<C>(feature, bound, column);
     const int64_t groups = blockDim.x / group.lanes, batch = arguments.inputs.batch;
     const int64_t num_bags = argument.layout.num_features * batch;
     for (int64_t first = (blockIdx.x * groups + group.number) * shape.bags; first < batch;
          first += gridDim.x * groups * shape.bags) {
         const int64_t left = batch - first;
         const int count = left < shape.bags ? static_cast<int>(left) : shape.bags;
-        pool_run<C, kKind>(arguments, group, feature, bound, tile, number, first, count, column,
-                           num_bags);
+        pool_run<C>(arguments, group, feature, bound, range, tile, number, first, count, column,
+                    num_bags);
         group.sync();
     }
 }
 
-template <int C, Kind kKind>
+template <int C>
 void launch_pool(const PlanArgument& plan, const PoolArguments& arguments, const PoolLaunch& which,
                  cudaStream_t stream) {
     LaunchShape shape;
@@ -261,13 +247,14 @@ void launch_pool(const PlanArgument& plan, const PoolArguments& arguments, const
     shape.chunks = which.shape.chunks;
     shape.threads = which.shape.threads;
     shape.shared_bytes = which.shape.shared_bytes;
-    launch("pool_kernel", pool_kernel<C, kKind>, shape, stream, plan, arguments);
+    launch("pool_kernel", pool_kernel<C>, shape, stream, plan, arguments);
 }
 
 }  // namespace
 
 void pool(const PlanArgument& plan, const Inputs& inputs, const PoolLaunch& which, float* out,
           cudaStream_t stream) {
+    if (which.which.kind != Kind::kAny) return pool_plain(plan, inputs, which, out, stream);
     PoolArguments arguments{};
     arguments.inputs = inputs;
     arguments.shape = which.shape;
@@ -276,13 +263,9 @@ void pool(const PlanArgument& plan, const Inputs& inputs, const PoolLaunch& whic
     arguments.lanes = which.which.lanes;
     arguments.most_probes = which.most_probes;
     if (which.which.columns == 8) {
-        launch_pool<8, Kind::kAny>(plan, arguments, which, stream);
-    } else if (which.which.kind == Kind::kOne) {
-        launch_pool<4, Kind::kOne>(plan, arguments, which, stream);
-    } else if (which.which.kind == Kind::kTwo) {
-        launch_pool<4, Kind::kTwo>(plan, arguments, which, stream);
+        launch_pool<8>(plan, arguments, which, stream);
     } else {
-        launch_pool<4, Kind::kAny>(plan, arguments, which, stream);
+        launch_pool<4>(plan, arguments, which, stream);
     }
 }
 

@@ -79,10 +79,8 @@ EMBCOMPRESS_DEVICE float probe_scale(const BoundProbe& bound, int64_t id) {
     return load_float(bound.scale.data, bound.scale.dtype, row * bound.scale.width + scale.column);
 }
 
-// The id at a position if it is in the vocabulary and no padding; -1 otherwise.
-EMBCOMPRESS_DEVICE int64_t checked_id(const Inputs& inputs, const Feature& feature,
-                                      int64_t position, bool* inside) {
-    const int64_t id = inputs.id(position);
+// An id if it is in the vocabulary and no padding; -1 otherwise.
+EMBCOMPRESS_DEVICE int64_t checked_id(const Feature& feature, int64_t id, bool* inside) {
     *inside = static_cast<uint64_t>(id) < static_cast<uint64_t>(feature.num_embeddings);
     return *inside && id != feature.padding_idx ? id : -1;
 }
@@ -173,6 +171,16 @@ EMBCOMPRESS_DEVICE void load_floats(const float* from, float (&to)[C]) {
         to[c + 2] = quad.z;
         to[c + 3] = quad.w;
     }
+}
+
+// Four numbers that nothing writes while the kernel runs: the load may pass stores.
+EMBCOMPRESS_DEVICE void read_floats(const float* from, float (&to)[4]) {
+    EMBCOMPRESS_CHECK_ALIGNED(from, sizeof(float4));
+    const float4 quad = __ldg(reinterpret_cast<const float4*>(from));
+    to[0] = quad.x;
+    to[1] = quad.y;
+    to[2] = quad.z;
+    to[3] = quad.w;
 }
 
 template <int C>
@@ -351,17 +359,29 @@ struct Group {
     int lanes;
     int lane;
     int number;     // in the block
+    int first;      // of its lanes, in the warp
     unsigned mask;  // of its lanes in the warp
 
     __device__ explicit Group(int lanes_) : lanes(lanes_) {
         const int thread = static_cast<int>(threadIdx.x);
         lane = thread & (lanes - 1);
         number = thread / lanes;
-        const int first = (thread & 31) - lane;
+        first = (thread & 31) - lane;
         mask = lanes == 32 ? 0xFFFFFFFFu : ((1u << lanes) - 1) << first;
     }
 
     EMBCOMPRESS_DEVICE void sync() const { __syncwarp(mask); }
+
+    // What one lane of the group hands in, for all.
+    template <typename T>
+    EMBCOMPRESS_DEVICE T read(T value, int from) const {
+        return __shfl_sync(mask, value, from, lanes);
+    }
+
+    // A bit for every lane of the group.
+    EMBCOMPRESS_DEVICE unsigned ballot(bool bit) const {
+        return (__ballot_sync(mask, bit) & mask) >> first;
+    }
 
     // The sum over the lanes, in an order that is always the same; every lane gets it.
     EMBCOMPRESS_DEVICE float sum(float value) const {

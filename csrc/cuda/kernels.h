@@ -39,8 +39,13 @@ struct PoolLaunch {
     int32_t most_probes;  // of one of them
 };
 
+// Pools the bags of these features.
 void pool(const PlanArgument& plan, const Inputs& inputs, const PoolLaunch& launch, float* out,
           cudaStream_t stream);
+
+// The same for features of Kind::kOne and Kind::kTwo.
+void pool_plain(const PlanArgument& plan, const Inputs& inputs, const PoolLaunch& launch,
+                float* out, cudaStream_t stream);
 
 // Where the gradients of rows go.
 enum class SinkKind : int32_t { kDense, kCompact, kUpdate, kAtomic };

@@ -30,7 +30,7 @@ class Place {
 #else
     explicit Place(const Tensor& ids) : guard_(checked_index(ids)) {
         void* stream = nullptr;
-        STABLE_TORCH_ERROR_CODE_CHECK(
+        TORCH_ERROR_CODE_CHECK(
             aoti_torch_get_current_cuda_stream(ids.get_device_index(), &stream));
         this->stream = static_cast<cudaStream_t>(stream);
     }

@@ -64,7 +64,7 @@ __device__ void read_touch(const BackwardArguments& arguments, const PlanView& p
     const Probe& probe = bound[use.probe].probe;
     const bool multiply = feature.combine == Combine::kMul;
     bool inside;
-    const int64_t id = checked_id(inputs, feature, position, &inside);
+    const int64_t id = checked_id(feature, inputs.id(position), &inside);
     if (id < 0) return;  // changed since: the host hears of it
     for (int t = 0; t < feature.num_probes; ++t) {
         if (t != use.probe && !multiply) continue;

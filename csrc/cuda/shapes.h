@@ -24,6 +24,8 @@ constexpr int64_t kPlanBytes = 6 << 10;
 constexpr int64_t kTileBytes = 16 << 10;
 constexpr int64_t kMostBags = 8;  // that a group pools one after the other
 constexpr int64_t kSmallestTile = 4;
+// Blocks of plain features that are on a multiprocessor at once.
+constexpr int kPlainBlocks = 4;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t align_up(int64_t bytes, int64_t unit) { return divide_up(bytes, unit) * unit; }
@@ -37,8 +39,11 @@ inline int lanes_for(int64_t width, int columns, int64_t probes) {
     return lanes;
 }
 
-// Which of the forward kernels runs a feature.
+// Which of the forward kernels runs a feature: the one for all, or that for one or two plain
+// probes.
 enum class Kind : int { kAny = 0, kOne = 1, kTwo = 2 };
+// Rows of plain probes are numbered in 32 bits, with one number for "none".
+constexpr int64_t kMostPlainRows = 0xFFFFFFFF;
 
 struct FeatureClass {
     int columns;  // of a lane: 4 floats, or 8 numbers of 16 bits and less, are 16 bytes
@@ -52,7 +57,8 @@ struct FeatureClass {
 
 inline bool is_plain(const BoundProbe& bound) {
     return bound.store.dtype == Dtype::kFloat32 && bound.probe.quantization.bits == 0 &&
-           bound.probe.scale.kind == ScaleKind::kNone && bound.vector_columns >= 4;
+           bound.probe.scale.kind == ScaleKind::kNone && bound.vector_columns >= 4 &&
+           bound.store.rows < kMostPlainRows;
 }
 
 inline FeatureClass classify(const Feature& feature, const BoundProbe* bound) {
@@ -126,6 +132,24 @@ inline PoolShape pool_shape(const FeatureClass& which, int64_t batch, int64_t nu
     shape.staged_bytes = shape.plan_bytes > 0 && reads >= 4 * staged_bytes ? staged_bytes : 0;
     shape.shared_bytes =
         shape.plan_bytes + shape.staged_bytes + align_up(groups * shape.group_bytes, 16);
+    return shape;
+}
+
+// The launch for plain features: no shared memory, and a block for every few bags, which the device
+// hands out as others end.
+inline PoolShape plain_shape(const FeatureClass& which, int64_t batch, int64_t num_features,
+                             int64_t ids_per_bag, int64_t width, const DeviceLimits& device) {
+    PoolShape shape{};
+    shape.threads = kThreads;
+    shape.chunks = divide_up(width, which.lanes * which.columns);
+    const int64_t groups = shape.threads / which.lanes;
+    // As for all others, but a lane holds the end of one bag.
+    const int64_t filled =
+        batch * num_features * shape.chunks / (device.multiprocessors * kPlainBlocks * groups);
+    const int64_t wanted = divide_up(which.lanes, std::max<int64_t>(1, ids_per_bag));
+    shape.bags = static_cast<int>(
+        std::max<int64_t>(1, std::min({kMostBags, filled, wanted, int64_t{which.lanes}})));
+    shape.blocks = std::max<int64_t>(1, divide_up(divide_up(batch, shape.bags), groups));
     return shape;
 }
 

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
         for (int64_t p = begin + group.lane; p < end; p += lanes) {
             bool inside;
-            const int64_t id = checked_id(inputs, feature, p, &inside);
+            const int64_t id = checked_id(feature, inputs.id(p), &inside);
             if (!inside) {
                 inputs.errors->ids = 1;
                 *arrays.failed = 1;
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         for (int i = group.lane; i < size && first + i < inputs.num_ids; i += lanes) {
             const Feature& feature = plan.feature(arrays.bags[first + i] / inputs.batch);
             bool inside;
-            const int64_t id = checked_id(inputs, feature, first + i, &inside);
+            const int64_t id = checked_id(feature, inputs.id(first + i), &inside);
             tile.fill(i, feature, plan.probes(feature), id);
         }
         group.sync();

@@ -40,9 +40,10 @@ struct Fiber {
     bool started = false;
     State state = State::kReady;
     unsigned mask = 0;
-    float value = 0.0f;
-    float received = 0.0f;
-    int distance = 0;
+    std::uint64_t value = 0;
+    std::uint64_t received = 0;
+    unsigned source = 0;  // the lane whose value it wants
+    unsigned ballot = 0;
     unsigned thread = 0;
 };
 
@@ -94,15 +95,19 @@ bool release_lanes(std::size_t warp, std::size_t count) {
         bool complete = true;
         for (std::size_t k = begin; k < begin + kWarp; ++k) {
             if ((mask >> (k - begin) & 1) == 0) continue;
-            complete &= k < end && fibers[k].state == State::kAtLanes && fibers[k].mask == mask &&
-                        fibers[k].distance == fibers[i].distance;
+            complete &= k < end && fibers[k].state == State::kAtLanes && fibers[k].mask == mask;
         }
         if (!complete) continue;
+        unsigned ballot = 0;
+        for (std::size_t k = begin; k < end; ++k) {
+            if ((mask >> (k - begin) & 1) != 0 && fibers[k].value != 0) ballot |= 1u << (k - begin);
+        }
         for (std::size_t k = begin; k < end; ++k) {
             if ((mask >> (k - begin) & 1) == 0) continue;
-            const std::size_t other = begin + ((k - begin) ^ fibers[k].distance);
-            if (other >= end || (mask >> (other - begin) & 1) == 0) fail("a lane outside the mask");
-            fibers[k].received = fibers[other].value;
+            const unsigned source = fibers[k].source;
+            if (source >= kWarp || (mask >> source & 1) == 0) fail("a lane outside the mask");
+            fibers[k].received = fibers[begin + source].value;
+            fibers[k].ballot = ballot;
             fibers[k].state = State::kReady;
         }
         released = true;
@@ -141,19 +146,21 @@ void run_block(std::size_t count, bool backwards) {
 
 void wait_for_block() { leave(State::kAtBlock); }
 
-void wait_for_lanes(unsigned mask) {
-    current->mask = mask;
-    current->distance = 0;
-    leave(State::kAtLanes);
-}
+void wait_for_lanes(unsigned mask) { exchange(mask, 0, current->thread % kWarp); }
 
-float exchange(unsigned mask, float value, int distance) {
+std::uint64_t exchange(unsigned mask, std::uint64_t value, unsigned source) {
     current->mask = mask;
     current->value = value;
-    current->distance = distance;
+    current->source = source;
     Fiber* self = current;
     leave(State::kAtLanes);
     return self->received;
+}
+
+unsigned ballot(unsigned mask, bool bit) {
+    Fiber* self = current;
+    exchange(mask, bit ? 1 : 0, current->thread % kWarp);
+    return self->ballot;
 }
 
 void run(const dim3& grid, const dim3& block, std::size_t shared_bytes,

@@ -52,8 +52,10 @@ void run(const dim3& grid, const dim3& block, std::size_t shared_bytes,
 
 void wait_for_block();
 void wait_for_lanes(unsigned mask);
-// The value that the lane whose number differs by `distance` hands in.
-float exchange(unsigned mask, float value, int distance);
+// The value that lane `source` of the warp hands in.
+std::uint64_t exchange(unsigned mask, std::uint64_t value, unsigned source);
+// Which lanes of the warp hand in a one.
+unsigned ballot(unsigned mask, bool bit);
 
 void fail(const char* what);
 
@@ -70,8 +72,29 @@ inline void check_aligned(const void* pointer, std::size_t bytes) {
 
 inline void __syncthreads() { emulation::wait_for_block(); }
 inline void __syncwarp(unsigned mask) { emulation::wait_for_lanes(mask); }
-inline float __shfl_xor_sync(unsigned mask, float value, int distance) {
-    return emulation::exchange(mask, value, distance);
+template <typename T>
+T exchange_any(unsigned mask, T value, unsigned source) {
+    static_assert(sizeof(T) <= sizeof(std::uint64_t), "as a shuffle of CUDA");
+    std::uint64_t word = 0;
+    std::memcpy(&word, &value, sizeof(T));
+    word = emulation::exchange(mask, word, source);
+    std::memcpy(&value, &word, sizeof(T));
+    return value;
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int distance) {
+    return exchange_any(mask, value, threadIdx.x % 32 ^ static_cast<unsigned>(distance));
+}
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int from, int width) {
+    const unsigned lanes = static_cast<unsigned>(width), lane = threadIdx.x % 32;
+    return exchange_any(mask, value,
+                        (lane & ~(lanes - 1)) + (static_cast<unsigned>(from) & (lanes - 1)));
+}
+inline unsigned __ballot_sync(unsigned mask, bool bit) { return emulation::ballot(mask, bit); }
+template <typename T>
+T __ldg(const T* from) {
+    return *from;
 }
 inline float atomicAdd(float* to, float value) {
     const float before = *to;
