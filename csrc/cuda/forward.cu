@@ -24,6 +24,7 @@ struct Tile {
     float* scales;     // probe by probe
     float* weights;    // 0 for padding
     int32_t* counted;  // 1, or 0 for padding
+    uint32_t* reach;   // lane by lane: the probes that reach its columns
     int size;
 
     __device__ Tile(unsigned char* memory, int size_, int probes) : size(size_) {
@@ -32,6 +33,7 @@ struct Tile {
         scales = reinterpret_cast<float*>(ends + size);
         weights = scales + size * probes;
         counted = reinterpret_cast<int32_t*>(weights + size);
+        reach = reinterpret_cast<uint32_t*>(counted + size);
     }
 };
 
@@ -90,43 +92,36 @@ __device__ void fill_tile(const PoolArguments& arguments, const Group& group,
     }
 }
 
-// Probes [begin, end) of a feature.
-struct ProbeRange {
-    int begin;
-    int end;
-};
-
-// From the first to the last probe that reaches columns [column, column + C): of the many parts of a
-// concatenation, a few.
+// From the first to the last probe that reaches columns [column, column + C): of the many parts of
+// a concatenation, a few. Begin and end in 16 bits each: no block holds what more probes need.
 template <int C>
-EMBCOMPRESS_DEVICE ProbeRange probes_at(const Feature& feature, const BoundProbe* bound,
-                                        int64_t column) {
+EMBCOMPRESS_DEVICE uint32_t probes_at(const Feature& feature, const BoundProbe* bound, int column) {
     const int num_probes = static_cast<int>(feature.num_probes);
-    if (feature.combine != Combine::kPlace) return {0, num_probes};
-    ProbeRange range{num_probes, 0};
-    for (int t = num_probes - 1; t >= 0; --t) {
+    int begin = 0, end = num_probes;
+    if (feature.combine == Combine::kPlace) begin = num_probes, end = 0;
+    for (int t = num_probes - 1; t >= 0 && feature.combine == Combine::kPlace; --t) {
         const Probe& probe = bound[t].probe;
         if (probe.column + probe.width <= column || probe.column >= column + C) continue;
-        range.begin = t;
-        if (range.end == 0) range.end = t + 1;
+        begin = t;
+        if (end == 0) end = t + 1;
     }
-    return range;
+    return static_cast<uint32_t>(end) << 16 | static_cast<uint32_t>(begin);
 }
 
 // Vectors of U ids, `column` on: probes combined.
 template <int C, int U>
-EMBCOMPRESS_DEVICE void combine(const Feature& feature, const BoundProbe* bound,
-                                const ProbeRange& range, const Tile& tile, int i, int64_t column,
-                                float (&values)[U][C]) {
+EMBCOMPRESS_DEVICE void combine(const Feature& feature, const BoundProbe* bound, const Tile& tile,
+                                uint32_t reach, int i, int column, float (&values)[U][C]) {
     const bool multiply = feature.combine == Combine::kMul;
 #pragma unroll
     for (int u = 0; u < U; ++u) {
 #pragma unroll
         for (int c = 0; c < C; ++c) values[u][c] = multiply ? 1.0f : 0.0f;
     }
-    for (int t = range.begin; t < range.end; ++t) {
+    const int end = static_cast<int>(reach >> 16);
+    for (int t = static_cast<int>(reach & 0xFFFF); t < end; ++t) {
         const Probe& probe = bound[t].probe;
-        const int64_t first = column - probe.column;
+        const int first = column - static_cast<int>(probe.column);
         if (first + C <= 0 || first >= probe.width) continue;
         float part[U][C];
         load_values<C, U>(bound[t], tile.rows + t * tile.size + i, first, part);
@@ -146,9 +141,9 @@ EMBCOMPRESS_DEVICE void combine(const Feature& feature, const BoundProbe* bound,
 // Pools bags [first, first + count) of a feature into columns [column, column + C).
 template <int C>
 EMBCOMPRESS_DEVICE void pool_run(const PoolArguments& arguments, const Group& group,
-                                 const Feature& feature, const BoundProbe* bound,
-                                 const ProbeRange& range, const Tile& tile, int64_t feature_number,
-                                 int64_t first, int count, int64_t column, int64_t num_bags) {
+                                 const Feature& feature, const BoundProbe* bound, const Tile& tile,
+                                 int64_t feature_number, int64_t first, int count, int column,
+                                 int64_t num_bags) {
     constexpr int U = 16 / C;
     const Inputs& inputs = arguments.inputs;
     const int64_t bag = feature_number * inputs.batch + first;
@@ -177,8 +172,9 @@ EMBCOMPRESS_DEVICE void pool_run(const PoolArguments& arguments, const Group& gr
             for (int c = 0; c < C; ++c) sum[c] /= divisor;
         }
         if (active) {
-            store_some(out + k * inputs.num_columns, column, feature.width, aligned, sum);
+            store_some(out, column, feature.width, aligned, sum);
         }
+        out += inputs.num_columns;
         restart();
         ++k;
     };
@@ -191,7 +187,8 @@ EMBCOMPRESS_DEVICE void pool_run(const PoolArguments& arguments, const Group& gr
         const int n = static_cast<int>(end - position < tile.size ? end - position : tile.size);
         for (int i = 0; i < n; i += U) {
             float values[U][C];
-            if (active) combine<C, U>(feature, bound, range, tile, i, column, values);
+            if (active)
+                combine<C, U>(feature, bound, tile, tile.reach[group.lane], i, column, values);
 #pragma unroll
             for (int u = 0; u < U; ++u) {
                 if (i + u >= n) continue;
@@ -219,21 +216,20 @@ __global__ void __launch_bounds__(kThreads, 2)
     const PlanView plan(argument);
     const PoolShape& shape = arguments.shape;
     const int64_t number = plan.ordered(arguments.first_feature + blockIdx.y);
-    const Feature feature = plan.feature(number);
+    const Feature& feature = plan.feature(number);
     const BoundProbe* bound = copy_plan(arguments, plan, feature, shared);
     const Group group(arguments.lanes);
-    const int64_t column = (static_cast<int64_t>(blockIdx.z) * group.lanes + group.lane) * C;
+    const int column = (static_cast<int>(blockIdx.z) * group.lanes + group.lane) * C;
     unsigned char* tiles = shared + shape.plan_bytes + shape.staged_bytes;
     const Tile tile(tiles + group.number * shape.group_bytes, shape.tile, arguments.most_probes);
-    const ProbeRange range = probes_at<C>(feature, bound, column);
+    tile.reach[group.lane] = probes_at<C>(feature, bound, column);
     const int64_t groups = blockDim.x / group.lanes, batch = arguments.inputs.batch;
     const int64_t num_bags = argument.layout.num_features * batch;
     for (int64_t first = (blockIdx.x * groups + group.number) * shape.bags; first < batch;
          first += gridDim.x * groups * shape.bags) {
         const int64_t left = batch - first;
         const int count = left < shape.bags ? static_cast<int>(left) : shape.bags;
-        pool_run<C>(arguments, group, feature, bound, range, tile, number, first, count, column,
-                    num_bags);
+        pool_run<C>(arguments, group, feature, bound, tile, number, first, count, column, num_bags);
         group.sync();
     }
 }

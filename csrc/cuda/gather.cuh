@@ -254,7 +254,7 @@ EMBCOMPRESS_DEVICE void fetch_vectors(const BoundProbe& bound, const int64_t* ro
 #pragma unroll
         for (int c = 0; c < C; ++c) raw[u][c] = 0;
     }
-    if (store.dtype == Dtype::kFloat32) {
+    if (C < 8 && store.dtype == Dtype::kFloat32) {  // lanes of 8 columns are for narrower numbers
         const float* data = static_cast<const float*>(store.data) + column;
 #pragma unroll
         for (int u = 0; u < U; ++u) {
@@ -300,7 +300,7 @@ EMBCOMPRESS_DEVICE float as_float(uint32_t bits) {
 template <int C>
 EMBCOMPRESS_DEVICE void unpack_vector(const BoundProbe& bound, const uint32_t (&raw)[C],
                                       float (&stored)[C]) {
-    if (bound.store.dtype == Dtype::kFloat32) {
+    if (C < 8 && bound.store.dtype == Dtype::kFloat32) {
 #pragma unroll
         for (int c = 0; c < C; ++c) stored[c] = as_float(raw[c]);
     } else if (!has_half_words(bound)) {

@@ -77,7 +77,7 @@ inline FeatureClass classify(const Feature& feature, const BoundProbe* bound) {
 // Bytes of shared memory that a group of lanes needs for the rows that it found.
 inline int64_t tile_size(int lanes) { return std::max<int64_t>(lanes, kSmallestTile); }
 inline int64_t pool_group_bytes(int64_t tile, int64_t probes) {
-    return tile * (probes * 12 + 4 + 4 + 8);
+    return tile * (probes * 12 + 4 + 4 + 4 + 8);
 }
 
 // Threads of a block whose groups need so many bytes each: one warp at least.

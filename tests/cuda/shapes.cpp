@@ -24,6 +24,19 @@ void print_pool() {
                 shape.shared_bytes);
 }
 
+void print_plain() {
+    long lanes, batch, features, length, width, sms;
+    if (std::scanf("%ld %ld %ld %ld %ld %ld", &lanes, &batch, &features, &length, &width, &sms) !=
+        6) {
+        return;
+    }
+    const FeatureClass which{4, static_cast<int>(lanes), Kind::kOne};
+    const PoolShape shape =
+        plain_shape(which, batch, features, length, width, {static_cast<int>(sms), 48 << 10});
+    std::printf("%d %d %ld %ld %ld\n", shape.bags, shape.threads, shape.blocks, shape.chunks,
+                shape.shared_bytes);
+}
+
 void print_lanes() {
     long width, columns, probes;
     if (std::scanf("%ld %ld %ld", &width, &columns, &probes) != 3) return;
@@ -86,6 +99,7 @@ int main() {
     char what[16];
     while (std::scanf("%15s", what) == 1) {
         if (std::strcmp(what, "pool") == 0) print_pool();
+        if (std::strcmp(what, "plain") == 0) print_plain();
         if (std::strcmp(what, "lanes") == 0) print_lanes();
         if (std::strcmp(what, "levels") == 0) print_levels();
         if (std::strcmp(what, "keys") == 0) print_keys();

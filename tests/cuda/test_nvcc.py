@@ -22,7 +22,8 @@ OURS = sorted(path.name for path in (ROOT / "csrc/cuda").glob("*.cu") if path.na
 #: What a kernel may hold: two blocks of 256 threads at once on a multiprocessor's 65,536 registers.
 MOST_REGISTERS = 128
 KERNELS = {
-    "forward.cu": ["pool_kernel"] * 4,
+    "forward.cu": ["pool_kernel"] * 2,
+    "plain.cu": ["plain_kernel"] * 2,
     "touches.cu": ["touch_kernel", "dot_kernel"],
     "reduce.cu": ["reduce_kernel"] * 2,
     "segments.cu": [

@@ -77,6 +77,27 @@ def test_forward_launches(ask: Ask) -> None:
         assert bags == 1 or runs * features >= 4 * MULTIPROCESSORS * groups, case
 
 
+def test_forward_launches_of_plain_features(ask: Ask) -> None:
+    cases = list(
+        itertools.product(
+            (1, 2, 4, 16, 32), (0, 1, 100, 16384, 1 << 22), (1, 26), (0, 1, 20, 1000), (4, 64, 300)
+        )
+    )
+    lines = [f"plain {' '.join(map(str, case))} {MULTIPROCESSORS}" for case in cases]
+    for case, (bags, threads, blocks, chunks, shared) in zip(cases, ask(lines), strict=True):
+        lanes, batch, features, length, width = case
+        groups = threads // lanes
+        assert shared == 0 and threads == 256, case
+        assert 1 <= bags <= lanes, case  # a lane knows the end of one bag
+        assert chunks * lanes * 4 >= width, case
+        assert blocks * groups * bags >= batch, case  # every bag has its group
+        assert (blocks - 1) * groups * bags < max(batch, 1), case
+        if length >= lanes:
+            assert bags == 1, case
+        # Several bags a group only where the device stays full.
+        assert bags == 1 or batch * features * chunks >= bags * 4 * MULTIPROCESSORS * groups, case
+
+
 def test_partial_sums_end_in_one_chunk(ask: Ask) -> None:
     counts = [0, 1, 31, 32, 33, 64, 1000, 1_300_000, 2**32 - 1]
     for touches, levels in zip(counts, ask([f"levels {n}" for n in counts]), strict=True):
