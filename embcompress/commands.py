@@ -88,11 +88,15 @@ def sweep(
         "0.01,0.03,0.1"
     ),
     threads: Annotated[int, typer.Option(help="of torch inside an operator")] = 1,
+    workers: Annotated[int, typer.Option(help="processes")] = 1,
     plan_seconds: Annotated[float, typer.Option(help="for the planner's short trainings")] = 100.0,
     cache: Annotated[Path | None, typer.Option(help="prepared click logs")] = None,
 ) -> None:
-    """Which method loses least at which memory budget; resumes where it was stopped."""
-    from embcompress.bench.report import print_tables, write_report
+    """Which method loses least at which memory budget; resumes where it was stopped.
+
+    Exit code 1: some runs failed; the same command tries them again.
+    """
+    from embcompress.bench.report import print_failures, print_tables, write_report
     from embcompress.bench.settings import SweepSettings, TrainingSettings
     from embcompress.bench.sweep import run_sweep
     from embcompress.methods import methods as known
@@ -114,17 +118,23 @@ def sweep(
         ),
         threads,
         plan_seconds,
+        workers,
     )
-    run_sweep(settings, out, cache=cache)
+    failed = run_sweep(settings, out, cache=cache).failed
     print_tables(write_report(out, "embcompress " + shlex.join(sys.argv[1:])))
     print(f"results, plots and report.html are in {out}")
+    if failed:
+        print_failures(failed)
+        print(f"{len(failed)} runs failed; the same command tries them again", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @app.command()
 @_friendly
 def report(directory: Annotated[Path, typer.Argument(help="of a sweep")]) -> None:
     """Write the report of a sweep again, from its records."""
-    from embcompress.bench.report import markdown_results, print_tables, write_report
+    from embcompress.bench.report import print_tables, write_report
+    from embcompress.bench.tables import markdown_results
 
     summaries = write_report(directory)
     print_tables(summaries)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import embcompress as ec
-from embcompress.bench.report import markdown_results
 from embcompress.bench.summary import load_records, summarize
+from embcompress.bench.tables import markdown_results
 from embcompress.text_table import markdown_table
 
 ROOT = Path(__file__).parent.parent

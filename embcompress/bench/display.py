@@ -6,7 +6,7 @@ import sys
 from types import TracebackType
 from typing import Any
 
-from embcompress.bench.records import Record
+from embcompress.bench.records import FAILED, IMPOSSIBLE, Record
 from embcompress.bench.settings import Run
 from embcompress.bench.training import StepObserver
 
@@ -19,7 +19,6 @@ class SweepDisplay:
         self._done, self._total = 0, 0
         self._progress: Any = None
         self._task: Any = None
-        self._label = ""
 
     def __enter__(self) -> SweepDisplay:
         return self
@@ -54,41 +53,42 @@ class SweepDisplay:
             self._progress.start()
             self._task = self._progress.add_task("sweep", total=total, completed=done)
 
-    def begin(self, run: Run) -> None:
-        """A run begins."""
-        self._label = f"{run.method} at {run.budget}, seed {run.seed}"
-        self._describe(self._label)
-
-    def _describe(self, text: str) -> None:
-        if self._progress is not None:
-            self._progress.update(self._task, description=text)
-
-    def observer(self, learning_rate: float) -> StepObserver:
-        """What a training calls after its steps."""
+    def observer(self, run: Run, learning_rate: float) -> StepObserver | None:
+        """What a run's training calls after its steps."""
+        if self._progress is None:
+            return None
+        label = f"{run.method} at {run.budget}, seed {run.seed}, learning rate {learning_rate:g}"
 
         def observe(epoch: int, share: float, speed: float) -> None:
-            self._describe(
-                f"{self._label}, learning rate {learning_rate:g}, epoch {epoch} {share:4.0%}, "
-                f"{speed:,.0f} examples/s"
-            )
+            text = f"{label}, epoch {epoch} {share:4.0%}, {speed:,.0f} examples/s"
+            self._progress.update(self._task, description=text)
 
         return observe
 
-    def end(self, run: Run, record: Record | None) -> None:
-        """A run is finished (None: its budget is impossible)."""
+    def end(self, record: Record) -> None:
+        """A run has got its record."""
         self._done += 1
         if self._progress is not None:
             self._progress.update(self._task, completed=self._done)
         if self._quiet:
             return
-        outcome = (
-            "cannot meet the budget"
-            if record is None
-            else f"AUC {record['auc']:.4f}, log-loss {record['logloss']:.4f}, "
-            f"{record['bytes']:,} bytes, {record['train_seconds']:.1f} s"
-        )
-        text = f"[{self._done}/{self._total}] {self._label}: {outcome}"
+        label = f"{record['method']} at {record['budget']}, seed {record['seed']}"
+        text = f"[{self._done}/{self._total}] {label}: {_outcome(record)}"
         if self._progress is not None:
             self._progress.console.print(text, highlight=False)
         else:
             print(text, file=sys.stderr, flush=True)
+
+
+def _outcome(record: Record) -> str:
+    """What became of a run, on one line."""
+    status = record.get("status")
+    if status == IMPOSSIBLE:
+        return f"cannot meet the budget, needs {record['smallest_bytes']:,} bytes"
+    if status == FAILED:
+        return f"failed: {record['error'].splitlines()[0]}"
+    logloss = "diverged" if record["logloss"] is None else f"{record['logloss']:.4f}"
+    return (
+        f"AUC {record['auc']:.4f}, log-loss {logloss}, {record['bytes']:,} bytes, "
+        f"{record['train_seconds']:.1f} s"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from embcompress.bench.comparison import BASELINE, rankings
 from embcompress.bench.summary import Cell, Summary
 from embcompress.budget import parse_budget
 
@@ -16,6 +17,8 @@ _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8
 _MARKERS = "osD^vPX*"
 #: What chooses among ways to compress is drawn so that it can be told from them.
 _PLANNER = "auto"
+#: Of more methods than there are pairs of a colour and a line style, only the best get colours.
+_MOST_LINES = 2 * len(_COLORS)
 _METRICS = {"auc": "test AUC (higher is better)", "logloss": "test log-loss (lower is better)"}
 
 
@@ -25,9 +28,13 @@ def budget_figure(summary: Summary, metric: str) -> Figure:
 
     figure = Figure(figsize=(8.2, 4.6), layout="constrained")
     axes = figure.add_subplot()
-    for number, method in enumerate(name for name in summary.methods if name != "full"):
-        cells = [c for c in summary.cells if c.method == method and c.auc is not None]
-        _draw(axes, sorted(cells, key=lambda c: c.bytes), metric, method, number)
+    methods = [name for name in summary.methods if name != "full"]
+    if len(methods) > _MOST_LINES:
+        methods = _leaders(summary)
+        figure.set_size_inches(10, 6)
+        _draw_crowd(axes, summary, metric, methods)
+    for number, method in enumerate(methods):
+        _draw(axes, _finished_cells(summary, method), metric, method, number)
     if summary.full is not None:
         value = getattr(summary.full, metric)
         axes.axhline(value.mean, color="black", linewidth=1, linestyle="--", label="full (100%)")
@@ -38,11 +45,56 @@ def budget_figure(summary: Summary, metric: str) -> Figure:
     _budget_ticks(axes, summary)
     axes.set_xlabel("bytes of all tables, share of the dense float32 tables")
     axes.set_ylabel(_METRICS[metric])
-    axes.set_title(f"{summary.title}  ({summary.dense_bytes:,} dense bytes)", fontsize=10)
+    model = summary.training["model"]
+    axes.set_title(f"{summary.title}, {model}  ({summary.dense_bytes:,} dense bytes)", fontsize=10)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return figure
+
+
+def _finished_cells(summary: Summary, method: str) -> list[Cell]:
+    cells = [c for c in summary.cells if c.method == method and c.auc is not None]
+    return sorted(cells, key=lambda cell: cell.bytes)
+
+
+def _leaders(summary: Summary) -> list[str]:
+    """The methods worth a colour among many: the best of every budget, and by mean rank."""
+    ranked = [ranking.method for ranking in rankings(summary)]
+    best = [summary.best(budget) for budget in summary.budgets]
+    wanted = [m for m in (*best, _PLANNER, BASELINE, *ranked) if m in ranked]
+    chosen = list(dict.fromkeys(wanted))[: len(_COLORS)]
+    return sorted(chosen, key=ranked.index)
+
+
+def _draw_crowd(axes: Any, summary: Summary, metric: str, leaders: list[str]) -> None:
+    """The others as thin grey lines, and the best of all at every budget as a broad band."""
+    others = [m for m in summary.methods if m != "full" and m not in leaders]
+    for number, method in enumerate(others):
+        cells = _finished_cells(summary, method)
+        axes.plot(
+            [cell.share for cell in cells],
+            [getattr(cell, metric).mean for cell in cells],
+            color="#BBBBBB",
+            linewidth=0.9,
+            marker=".",
+            markersize=3,
+            zorder=1,
+            label=f"{len(others)} others" if number == 0 else None,
+        )
+    best = [(summary.best(budget, metric), budget) for budget in summary.budgets]
+    found = [summary.find(name, budget) for name, budget in best if name is not None]
+    tops = [cell for cell in found if cell is not None]
+    axes.plot(
+        [cell.share for cell in tops],
+        [getattr(cell, metric).mean for cell in tops],
+        color="#F0E442",
+        alpha=0.6,
+        linewidth=9,
+        zorder=0,
+        solid_capstyle="round",
+        label="best at each budget",
+    )
 
 
 def _budget_ticks(axes: Any, summary: Summary) -> None:

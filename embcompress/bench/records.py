@@ -7,9 +7,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from embcompress.bench.settings import Run
 
 Record = dict[str, Any]
+#: The ``"status"`` of records that are not those of finished runs.
+IMPOSSIBLE, FAILED = "impossible", "failed"
 
 
 class SweepError(ValueError):
@@ -23,6 +28,7 @@ class RecordFile:
 
     Args:
         path: the file; it need not exist.
+        repeatable: whether a later record of a key may take the place of an earlier one.
         read_only: leave the file as it is, a torn last line included: a sweep may be in the
             middle of writing it.
 
@@ -30,8 +36,8 @@ class RecordFile:
         ValueError: a damaged line that is not the last; the message names it.
     """
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
-        self.path, self.read_only = path, read_only
+    def __init__(self, path: Path, *, read_only: bool = False, repeatable: bool = False) -> None:
+        self.path, self.read_only, self.repeatable = path, read_only, repeatable
         self.records: dict[str, Record] = {}
         if not read_only:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +68,7 @@ class RecordFile:
         """
         if self.read_only:
             raise ValueError(f"{self.path} was opened for reading")
-        if record["key"] in self.records:
+        if record["key"] in self.records and not self.repeatable:
             raise ValueError(f"there is already a record of {record['key']}")
         line = (json.dumps(record, allow_nan=False) + "\n").encode()
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -82,6 +88,43 @@ class RecordFile:
 
     def __iter__(self) -> Iterator[Record]:
         return iter(self.records.values())
+
+
+class RecordDirectory:
+    """All records of a sweep.
+
+    ``results.jsonl`` has a line for every finished run, ``impossible.jsonl`` one for every run
+    whose method cannot meet the budget, with the smallest that it can, and ``failed.jsonl`` one
+    for every attempt that ended in an error.
+
+    Args:
+        directory: of the sweep.
+        read_only: see :class:`RecordFile`.
+    """
+
+    def __init__(self, directory: Path, *, read_only: bool = False) -> None:
+        self.results = RecordFile(directory / "results.jsonl", read_only=read_only)
+        self.impossible = RecordFile(directory / "impossible.jsonl", read_only=read_only)
+        self.attempts = RecordFile(directory / "failed.jsonl", read_only=read_only, repeatable=True)
+
+    def is_done(self, run: Run) -> bool:
+        """Whether there is nothing left to do: a failed run is tried again."""
+        return run.key in self.results or run.key in self.impossible
+
+    def append(self, record: Record) -> None:
+        """Keep a record where it belongs."""
+        files = {IMPOSSIBLE: self.impossible, FAILED: self.attempts, None: self.results}
+        files[record.get("status")].append(record)
+
+    @property
+    def failed(self) -> list[Record]:
+        """Runs whose last attempt failed."""
+        done = self.results.records.keys() | self.impossible.records.keys()
+        return [record for record in self.attempts if record["key"] not in done]
+
+    def all(self) -> list[Record]:
+        """Every run's last record."""
+        return [*self.results, *self.impossible, *self.failed]
 
 
 @contextmanager

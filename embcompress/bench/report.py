@@ -8,83 +8,37 @@ import json
 import os
 import re
 import shlex
+import sys
 from dataclasses import asdict
-from decimal import ROUND_CEILING, Decimal
 from pathlib import Path
 from typing import Any
 
 from embcompress.bench.plots import save_plots
-from embcompress.bench.records import Record
+from embcompress.bench.records import FAILED, Record
 from embcompress.bench.settings import TrainingSettings, jsonable
-from embcompress.bench.summary import Cell, Summary, load_records, summarize
-from embcompress.text_table import markdown_table
+from embcompress.bench.summary import Summary, load_records, summarize
+from embcompress.bench.tables import (
+    NAMES,
+    Table,
+    details_table,
+    difference_table,
+    failure_table,
+    ranking_table,
+    table_rows,
+)
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; margin: 1rem 0 } 
 th, td { padding: .3rem .8rem; text-align: right }
-th:first-child, td:first-child { text-align: left } thead { border-bottom: 2px solid #444 }
+th:first-child, td:first-child { text-align: left }
+thead { border-bottom: 2px solid #444; position: sticky; top: 0; background: #fff }
 tr:nth-child(even) td { background: #f4f4f4 } img { max-width: 100% } .best { font-weight: bold }
 .small { color: #666; font-size: 13px }
 """
 
 
-def _cell_text(cell: Cell | None, summary: Summary, metric: str) -> str:
-    if cell is None:
-        return "–"
-    if cell.auc is None:
-        assert cell.smallest_bytes is not None
-        return f"needs {percent_at_least(cell.smallest_bytes, summary.dense_bytes)}%"
-    return getattr(cell, metric).text()
-
-
-def percent_at_least(count: int, dense_bytes: int) -> str:
-    """The percentage in two digits, rounded up: a budget written so can be met."""
-    percent = Decimal(100 * count) / dense_bytes
-    rounded = percent.quantize(Decimal((0, (1,), percent.adjusted() - 1)), ROUND_CEILING)
-    text = f"{rounded:f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
-
-
-_NAMES = {
-    "auc": "test AUC",
-    "logloss": "test log-loss",
-    "single_epoch_auc": "test AUC, one epoch",
-}
-
-
-def table_rows(
-    summary: Summary, metric: str = "auc"
-) -> tuple[list[str], list[list[tuple[str, bool]]]]:
-    """Header, and rows of (text, is best of its column): a metric by method and budget.
-
-    Args:
-        metric: ``"auc"``, ``"logloss"`` or ``"single_epoch_auc"``.
-    """
-    budgets = summary.budgets
-    rows = []
-    for method in summary.methods:
-        if method == "full":
-            continue
-        cells = [
-            (
-                _cell_text(summary.find(method, budget), summary, metric),
-                summary.best(budget, metric) == method,
-            )
-            for budget in budgets
-        ]
-        rows.append([(method, False), *cells])
-    if summary.full is not None:
-        text = _cell_text(summary.full, summary, metric)
-        rows.insert(0, [("full (100%)", False), *[(text, False)] * len(budgets)])
-    return [_NAMES[metric], *budgets], rows
-
-
-def markdown_results(summary: Summary) -> str:
-    """The table in Markdown, the best of each budget in bold."""
-    header, rows = table_rows(summary)
-    texts = [[f"**{text}**" if best else text for text, best in row] for row in rows]
-    return markdown_table(header, texts)
+_PRINTED_COLUMNS = 200
 
 
 def print_tables(summaries: list[Summary]) -> None:
@@ -92,10 +46,11 @@ def print_tables(summaries: list[Summary]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    # What is written to a file is not cut at the width of a terminal that is not there.
+    console = Console(width=None if sys.stdout.isatty() else _PRINTED_COLUMNS)
     for summary in summaries:
         header, rows = table_rows(summary)
-        title = f"\n{summary.title}: {summary.dense_bytes:,} dense bytes"
+        title = f"\n{summary.title}: {summary.description}; {summary.dense_bytes:,} dense bytes"
         if summary.teacher_auc is not None:
             title += f", the teacher's own AUC is {summary.teacher_auc:.4f}"
         console.print(title, highlight=False, markup=False)
@@ -107,7 +62,19 @@ def print_tables(summaries: list[Summary]) -> None:
         console.print(table)
 
 
-def _html_table(header: list[str], rows: list[list[tuple[str, bool]]]) -> str:
+def print_failures(records: list[Record]) -> None:
+    """Say on standard error which runs failed, and why."""
+    for record in records:
+        assert record["status"] == FAILED
+        place = f"{record['method']} at {record['budget']}, seed {record['seed']}"
+        print(f"failed: {place} ({record['data']}): {record['error']}", file=sys.stderr)
+
+
+def _html_table(table: Table, *, few: bool = False) -> str:
+    """A table; ``few``: left out where it has no rows."""
+    header, rows = table
+    if few and not rows:
+        return ""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
     body = "".join(
         "<tr>"
@@ -121,24 +88,6 @@ def _html_table(header: list[str], rows: list[list[tuple[str, bool]]]) -> str:
         for row in rows
     )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _details(summary: Summary) -> tuple[list[str], list[list[tuple[str, bool]]]]:
-    header = [
-        "method", "budget", "bytes", "share", "AUC", "log-loss", "AUC, one epoch", "examples/s",
-    ]  # fmt: skip
-    rows = []
-    for cell in summary.cells:
-        if cell.auc is None or cell.logloss is None or cell.single_epoch_auc is None:
-            continue
-        assert cell.examples_per_second is not None
-        texts = [
-            cell.method, cell.budget, f"{cell.bytes:,}", f"{cell.share:.3%}", cell.auc.text(),
-            cell.logloss.text(), cell.single_epoch_auc.text(),
-            f"{cell.examples_per_second.mean:,.0f}",
-        ]  # fmt: skip
-        rows.append([(text, False) for text in texts])
-    return header, rows
 
 
 #: Options of the command line by the setting that they set.
@@ -171,6 +120,23 @@ def sweep_command(records: list[Record], directory: Path) -> str:
     return shlex.join([*parts, "--out", str(directory)])
 
 
+_RANKS = (
+    "<p>The mean place over the budgets, by test AUC. Methods that cannot meet a budget, or failed "
+    "there, share its last places. AUC lost is the mean over the budgets that were met.</p>"
+)
+_DIFFERENCES = (
+    "<p>Mean over seeds of the difference at the same budget, and p of the paired t-test "
+    "(two-sided, not corrected for the number of comparisons). With three seeds the test has two "
+    "degrees of freedom: a large p says little, and one comparison in twenty of equal methods has "
+    "p &lt; 0.05.</p>"
+)
+_COSTS = (
+    "<p>Bytes in training come on top of those at lookup: the most after any epoch of full tables "
+    "of a search, latents, optimizer state and tensors of procedures. The time of lookups is a "
+    "median over rounds in which full tables take turns; the last column is the ratio to theirs.</p>"
+)
+
+
 def _section(summary: Summary, plots: list[Path]) -> str:
     images = "".join(
         f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,'
@@ -182,10 +148,14 @@ def _section(summary: Summary, plots: list[Path]) -> str:
         if summary.teacher_auc is None
         else f"<p>The noise ceiling, the teacher's own AUC: {summary.teacher_auc:.4f}.</p>"
     )
+    quality = "".join(_html_table(table_rows(summary, metric, with_bytes=True)) for metric in NAMES)
     return (
-        f"<h2>{html.escape(summary.title)}</h2>{ceiling}"
-        f"{''.join(_html_table(*table_rows(summary, metric)) for metric in _NAMES)}"
-        f"{images}<h3>Every cell</h3>{_html_table(*_details(summary))}"
+        f"<h2>{html.escape(summary.title)}</h2><p>{html.escape(summary.description)}; "
+        f"{summary.dense_bytes:,} bytes of dense tables.</p>{ceiling}"
+        f"<h3>Ranks</h3>{_RANKS}{_html_table(ranking_table(summary))}"
+        f"<h3>Quality</h3>{quality}{images}"
+        f"<h3>Against plain hashing</h3>{_DIFFERENCES}{_html_table(difference_table(summary))}"
+        f"<h3>Every cell</h3>{_COSTS}{_html_table(details_table(summary))}"
     )
 
 
@@ -227,6 +197,7 @@ def write_report(directory: Path, command: str = "") -> list[Summary]:
         stem = "" if len(summaries) == 1 else re.sub(r"\W+", "-", summary.title).strip("-") + "-"
         sections.append(_section(summary, save_plots(summary, directory, stem)))
     finished = [record for record in records if "auc" in record]
+    failures = _html_table(failure_table(records), few=True)
     commands = [command] if command else _commands(records, directory)
     shown = "".join(f"<p><code>{html.escape(text)}</code></p>" for text in commands)
     page = (
@@ -234,7 +205,7 @@ def write_report(directory: Path, command: str = "") -> list[Summary]:
         f"<style>{_STYLE}</style><h1>Memory-budget sweep</h1>{shown}"
         "<p>Mean ± sample deviation over seeds; learning rate and epoch are chosen on validation "
         "rows. Bytes are all that is resident at lookup time, read off the storages.</p>"
-        f"{''.join(sections)}<p class=small>"
+        f"{failures}{''.join(sections)}<p class=small>"
         f"{html.escape(_environment_text(finished[-1])) if finished else ''}</p></html>"
     )
     aside = directory / "report.html.tmp"

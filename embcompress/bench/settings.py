@@ -29,8 +29,7 @@ class TrainingSettings:
         epochs: passes over the training rows at most.
         patience: stop after so many epochs without a better validation AUC.
         batch_size: rows a step.
-        learning_rates: tried on the first seed of each method and budget; the best on
-            validation rows serves all its seeds.
+        learning_rates: the grid of every method; see :mod:`embcompress.bench.tuning`.
         table_std: standard deviation of the vectors at the start.
     """
 
@@ -90,6 +89,7 @@ class SweepSettings:
         threads: of torch inside an operator. The models here are small: more threads gain next
             to nothing on an idle machine, and wait for each other on a busy one. Not a part of
             a run's key.
+        workers: processes that runs are shared out to. Not a part of a run's key.
         plan_seconds: for a method that chooses its settings by short trainings on training rows,
             after so long it begins no further one. Not a part of a run's key.
     """
@@ -101,6 +101,7 @@ class SweepSettings:
     training: TrainingSettings = TrainingSettings()
     threads: int = 1
     plan_seconds: float = 100.0
+    workers: int = 1
 
     def __post_init__(self) -> None:
         for name in ("data", "methods", "budgets", "seeds"):
@@ -109,8 +110,9 @@ class SweepSettings:
                 raise ValueError(f"{name} must be distinct and not empty, got {list(values)}")
         if not self.plan_seconds > 0:
             raise ValueError(f"plan_seconds must be positive, got {self.plan_seconds}")
-        if self.threads < 1:
-            raise ValueError(f"threads must be at least 1, got {self.threads}")
+        for name in ("threads", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for method in self.methods:
             method_class(method)  # raises ValueError naming the methods there are
         for budget in self.budgets:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from embcompress.bench.records import Record, RecordFile
+from embcompress.bench.records import FAILED, Record, RecordDirectory
 from embcompress.bench.settings import FULL_BUDGET
-from embcompress.bench.sweep import IMPOSSIBLE, RESULTS
 from embcompress.budget import parse_budget
 
 
@@ -47,7 +46,15 @@ class Cell:
     """One method at one budget on one click log, over its seeds.
 
     Attributes:
+        bytes: resident at lookup, the most of any seed.
+        auc, logloss: of test rows after the best epoch; None where no run is finished.
+        single_epoch_auc: after the first epoch.
+        auc_by_seed: the AUC of each finished run.
+        training_bytes, train_seconds, examples_per_second: of training.
+        lookup_microseconds: for 1,000 lookups of the deployed tables.
+        lookup_ratio: that over the time of full tables, measured in turn with them.
         smallest_bytes: None, or the smallest possible budget where this one is impossible.
+        failed: number of runs that ended in an error.
     """
 
     data: str
@@ -58,8 +65,14 @@ class Cell:
     auc: Statistic | None = None
     logloss: Statistic | None = None
     single_epoch_auc: Statistic | None = None
+    auc_by_seed: Mapping[int, float] = field(default_factory=dict)
+    training_bytes: int | None = None
+    train_seconds: Statistic | None = None
     examples_per_second: Statistic | None = None
+    lookup_microseconds: Statistic | None = None
+    lookup_ratio: Statistic | None = None
     smallest_bytes: int | None = None
+    failed: int = 0
 
     @property
     def share(self) -> float:
@@ -72,6 +85,7 @@ class Summary:
     """All cells of one click log, trained with one set of settings.
 
     Attributes:
+        training: the settings of all its runs, as their keys have them.
         differing: settings in which it differs from other summaries of the same click log.
     """
 
@@ -79,12 +93,23 @@ class Summary:
     cells: tuple[Cell, ...]
     dense_bytes: int
     teacher_auc: float | None
+    training: Mapping[str, Any] = field(default_factory=dict)
     differing: tuple[tuple[str, Any], ...] = ()
 
     @property
     def title(self) -> str:
         """The click log, and what tells this summary from others of it."""
         return ", ".join([self.data, *(f"{name} {value}" for name, value in self.differing)])
+
+    @property
+    def description(self) -> str:
+        """The model and how it was trained, in a few words."""
+        t = self.training
+        return (
+            f"model {t['model']}, width {t['embedding_dim']}, {t['split']} split, at most "
+            f"{t['epochs']} epochs, batches of {t['batch_size']}, learning rates "
+            f"{', '.join(map(str, t['learning_rates']))}"
+        )
 
     @property
     def methods(self) -> list[str]:
@@ -119,32 +144,54 @@ class Summary:
 
 def _cell(records: list[Record]) -> Cell:
     first = records[0]
-    if "smallest_bytes" in first:
-        smallest = max(record["smallest_bytes"] for record in records)
-        return Cell(first["data"], first["method"], first["budget"], smallest_bytes=smallest)
-    return Cell(
-        first["data"],
-        first["method"],
-        first["budget"],
-        bytes=max(record["bytes"] for record in records),
-        dense_bytes=first["dense_bytes"],
-        auc=Statistic.of(record["auc"] for record in records),
-        logloss=Statistic.of(record["logloss"] for record in records),
-        single_epoch_auc=Statistic.of(record["single_epoch"]["auc"] for record in records),
-        examples_per_second=Statistic.of(record["examples_per_second"] for record in records),
+    finished = [record for record in records if "auc" in record]
+    failed = sum(record.get("status") == FAILED for record in records)
+    cell = Cell(first["data"], first["method"], first["budget"], failed=failed)
+    if not finished:
+        smallest = [r["smallest_bytes"] for r in records if "smallest_bytes" in r]
+        return replace(cell, smallest_bytes=max(smallest, default=None))
+    return replace(
+        cell,
+        bytes=max(record["bytes"] for record in finished),
+        dense_bytes=finished[0]["dense_bytes"],
+        auc=Statistic.of(record["auc"] for record in finished),
+        logloss=Statistic.of(record["logloss"] for record in finished),
+        single_epoch_auc=Statistic.of(record["single_epoch"]["auc"] for record in finished),
+        auc_by_seed={record["seed"]: record["auc"] for record in finished},
+        **_costs(finished),
     )
 
 
+def _costs(records: list[Record]) -> dict[str, Any]:
+    """Bytes and times; records of earlier versions lack some of them."""
+    times = [r for r in records if r.get("full_lookup_microseconds")]
+    ratios = [r["lookup_microseconds"] / r["full_lookup_microseconds"] for r in times]
+
+    def statistic(name: str) -> Statistic | None:
+        values = [record[name] for record in records if name in record]
+        return Statistic.of(values) if values else None
+
+    return {
+        "training_bytes": max(
+            (r["training_bytes"] for r in records if "training_bytes" in r), default=None
+        ),
+        "train_seconds": statistic("train_seconds"),
+        "examples_per_second": statistic("examples_per_second"),
+        "lookup_microseconds": statistic("lookup_microseconds"),
+        "lookup_ratio": Statistic.of(ratios) if ratios else None,
+    }
+
+
 def load_records(directory: Path) -> list[Record]:
-    """Results and impossible runs of a sweep's directory.
+    """Finished, impossible and failed runs of a sweep's directory.
 
     Raises:
         FileNotFoundError: there are none.
     """
-    if not (directory / RESULTS).exists():
-        raise FileNotFoundError(f"no {RESULTS} in {directory}")
-    files = (directory / RESULTS, directory / IMPOSSIBLE)
-    return [record for path in files for record in RecordFile(path, read_only=True)]
+    records = RecordDirectory(directory, read_only=True).all()
+    if not records:
+        raise FileNotFoundError(f"no results of a sweep in {directory}")
+    return records
 
 
 def _training(record: Record) -> dict[str, Any]:
@@ -174,6 +221,7 @@ def summarize(records: Iterable[Record]) -> list[Summary]:
                 tuple(_cell(part) for part in cells.values()),
                 finished[0]["dense_bytes"],
                 finished[0].get("teacher_auc"),
+                _training(finished[0]),
                 _differing(_training(finished[0]), others),
             )
         )

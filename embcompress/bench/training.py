@@ -20,6 +20,7 @@ from embcompress.deployment import deploy
 from embcompress.memory import memory
 from embcompress.methods import Method
 from embcompress.models import MODELS, ClickModel
+from embcompress.modules import CompressedTable
 from embcompress.phases import Phase
 from embcompress.phases import Score as PhaseScore
 from embcompress.recipe import (
@@ -80,6 +81,16 @@ class Trained:
         return self.guard.best_epoch
 
     @property
+    def training_bytes(self) -> int:
+        """The most that tables held in any phase beyond what is deployed."""
+        return max(phase.training_bytes for phase in self.phases)
+
+    @property
+    def diverged(self) -> bool:
+        """Whether no epoch gave predictions that are numbers."""
+        return not any(math.isfinite(score.logloss) for score in self.validation)
+
+    @property
     def best_auc(self) -> float:
         """Validation AUC of the best epoch."""
         return max(self.guard.scores)
@@ -88,6 +99,18 @@ class Trained:
         """Take note of an epoch; returns whether to stop."""
         self.validation.append(score)
         return self.guard.end_epoch(self.model, score.auc)
+
+
+def _state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the optimizer's state of those parameters of tables that no kernel updates."""
+    tables = [module for module in model.modules() if isinstance(module, CompressedTable)]
+    parameters = {parameter for table in tables for parameter in table.parameters()}
+    return sum(
+        value.untyped_storage().nbytes()
+        for parameter in parameters & optimizer.state.keys()
+        for value in optimizer.state[parameter].values()
+        if isinstance(value, Tensor)
+    )
 
 
 def count_ids(log: ClickLog, rows: NDArray[np.int64]) -> dict[str, Tensor]:
@@ -238,9 +261,8 @@ class TrainingLoop:
             self._optimizer = make_optimizer(self.trained.model, self.trained.learning_rate)
             self.procedure.attach(self._optimizer)
             self.trained.train_seconds += time.perf_counter() - started
-            self.trained.phases.append(
-                PhaseRecord(phase.name, training_bytes=memory(self.trained.model).training)
-            )
+            self.trained.phases.append(PhaseRecord(phase.name))
+            self._note_memory()
             yield phase
         self.procedure.close()
 
@@ -280,6 +302,14 @@ class TrainingLoop:
         self.trained.train_seconds += time.perf_counter() - started
         self.trained.examples += len(rows)
         self.trained.phases[-1].epochs += 1
+        self._note_memory()
+
+    def _note_memory(self) -> None:
+        """Keep the most that tables hold for training, now that state of optimizers is there."""
+        model, phase = self.trained.model, self.trained.phases[-1]
+        assert self._optimizer is not None
+        held = memory(model).training + _state_bytes(model, self._optimizer)
+        phase.training_bytes = max(phase.training_bytes, held)
 
     def _endless(self, rows: NDArray[np.int64]) -> Iterator[Batch]:
         """Batches of the rows, shuffled anew for every pass over them."""

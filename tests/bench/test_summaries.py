@@ -13,9 +13,10 @@ import pytest
 
 from embcompress.bench.environment import environment, torch_threads
 from embcompress.bench.records import Record, RecordFile
-from embcompress.bench.report import _OPTIONS, percent_at_least, sweep_command, table_rows
+from embcompress.bench.report import _OPTIONS, sweep_command
 from embcompress.bench.settings import FULL_BUDGET, Run, SweepSettings, TrainingSettings
 from embcompress.bench.summary import Statistic, summarize
+from embcompress.bench.tables import percent_at_least, table_rows
 from embcompress.budget import parse_budget
 
 TRAINING = TrainingSettings()

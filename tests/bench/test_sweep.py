@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from embcompress.bench.records import RecordFile, SweepError, only_writer
-from embcompress.bench.report import markdown_results, percent_at_least, write_report
+from embcompress.bench.report import write_report
 from embcompress.bench.settings import SweepSettings, TrainingSettings
 from embcompress.bench.summary import Statistic, load_records, summarize
-from embcompress.bench.sweep import Sweep, run_sweep
+from embcompress.bench.sweep import run_sweep
+from embcompress.bench.tables import markdown_results, percent_at_least
+from embcompress.bench.tuning import learning_rates
 from embcompress.budget import parse_budget
 
 DATA = "synthetic:rows=1500,ids=300,features=3"
@@ -103,21 +105,16 @@ def test_the_first_seeds_try_all_learning_rates(finished: Path) -> None:
         assert record["learning_rate"] == max(trials, key=lambda t: t["auc"])["learning_rate"]
 
 
-def test_the_other_seeds_take_what_was_best_for_the_first(tmp_path: Path) -> None:
-    training = TrainingSettings(learning_rates=(0.01, 0.03))
-    settings = SweepSettings((DATA,), ("hash",), ("50%",), (0, 1, 2), training)
-    sweep = Sweep(settings, tmp_path, None)
-    first, second, third = settings.runs()
-    for run, aucs in ((first, (0.70, 0.71)), (second, (0.75, 0.72))):
-        assert sweep._learning_rates(third) == (0.01, 0.03)
-        sweep.results.records[run.key] = {
-            "learning_rate_trials": [
-                {"learning_rate": rate, "auc": auc}
-                for rate, auc in zip((0.01, 0.03), aucs, strict=True)
-            ]
-        }
-        assert sweep._learning_rates(run) == (0.01, 0.03)
-    assert sweep._learning_rates(third) == (0.01,)
+def test_the_other_seeds_take_what_was_best_for_the_first() -> None:
+    grid, seeds = (0.01, 0.03), (0, 1, 2)
+    trials: dict[int, list[dict[str, float]]] = {}
+    for seed, aucs in ((0, (0.70, 0.71)), (1, (0.75, 0.72))):
+        assert learning_rates(grid, seeds, 2, trials) == grid
+        trials[seed] = [
+            {"learning_rate": rate, "auc": auc} for rate, auc in zip(grid, aucs, strict=True)
+        ]
+        assert learning_rates(grid, seeds, seed, trials) == grid
+    assert learning_rates(grid, seeds, 2, trials) == (0.01,)
 
 
 def test_impossible_budgets_are_kept_apart_and_shown(finished: Path) -> None:
@@ -136,7 +133,7 @@ def test_a_run_is_the_same_again(finished: Path, tmp_path: Path) -> None:
         TrainingSettings(epochs=2, learning_rates=(0.01, 0.03), batch_size=128),
     )  # fmt: skip
     sweep = run_sweep(settings, tmp_path, cache=finished.parent / "cache", quiet=True)
-    (again,) = sweep.results
+    (again,) = sweep.records.results
     first = RecordFile(finished / "results.jsonl").records[again["key"]]
     assert (again["auc"], again["logloss"]) == (first["auc"], first["logloss"])
 
@@ -190,7 +187,7 @@ def test_statistics() -> None:
         (["sweep", "--data", DATA, "--methods", "magic"], "unknown method 'magic'"),
         (["sweep", "--data", DATA, "--seeds", "one"], "--seeds must be numbers"),
         (["sweep", "--data", DATA, "--model", "gpt"], "unknown model"),
-        (["report", "/no/such/sweep"], "no results.jsonl"),
+        (["report", "/no/such/sweep"], "no results of a sweep"),
         (["plan", "--rows", "1000", "--width", "8", "--method", "qr", "--budget", "9"], "smallest"),
         (
             ["plan", "--rows", "1000", "--width", "8", "--method", "qr", "--budget", "x"],

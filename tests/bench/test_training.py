@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import embcompress as ec
-from embcompress.bench import sweep as sweep_module
 from embcompress.bench import training as training_module
 from embcompress.bench.environment import torch_threads
+from embcompress.bench.execution import checked_memory
 from embcompress.bench.planning import try_candidates
 from embcompress.bench.prequential import train_prequential
+from embcompress.bench.records import RecordFile
 from embcompress.bench.settings import Run, SweepSettings, TrainingSettings
 from embcompress.bench.sweep import run_sweep
 from embcompress.bench.training import (
@@ -133,24 +134,24 @@ def test_the_planner_sees_training_rows_alone(
 def test_a_record_says_what_the_tables_were_made_into(log: ClickLog, tmp_path: Path) -> None:
     settings = SweepSettings((DATA,), ("hash",), ("20%",), (0,), SETTINGS)
     run_sweep(settings, tmp_path, cache=log.directory.parent, quiet=True)
-    (record,) = sweep_module.RecordFile(tmp_path / "results.jsonl")
+    (record,) = RecordFile(tmp_path / "results.jsonl")
     model = build_model(log, SETTINGS, "hash", "20%", 0)
     assert record["bytes"] == ec.memory(model).total <= record["budget_bytes"]
     assert sum(table["bytes"] for table in record["lookup"]) == record["bytes"]
     assert record["hardware"]["threads"] == 1
 
 
-def test_a_method_that_breaks_its_budget_stops_the_sweep(log: ClickLog) -> None:
+def test_a_method_that_breaks_its_budget_is_caught(log: ClickLog) -> None:
     model = build_model(log, SETTINGS, "full", "100%", 0)
     with pytest.raises(AssertionError, match="its budget is"):
-        sweep_module._checked_memory(Run(DATA, "full", "10%", 0, replace(SETTINGS)), model)
+        checked_memory(Run(DATA, "full", "10%", 0, replace(SETTINGS)), model)
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_sweep_of_every_model(log: ClickLog, tmp_path: Path, model: str) -> None:
     settings = SweepSettings((DATA,), ("hash",), ("20%",), (0,), replace(SETTINGS, model=model))
     run_sweep(settings, tmp_path, cache=log.directory.parent, quiet=True)
-    (record,) = sweep_module.RecordFile(tmp_path / "results.jsonl")
+    (record,) = RecordFile(tmp_path / "results.jsonl")
     assert record["model"] == record["settings"]["model"] == model
     assert json.loads(record["key"])["training"]["model"] == model
     assert record["auc"] > 0.5
