@@ -133,7 +133,7 @@ _DIFFERENCES = (
 _COSTS = (
     "<p>Bytes in training come on top of those at lookup: the most after any epoch of full tables "
     "of a search, latents, optimizer state and tensors of procedures. The time of lookups is a "
-    "median over rounds in which full tables take turns; the last column is the ratio to theirs.</p>"
+    "median over rounds in which full tables take turns; the last column is the ratio.</p>"
 )
 
 
