@@ -109,11 +109,12 @@ class EmbeddingBagCollection(nn.Module):
             plans = allocate(specs, [resolved] * len(specs), limit, full_plan)
         self.embedding_bags = nn.ModuleDict()
         for table, spec, plan in zip(tables, specs, plans, strict=True):
-            used = "full" if plan.is_dense else resolved
+            is_full = plan.is_dense and not resolved.searches_plans
+            used = "full" if is_full else resolved
             bag = EmbeddingBag.from_plan(plan.with_pool(table.mode), used, device=device)
             if not plan.is_dense:
                 resolved.fill(spec, plan, bag.stores())
-                bag.keep_spec(spec)
+            bag.keep_spec(spec)
             self.embedding_bags[table.name] = bag
         tie_shared_stores(self._bags_of_tables())
         self._set_features(

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
 from embcompress.plan import LookupPlan
 from embcompress.procedure import TrainedTable
-
-if TYPE_CHECKING:
-    from embcompress.methods.base import TableSpec
 
 #: Quality of the model as it is, on validation examples; higher is better.
 Score = Callable[[], float]
@@ -76,11 +73,6 @@ class TableForm:
 
 class PhasedTable(TrainedTable, Protocol):
     """What a method sees of a table at the start of a phase."""
-
-    @property
-    def spec(self) -> TableSpec:
-        """The table that the plan stands for: its shape, name, seed and counts."""
-        ...
 
     @property
     def built(self) -> LookupPlan:

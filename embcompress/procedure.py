@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import Tensor
 
 from embcompress.plan import LookupPlan
+
+if TYPE_CHECKING:
+    from embcompress.methods.base import TableSpec
 
 #: What a procedure wants to see of every batch: nothing, the ids, the norms of their gradients, or
 #: these gradients themselves.
@@ -44,6 +47,13 @@ class TrainedTable(Protocol):
 
     def take_keys(self, plan: LookupPlan) -> None:
         """Hash with the keys of a plan that differs in these alone; the method ``renews_keys``."""
+        ...
+
+    @property
+    def spec(self) -> TableSpec:
+        """The table that the plan stands for: its shape and, where the method has phases, its name,
+        seed and counts.
+        """
         ...
 
     def stores(self) -> dict[str, Tensor]:

@@ -41,7 +41,7 @@ class Dedup(Method):
     holds the full table in the first phase, and its optimizer state.
 
     Source: Zhou et al., "Serving deep learning models with deduplication from relational
-    databases", VLDB 2022, sections 4 and 5, as tried on embedding tables by Zhang et al.,
+    databases", VLDB 2022, as tried on embedding tables by Zhang et al.,
     "Experimental analysis of large-scale learnable vector storage compression", VLDB 2024. There a
     block is a tile of several rows. Ids that are next to each other have nothing in common here, so
     blocks of several rows are rarely near-equal, and a block lies within a row. There blocks of
