@@ -214,7 +214,7 @@ class EmbeddingBagCollection(nn.Module):
         if any(table.fused_rule is not tables[0].fused_rule for table in tables):
             raise ValueError("some tables have another fused optimizer; fuse the whole collection")
         fused: FusedStores | list[FusedStores | None] | None = None
-        if tables[0].updated_in_kernel and program.parts:
+        if program.parts:
             pairs = zip(program.parts, modules, strict=True)
             fused = [fused_stores(part, (module,)) for part, module in pairs]
         elif tables[0].updated_in_kernel:

@@ -16,7 +16,7 @@ from torch import Tensor
 from embcompress.calibration import check_finite
 from embcompress.engine import Bags, lookup
 from embcompress.initialization import initialize_stores
-from embcompress.plan import LookupPlan, Weight
+from embcompress.plan import LookupPlan, Network, TensorTrain, Weight
 
 Stores = dict[str, Tensor]
 
@@ -92,8 +92,10 @@ def fit_stores(
         All stores; those that nothing reads keep their start values.
 
     Raises:
-        ValueError: numbers that are NaN or infinite.
+        ValueError: numbers that are NaN or infinite, or a plan with a network.
     """
+    if isinstance(plan.head, Network):
+        raise ValueError("the vectors of a network are linear in no store of it; train the network")
     check_finite(weight)
     plan = plan.with_pool("none").with_dtypes(
         {s.name: "float32" for s in plan.stores if s.is_float}
@@ -117,9 +119,10 @@ def _linear_blocks(plan: LookupPlan) -> list[list[str]]:
     """Names of stores in which the lookup is linear together, the others given."""
     rows = list(dict.fromkeys(probe.store for probe in plan.probes))
     scales = [p.scale.store for p in plan.probes if isinstance(p.scale, Weight)]
-    blocks = [[name] for name in rows] if plan.combine == "mul" else [rows]
+    is_product = plan.combine == "mul" or isinstance(plan.head, TensorTrain)
+    blocks = [[name] for name in rows] if is_product else [rows]
     blocks += [[name] for name in dict.fromkeys(scales)]
-    return blocks if plan.head is None else [*blocks, [plan.head.weight]]
+    return [*blocks, *([name] for name in plan.head_stores)]
 
 
 class _Problem:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from embcompress.plan import LookupPlan, Store, Weight
+from embcompress.head_initialization import draw_core, draw_layer
+from embcompress.plan import Linear, LookupPlan, Network, Store, TensorTrain, Weight
 from embcompress.sparse_layout import clear_pruned
 
 
@@ -52,7 +53,7 @@ def initialize_stores(plan: LookupPlan, stores: Mapping[str, Tensor], std: float
         if store.name in learned_scales:
             stores[store.name].fill_(1.0)
         else:
-            stores[store.name].normal_(0.0, _deviation(plan, store, std))
+            _draw(plan, store, stores[store.name], std)
         if store.sparsity is not None and stores[store.name].dim() == 2:
             clear_pruned(stores[store.name], stores[store.sparsity.index], store)
     for store in plan.stores:
@@ -74,10 +75,19 @@ def _initialize_quantized(store: Store, stores: Mapping[str, Tensor], std: float
         stores[store.quantization.bias].fill_(-step * last / 2)
 
 
-def _deviation(plan: LookupPlan, store: Store, std: float) -> float:
-    if plan.head is not None and store.name == plan.head.weight:
-        return plan.width**-0.5
-    kept = 1.0
-    if store.sparsity is not None:
-        kept = store.sparsity.stored / (store.rows * store.width)
-    return store_deviation(plan, std) / kept**0.5
+def _draw(plan: LookupPlan, store: Store, tensor: Tensor, std: float) -> None:
+    """Start values of a float store that is no learned scale."""
+    head = plan.head
+    if isinstance(head, TensorTrain):
+        draw_core(head, tensor, std)
+    elif isinstance(head, Network) and store.name in head.stores:
+        draw_layer(head, store, tensor, std)
+    elif isinstance(head, Linear) and store.name == head.weight:
+        tensor.normal_(0.0, plan.width**-0.5)
+    else:
+        kept = 1.0
+        if store.sparsity is not None:
+            kept = store.sparsity.stored / (store.rows * store.width)
+        # A network makes vectors of this deviation from numbers of deviation 1.
+        deviation = store_deviation(plan, 1.0 if isinstance(head, Network) else std)
+        tensor.normal_(0.0, deviation / kept**0.5)

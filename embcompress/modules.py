@@ -40,6 +40,8 @@ def fused_stores(program: Program, tables: Sequence[CompressedTable]) -> FusedSt
             wanted.append(position)
             states.append(table.optimizer_states(name))
             steps.append(table.optimizer_step(name))
+    if not wanted:
+        return None
     first = [state[0] for state in states if len(state) > 0]
     second = [state[1] for state in states if len(state) > 1]
     return FusedStores(rule, wanted, first, second, steps)
@@ -428,6 +430,7 @@ class CompressedTable(nn.Module):
         if not compiled:
             self.options = replace(self.options, sparse=True)
             self._set_plan(replace(self._plan))  # a new object: collections notice the change
+        gathered = {name for _, name in self._program.stores}
         in_kernel = []
         for name, store in self.stores().items():
             known = store in states
@@ -438,7 +441,7 @@ class CompressedTable(nn.Module):
             self.register_buffer(f"optimizer_{name}_step", step)
             for number, state in enumerate(values):
                 self.register_buffer(f"optimizer_{name}_{number}", state)
-            if compiled:
+            if compiled and name in gathered:
                 store.requires_grad_(False)
                 in_kernel.append(name)
             elif not known:

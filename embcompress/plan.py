@@ -367,6 +367,111 @@ class Linear:
     kind: ClassVar[str] = "linear"
     weight: str
 
+    @property
+    def stores(self) -> tuple[str, ...]:
+        """Names of its weights."""
+        return (self.weight,)
+
+
+@dataclass(frozen=True)
+class TensorTrain:
+    """A product of the matrices, the *cores*, that lie side by side in the combined vector.
+
+    Core k has ``ranks[k-1] * widths[k] * ranks[k]`` numbers, in this order, with a rank of 1 at
+    either end. Number ``j`` of the vector, whose digits in the radices ``widths`` are ``j_1`` (the
+    highest) to ``j_m``, is the product ``core_1[:, j_1, :] · … · core_m[:, j_m, :]``.
+
+    Attributes:
+        widths: digits of the columns; their product is ``embedding_dim``.
+        ranks: between each core and the next.
+    """
+
+    kind: ClassVar[str] = "tensor_train"
+    widths: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        require(
+            len(self.widths) == len(self.ranks) + 1
+            and all(number >= 1 for number in (*self.widths, *self.ranks)),
+            f"a tensor train has positive widths and a rank between two of them, not widths "
+            f"{self.widths} and ranks {self.ranks}",
+        )
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """Rank before, width and rank after of every core."""
+        ranks = (1, *self.ranks, 1)
+        return tuple(zip(ranks, self.widths, ranks[1:], strict=False))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of every core."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def stores(self) -> tuple[str, ...]:
+        """Names of its weights: it has none."""
+        return ()
+
+
+@dataclass(frozen=True)
+class HashFeatures:
+    """Numbers in [-1, 1] made of the id alone, by many hashes.
+
+    Number i is ``2·h_i(x) / (buckets - 1) - 1``, where h_i is the hash into ``[0, buckets)`` with
+    key ``mix64(key + i)`` (docs/hashing.md).
+
+    Attributes:
+        key: unsigned 64-bit.
+        count: how many numbers.
+        buckets: of each hash, at least 2, at most 2**24: so float32 tells them apart.
+    """
+
+    key: int
+    count: int
+    buckets: int = 1_000_000
+
+    def __post_init__(self) -> None:
+        require(0 <= self.key <= MASK64, "hash features: the key must be unsigned 64-bit")
+        require(
+            self.count >= 1 and 2 <= self.buckets <= 2**24,
+            "hash features: count must be at least 1, buckets in [2, 2**24]",
+        )
+
+
+@dataclass(frozen=True)
+class Network:
+    """A multilayer perceptron over the combined vector, or over hashes of the id.
+
+    Layer l gives ``W_l·v + b_l``. Between layers the sums of a vector are normalized to mean 0 and
+    variance 1 (layer normalization without weights of its own), and Mish is applied.
+
+    Attributes:
+        weights: names of stores of (outputs × inputs) numbers, the first layer's first.
+        biases: names of stores of (1 × outputs) numbers.
+        inputs: what it reads instead of gathered rows: the plan has no probes then.
+    """
+
+    kind: ClassVar[str] = "network"
+    weights: tuple[str, ...]
+    biases: tuple[str, ...]
+    inputs: HashFeatures | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            len(self.weights) == len(self.biases) >= 1,
+            "a network has as many weights as biases, and at least one",
+        )
+
+    @property
+    def stores(self) -> tuple[str, ...]:
+        """Names of its weights and biases."""
+        return (*self.weights, *self.biases)
+
+
+Head: TypeAlias = Linear | TensorTrain | Network
+
 
 @dataclass(frozen=True)
 class LookupPlan:
@@ -376,10 +481,11 @@ class LookupPlan:
         num_embeddings: ids are in ``[0, num_embeddings)``.
         embedding_dim: width of the vector.
         stores: the physical tables, uniquely named; all that is resident at lookup time.
-        probes: the gathers, at least one.
+        probes: the gathers, at least one; none where the head makes its inputs of the id.
         combine: how the probes' rows become one vector: ``"sum"`` (each row in its columns),
             ``"mul"`` (elementwise product) or ``"concat"``, always per id, before pooling.
-        head: None, or :class:`Linear`.
+        head: None, or what maps the combined vector: :class:`Linear`, :class:`TensorTrain` or
+            :class:`Network`. All but the linear one come before pooling.
         pool: ``"none"`` (a vector for every id), ``"sum"``, ``"mean"`` or ``"max"`` over a bag.
         padding_idx: this *id* gives a zero vector, no gradient, and is not counted in a bag.
     """
@@ -389,7 +495,7 @@ class LookupPlan:
     stores: tuple[Store, ...]
     probes: tuple[Probe, ...]
     combine: Combine = "sum"
-    head: Linear | None = None
+    head: Head | None = None
     pool: Pool = "none"
     padding_idx: int | None = None
 
@@ -398,7 +504,10 @@ class LookupPlan:
         require(self.num_embeddings < INT64_END, "num_embeddings must be below 2**63")
         require(self.combine in get_args(Combine), f"unknown combine {self.combine!r}")
         require(self.pool in get_args(Pool), f"unknown pool {self.pool!r}")
-        require(len(self.probes) >= 1, "a plan needs at least one probe")
+        require(
+            (len(self.probes) == 0) == (self.inputs is not None),
+            "a plan needs at least one probe, or hash features instead of probes",
+        )
         names = [store.name for store in self.stores]
         require(len(set(names)) == len(names), f"store names are not unique: {names}")
         if self.padding_idx is not None:
@@ -420,8 +529,20 @@ class LookupPlan:
         raise PlanError(f"the plan has no store {name!r}, only {[s.name for s in self.stores]}")
 
     @property
+    def inputs(self) -> HashFeatures | None:
+        """What the head reads instead of gathered rows, if it does."""
+        return self.head.inputs if isinstance(self.head, Network) else None
+
+    @property
+    def head_stores(self) -> tuple[str, ...]:
+        """Names of the stores that the head reads as a whole."""
+        return () if self.head is None else self.head.stores
+
+    @property
     def width(self) -> int:
         """Width of the combined vector, before the head."""
+        if self.inputs is not None:
+            return self.inputs.count
         return max(end for _, end in self.columns)
 
     @property
@@ -447,15 +568,15 @@ class LookupPlan:
     @property
     def is_dense(self) -> bool:
         """Whether this is the uncompressed table itself: row ``id`` of one float store."""
-        (first, *others) = self.probes
+        store = self.stores[0]
         return (
-            not others
-            and self.head is None
+            self.head is None
             and len(self.stores) == 1
-            and self.stores[0].is_float
-            and self.stores[0].sparsity is None
-            and first == Probe(first.store, Digit(1, self.num_embeddings))
-            and self.stores[0].rows == self.num_embeddings
+            and store.is_float
+            and store.sparsity is None
+            and store.stride is None
+            and self.probes == (Probe(store.name, Digit(1, self.num_embeddings)),)
+            and store.rows == self.num_embeddings
         )
 
     def with_pool(self, pool: Pool, padding_idx: int | None = None) -> LookupPlan:
@@ -554,7 +675,7 @@ class LookupPlan:
         widths = {self.store(probe.store).width for probe in self.probes}
         are_placed = any(probe.column is not None for probe in self.probes)
         require(
-            self.combine == "concat" or are_placed or len(widths) == 1,
+            self.combine == "concat" or are_placed or len(widths) <= 1,
             f"combine={self.combine!r} needs rows of one width, got {sorted(widths)}",
         )
         filled = 0
@@ -566,19 +687,47 @@ class LookupPlan:
             )
             filled = max(filled, end)
         if self.head is None:
-            shape = (self.width,)
             require(
-                shape == (self.embedding_dim,),
+                self.width == self.embedding_dim,
                 f"the probes give width {self.width}, not embedding_dim {self.embedding_dim}",
             )
-        else:
-            weight = self.store(self.head.weight)
-            self._check_dense(weight, "the head's weight")
+        elif isinstance(self.head, Linear):
+            self._check_weights(self.head.weight, self.embedding_dim, self.width)
+        elif isinstance(self.head, TensorTrain):
             require(
-                weight.is_float and (weight.rows, weight.width) == (self.embedding_dim, self.width),
-                f"the head's weight is {weight.rows} × {weight.width}, "
-                f"not {self.embedding_dim} × {self.width}",
+                (sum(self.head.sizes), math.prod(self.head.widths))
+                == (self.width, self.embedding_dim),
+                f"the head maps width {sum(self.head.sizes)} to {math.prod(self.head.widths)}, "
+                f"not {self.width} to {self.embedding_dim}",
             )
+        else:
+            self._check_network(self.head)
+
+    def _check_network(self, network: Network) -> None:
+        gathered = {probe.store for probe in self.probes}
+        gathered |= {p.scale.store for p in self.probes if isinstance(p.scale, Weight)}
+        require(
+            len({*network.stores}) == len(network.stores) and not gathered & {*network.stores},
+            "a store of the network is used twice, or gathered too",
+        )
+        width = self.width
+        for number, (weight, bias) in enumerate(
+            zip(network.weights, network.biases, strict=True), 1
+        ):
+            is_last = number == len(network.weights)
+            outputs = self.embedding_dim if is_last else self.store(weight).rows
+            self._check_weights(weight, outputs, width)
+            self._check_weights(bias, 1, outputs)
+            width = outputs
+
+    def _check_weights(self, name: str, rows: int, width: int) -> None:
+        """A store of the head's weights."""
+        store = self.store(name)
+        self._check_dense(store, "the head's weight")
+        require(
+            store.is_float and (store.rows, store.width) == (rows, width),
+            f"the head's weight {name!r} is {store.rows} × {store.width}, not {rows} × {width}",
+        )
 
     # -- text
 
@@ -604,7 +753,7 @@ class LookupPlan:
         sign = {"sum": " + ", "mul": " × ", "concat": " ‖ "}[self.combine]
         formula = sign.join(_probe_text(probe) for probe in self.probes)
         if self.head is not None:
-            formula = f"{self.head.weight} @ ({formula})"
+            formula = _head_text(self.head, formula)
         if self.pool != "none":
             formula = f"{self.pool} over ids of {formula}"
         stores = ", ".join(_store_text(store) for store in self.stores)
@@ -649,6 +798,17 @@ def _address_text(address: Address) -> str:
     if address.first:
         text += f" - {address.first}"
     return text if address.otherwise is None else f"{text} or {_address_text(address.otherwise)}"
+
+
+def _head_text(head: Head, formula: str) -> str:
+    if isinstance(head, Linear):
+        return f"{head.weight} @ ({formula})"
+    if isinstance(head, TensorTrain):
+        shapes = " · ".join("×".join(map(str, shape)) for shape in head.shapes)
+        return f"train {shapes} of ({formula})"
+    if head.inputs is not None:
+        formula = f"{head.inputs.count} hash features of x"
+    return f"network {', '.join(head.weights)} of ({formula})"
 
 
 def _probe_text(probe: Probe) -> str:

@@ -10,15 +10,18 @@ from embcompress.plan import (
     Code,
     Digit,
     Hash,
+    HashFeatures,
     Linear,
     LookupPlan,
     MurmurHash,
+    Network,
     PlanError,
     Probe,
     Quantization,
     Sign,
     Sparsity,
     Store,
+    TensorTrain,
     Weight,
     require,
 )
@@ -26,9 +29,11 @@ from embcompress.plan import (
 FORMAT = 1
 
 _KINDS: dict[str, type] = {
-    cls.kind: cls for cls in (Digit, Hash, MurmurHash, Code, Sign, Weight, Linear)
+    cls.kind: cls
+    for cls in (Digit, Hash, MurmurHash, Code, Sign, Weight, Linear, TensorTrain, Network)
 }
 _DIRECT = (Digit, Hash, MurmurHash)
+_HEADS = (Linear, TensorTrain, Network)
 
 
 def _encode(value: Any) -> Any:
@@ -85,7 +90,21 @@ def _decode_kind(data: Any, *allowed: type, optional: bool = False) -> Any:
         row=lambda value: _decode_kind(value, *_DIRECT),
         address=lambda value: _decode_kind(value, *_DIRECT, Code),
         otherwise=lambda value: _decode_kind(value, *_DIRECT, optional=True),
+        widths=lambda value: _decode_scalars(value, int),
+        ranks=lambda value: _decode_scalars(value, int),
+        weights=lambda value: _decode_scalars(value, str),
+        biases=lambda value: _decode_scalars(value, str),
+        inputs=lambda value: None if value is None else _decode(HashFeatures, value),
     )
+
+
+def _decode_scalars(data: Any, kind: type) -> tuple[Any, ...]:
+    def decode(value: Any) -> Any:
+        right = isinstance(value, kind) and not isinstance(value, bool)
+        require(right, f"expected {kind.__name__} in a list, got {value!r}")
+        return value
+
+    return _decode_list(data, decode)
 
 
 def _decode_list(data: Any, decode: Any) -> tuple[Any, ...]:
@@ -118,7 +137,7 @@ def _decode_plan_fields(data: dict[str, Any]) -> LookupPlan:
         data,
         stores=lambda value: _decode_list(value, _decode_store),
         probes=lambda value: _decode_list(value, _decode_probe),
-        head=lambda value: _decode_kind(value, Linear, optional=True),
+        head=lambda value: _decode_kind(value, *_HEADS, optional=True),
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,8 @@ from embcompress.engine import ops
 from embcompress.engine.bags import Bags, check_ids, check_offsets, make_bags
 from embcompress.engine.encoding import EncodedPlans, can_encode, encode_plans, needs_cpu_kernels
 from embcompress.engine.fused import FusedStores, lookup_fused
-from embcompress.engine.reference import lookup_reference, pool_bags
+from embcompress.engine.heads import is_linear
+from embcompress.engine.reference import lookup_reference, pool_bags, vectors_after_head
 from embcompress.plan import LookupPlan
 
 __all__ = [
@@ -61,7 +62,8 @@ class Program:
 
     Attributes:
         stores: (owner, store name) of every tensor that the operators take, in order.
-        parts: a program for each feature, where one call cannot run them all; else empty.
+        parts: a program for each feature, where one call cannot run them all: maxima, and heads
+            that are not linear; else empty.
     """
 
     def __init__(
@@ -77,10 +79,13 @@ class Program:
         self._dense = len(plans) == 1 and plans[0].is_dense
         self._encoded: EncodedPlans | None = None
         self.parts: list[Program] = []
-        if ops.is_available() and all(map(can_encode, plans)):
+        # What is not linear is between the gather and the pool, so such a feature runs by itself.
+        self._ends_in_torch = not is_linear(plans[0].head) or plans[0].pool == "max"
+        if len(plans) > 1 and any(p.pool == "max" or not is_linear(p.head) for p in plans):
+            self.parts = [Program((plan,), options) for plan in plans]
+        elif ops.is_available() and all(map(can_encode, plans)):
             self._encode()
-        self._has_maxima = plans[0].pool == "max"
-        self._has_vectors = plans[0].pool in ("none", "max")  # for every id, and no bags yet
+        self._has_vectors = plans[0].pool == "none" or self._ends_in_torch  # for every id, no bags
         self._is_for_cpu = any(map(needs_cpu_kernels, plans))
         self._sparse = options.sparse
         self._dtype = _output_dtype(plans)
@@ -93,14 +98,7 @@ class Program:
         )
 
     def _encode(self) -> None:
-        if any(plan.pool == "max" for plan in self.plans):
-            # A maximum is over vectors after the head, so each feature is pooled by itself.
-            if len(self.plans) > 1:
-                self.parts = [Program((plan,), self.options) for plan in self.plans]
-                return
-            plans = [self.plans[0].with_pool("none", self.plans[0].padding_idx)]
-        else:
-            plans = list(self.plans)
+        plans = list(map(_kernel_plan, self.plans)) if self._ends_in_torch else list(self.plans)
         positions: dict[tuple[int | str, str], int] = {}
         numbers: list[dict[str, int]] = []
         for plan, owner in zip(plans, self.owners, strict=True):
@@ -249,7 +247,7 @@ class Program:
         bags: Bags,
         fused: FusedStores | None,
     ) -> Tensor:
-        weights = bags.weights
+        weights = None if self._ends_in_torch else bags.weights
         arguments = (
             [stores[feature][name] for feature, name in self._sources],
             bags.ids.contiguous(),
@@ -271,13 +269,22 @@ class Program:
                 # The kernel says that something is wrong; the check says what, and raises it.
                 self._check(bags.complete())
             raise
-        if self._has_maxima:
-            bags = bags.complete()
-            if not bags.checked:
-                check_offsets(bags.offsets, bags.ids.numel())
-            pooled = pool_bags(self.plans[0], pooled, bags)
+        if self._ends_in_torch:
+            pooled = self._finish(stores[0], bags, pooled)
         # Rounded once, at the end.
         return pooled if self._dtype == torch.float32 else pooled.to(self._dtype)
+
+    def _finish(self, stores: Stores, bags: Bags, vectors: Tensor) -> Tensor:
+        """From what the kernels gathered for every id: a head that is not linear, and the pool."""
+        (plan,) = self.plans
+        if not is_linear(plan.head):
+            vectors = vectors_after_head(plan, stores, bags.ids, vectors)
+        if plan.pool == "none":
+            return vectors
+        bags = bags.complete()
+        if not bags.checked:
+            check_offsets(bags.offsets, bags.ids.numel())
+        return pool_bags(plan, vectors, bags)
 
     # -- the reference
 
@@ -313,8 +320,33 @@ class Program:
             check_ids(part.ids, plan.num_embeddings)
             if plan.pool != "none" and not part.checked:
                 check_offsets(part.offsets, part.ids.numel())
-            columns.append(lookup_reference(plan, each, part, sparse=self.options.sparse))
+            if _computes_vectors(plan):
+                columns.append(_lookup_distinct(plan, each, part))
+            else:
+                columns.append(lookup_reference(plan, each, part, sparse=self.options.sparse))
         return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+
+
+def _kernel_plan(plan: LookupPlan) -> LookupPlan:
+    """What kernels run of a plan that ends in torch: vectors of all ids, after a linear head."""
+    if is_linear(plan.head):
+        return plan.with_pool("none", plan.padding_idx)
+    own = tuple(store for store in plan.stores if store.name not in plan.head_stores)
+    return replace(plan, head=None, embedding_dim=plan.width, stores=own, pool="none")
+
+
+def _computes_vectors(plan: LookupPlan) -> bool:
+    """Whether vectors are computed of the ids alone, so that an id should come once a batch."""
+    is_wide = all(store.dtype in ("float32", "float64") for store in plan.stores)
+    return plan.inputs is not None and is_wide and not torch.compiler.is_compiling()
+
+
+def _lookup_distinct(plan: LookupPlan, stores: Stores, bags: Bags) -> Tensor:
+    """The reference's answer, with the vector of each distinct id computed once."""
+    ids, positions = bags.ids.unique(return_inverse=True)
+    vectors = plan.with_pool("none", plan.padding_idx)
+    each = F.embedding(positions, lookup_reference(vectors, stores, Bags(ids, ids)))
+    return each if plan.pool == "none" else pool_bags(plan, each, bags)
 
 
 def _output_dtype(plans: Sequence[LookupPlan]) -> torch.dtype:
@@ -322,7 +354,7 @@ def _output_dtype(plans: Sequence[LookupPlan]) -> torch.dtype:
     names = {
         (store if store.quantization is None else plan.store(store.quantization.scale)).dtype
         for plan in plans
-        for store in (plan.store(probe.store) for probe in plan.probes)
+        for store in map(plan.store, [p.store for p in plan.probes] or plan.head_stores)
     }
     dtypes = [getattr(torch, name) for name in sorted(names)]
     return functools.reduce(torch.promote_types, dtypes)

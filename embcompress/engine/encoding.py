@@ -17,6 +17,7 @@ from embcompress.plan import (
     Code,
     Digit,
     DirectAddress,
+    Linear,
     LookupPlan,
     MurmurHash,
     Probe,
@@ -58,8 +59,11 @@ def head_stores(encoding: Tensor) -> set[int]:
 
 
 def can_encode(plan: LookupPlan) -> bool:
-    """Whether the kernels run this plan; float64 and sparse rows are the reference's."""
-    return all(
+    """Whether the kernels gather what this plan reads.
+
+    Float64 and sparse rows are the reference's, and so are plans that gather nothing.
+    """
+    return len(plan.probes) > 0 and all(
         not store.is_float or (store.dtype in _KERNEL_FLOATS and store.sparsity is None)
         for store in plan.stores
     )
@@ -68,7 +72,7 @@ def can_encode(plan: LookupPlan) -> bool:
 def needs_cpu_kernels(plan: LookupPlan) -> bool:
     """Whether only the CPU's kernels run this plan: those of GPUs run neither heads nor rows that
     overlap."""
-    return plan.head is not None or any(store.stride is not None for store in plan.stores)
+    return isinstance(plan.head, Linear) or any(store.stride is not None for store in plan.stores)
 
 
 def encode_plans(
@@ -93,7 +97,7 @@ def encode_plans(
             column,
             len(probes),
             len(plan.probes),
-            -1 if plan.head is None else numbers[plan.head.weight],
+            numbers[plan.head.weight] if isinstance(plan.head, Linear) else -1,
             plan.embedding_dim,
         ]
         probes += _encode_probes(plan, numbers)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embcompress.engine.bags import Bags
+from embcompress.engine.heads import apply_head, is_linear
 from embcompress.engine.quantization import dequantize, fake_quantize, gradient_scale
 from embcompress.hashing import (
     MASK64,
@@ -26,6 +27,7 @@ from embcompress.plan import (
     Code,
     Digit,
     Hash,
+    HashFeatures,
     LookupPlan,
     MurmurHash,
     Probe,
@@ -79,6 +81,14 @@ def multiply_high(value: Tensor, factor: int) -> Tensor:
 def hash_bucket(ids: Tensor, key: int, buckets: int) -> Tensor:
     """Elementwise :func:`embcompress.hashing.hash_bucket`; int64 ids of any value."""
     return multiply_high(mix64(ids ^ _signed(key)), buckets)
+
+
+def hash_features(features: HashFeatures, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, count) numbers in [-1, 1] of (N,) ids."""
+    counts = torch.arange(features.count, device=ids.device)
+    keys = mix64(counts + _signed(features.key))
+    buckets = multiply_high(mix64(ids.long()[:, None] ^ keys), features.buckets)
+    return buckets.to(dtype) * (2 / (features.buckets - 1)) - 1
 
 
 def _finalize_murmur(value: Tensor) -> Tensor:
@@ -266,7 +276,7 @@ def _gather_overlapping(store: Store, pieces: Tensor, rows: Tensor, sparse: bool
     columns = pieces.shape[1]
     first = rows[:, None] * (store.step // columns)
     numbers = first + torch.arange(store.width // columns, device=rows.device)
-    return _gather(pieces, numbers, sparse).reshape(len(rows), store.width)
+    return _gather(pieces, numbers, sparse).reshape(rows.shape[0], store.width)
 
 
 def _widen(values: Tensor) -> Tensor:
@@ -295,6 +305,8 @@ def _probe_vectors(
 def combined_vectors(plan: LookupPlan, stores: Stores, ids: Tensor, sparse: bool) -> Tensor:
     """(N, plan.width): the probes of each id combined, before the head; zero for padding."""
     ids = ids.long()
+    if plan.inputs is not None:
+        return hash_features(plan.inputs, ids, _head_dtype(plan, stores))
     parts = [_probe_vectors(plan, stores, probe, ids, sparse) for probe in plan.probes]
     if plan.combine == "concat":
         vectors = torch.cat(parts, dim=-1)
@@ -314,10 +326,17 @@ def place(plan: LookupPlan, probe: int, part: Tensor) -> Tensor:
     return part if (begin, end) == (0, plan.width) else F.pad(part, (begin, plan.width - end))
 
 
-def _apply_head(plan: LookupPlan, stores: Stores, vectors: Tensor) -> Tensor:
-    if plan.head is None:
+def vectors_after_head(plan: LookupPlan, stores: Stores, ids: Tensor, vectors: Tensor) -> Tensor:
+    """(N, embedding_dim): the head applied to the vectors of the ids; zero for padding."""
+    vectors = apply_head(plan, stores, vectors)
+    if plan.padding_idx is None or is_linear(plan.head):  # which keeps zeros
         return vectors
-    return F.linear(vectors, _widen(stores[plan.head.weight]).to(vectors.dtype))
+    return torch.where((ids != plan.padding_idx)[:, None], vectors, 0)
+
+
+def _head_dtype(plan: LookupPlan, stores: Stores) -> torch.dtype:
+    """The dtype in which a network without gathered rows is computed: at least float32."""
+    return torch.promote_types(torch.float32, stores[plan.head_stores[0]].dtype)
 
 
 # -------------------------------------------------------------------------------------- pooling
@@ -377,7 +396,7 @@ def pool_bags(plan: LookupPlan, vectors: Tensor, bags: Bags) -> Tensor:
 
 def output_dtype(plan: LookupPlan, stores: Stores) -> torch.dtype:
     """The dtype that the probes' values promote to."""
-    dtypes = []
+    dtypes = [stores[name].dtype for name in plan.head_stores] if plan.inputs is not None else []
     for probe in plan.probes:
         store = plan.store(probe.store)
         name = store.name if store.quantization is None else store.quantization.scale
@@ -411,10 +430,9 @@ def lookup_reference(
         # once. (Sparse gradients are in the dtype of their store, as torch's are.)
         stores = {name: _widen(t) if t.requires_grad else t for name, t in stores.items()}
     vectors = combined_vectors(plan, stores, bags.ids, sparse)
-    if plan.pool == "none":
-        vectors = _apply_head(plan, stores, vectors)
-    elif plan.pool == "max":  # not linear: the head comes first
-        vectors = pool_bags(plan, _apply_head(plan, stores, vectors), bags)
+    if plan.pool in ("none", "max") or not is_linear(plan.head):  # the head comes first
+        vectors = vectors_after_head(plan, stores, bags.ids, vectors)
+        vectors = vectors if plan.pool == "none" else pool_bags(plan, vectors, bags)
     else:
-        vectors = _apply_head(plan, stores, pool_bags(plan, vectors, bags))
+        vectors = apply_head(plan, stores, pool_bags(plan, vectors, bags))
     return vectors.to(dtype)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embcompress.engine import Bags, check_ids
+from embcompress.engine.heads import apply_head
 from embcompress.engine.quantization import fake_quantize, gradient_scale
 from embcompress.engine.reference import address_rows, mix64, place, pool_bags
 from embcompress.initialization import initialize_stores
@@ -102,9 +102,7 @@ class TableReader(nn.Module):
         return self._address(address, ids)[1] if isinstance(address, Code) else None
 
     def _apply_head(self, vectors: Tensor) -> Tensor:
-        if self.plan.head is None:
-            return vectors
-        return F.linear(vectors, getattr(self, self.plan.head.weight).to(vectors.dtype))
+        return apply_head(self.plan, self.replicated(), vectors)
 
     def extra_repr(self) -> str:
         return str(self.plan)

@@ -17,6 +17,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from embcompress.engine.heads import is_linear
 from embcompress.methods import Method
 from embcompress.plan import Code, LookupPlan, Probe, Sign, Store, Weight
 
@@ -110,9 +111,11 @@ def why_not(plan: LookupPlan) -> str:
         return "TorchRec does not pool by maxima"
     if any(store.stride is not None for store in plan.stores):
         return "TorchRec has no rows that overlap"
+    if not is_linear(plan.head):
+        return "TorchRec's vectors have no heads that are not linear"
     replicated = {store.name for store in replicated_stores(plan)}
     known = {store.name for store in code_stores(plan)}
-    known |= set() if plan.head is None else {plan.head.weight}
+    known |= {*plan.head_stores}
     known |= {name for store in plan.stores for name in _shared_steps(plan, store)}
     if replicated != known:
         return "a store is read in two ways, or not at all"

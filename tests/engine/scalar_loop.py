@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from embcompress.hashing import hash_bucket, hash_sign, murmur_words
+from embcompress.hashing import hash_bucket, hash_sign, mix64, murmur_words
 from embcompress.plan import (
     Address,
     Code,
@@ -16,9 +16,11 @@ from embcompress.plan import (
     Hash,
     LookupPlan,
     MurmurHash,
+    Network,
     Probe,
     Sign,
     Store,
+    TensorTrain,
     Weight,
 )
 
@@ -121,6 +123,11 @@ class ScalarLoop:
         """The combined vector of an id, before the head."""
         if id == self.plan.padding_idx:
             return [0.0] * self.plan.width
+        if self.plan.inputs is not None:
+            inputs = self.plan.inputs
+            keys = [mix64(inputs.key + i) for i in range(inputs.count)]
+            found = [hash_bucket(id, key, inputs.buckets) for key in keys]
+            return [2 * bucket / (inputs.buckets - 1) - 1 for bucket in found]
         parts = [self.probe(probe, id) for probe in self.plan.probes]
         if self.plan.combine == "concat":
             return [value for part in parts for value in part]
@@ -133,12 +140,48 @@ class ScalarLoop:
         return [math.fsum(values) for values in terms]
 
     def head(self, vector: Vector) -> Vector:
-        if self.plan.head is None:
+        head = self.plan.head
+        if head is None:
             return vector
+        if isinstance(head, TensorTrain):
+            return [self.path_sum(head, vector, j) for j in range(math.prod(head.widths))]
+        if isinstance(head, Network):
+            return self.network(head, vector)
+        return self.product(head.weight, vector)
+
+    def product(self, weight: str, vector: Vector) -> Vector:
         return [
             math.fsum(w * v for w, v in zip(row, vector, strict=True))
-            for row in self.floats[self.plan.head.weight]
+            for row in self.floats[weight]
         ]
+
+    def path_sum(self, head: TensorTrain, cores: Vector, column: int) -> float:
+        """Number ``column`` of a train: the sum over all paths through the ranks."""
+        starts = [sum(head.sizes[:k]) for k in range(len(head.sizes))]
+        digits = [
+            column // math.prod(head.widths[k + 1 :]) % width for k, width in enumerate(head.widths)
+        ]
+        paths = itertools.product(*(range(rank) for rank in head.ranks))
+        return math.fsum(
+            math.prod(
+                cores[start + (row * width + digit) * after + to]
+                for start, digit, (_, width, after), row, to in zip(
+                    starts, digits, head.shapes, (0, *path), (*path, 0), strict=True
+                )
+            )
+            for path in paths
+        )
+
+    def network(self, head: Network, vector: Vector) -> Vector:
+        for number, (weight, bias) in enumerate(zip(head.weights, head.biases, strict=True), 1):
+            sums = self.product(weight, vector)
+            vector = [total + b for total, b in zip(sums, self.floats[bias][0], strict=True)]
+            if number < len(head.weights):
+                mean = math.fsum(vector) / len(vector)
+                variance = math.fsum((v - mean) ** 2 for v in vector) / len(vector)
+                normal = [(v - mean) / math.sqrt(variance + 1e-5) for v in vector]
+                vector = [v * math.tanh(math.log1p(math.exp(v))) for v in normal]
+        return vector
 
     def bag(self, ids: Sequence[int], weights: Sequence[float] | None) -> Vector:
         """The pooled vector of a bag, after the head."""
@@ -161,7 +204,9 @@ class ScalarLoop:
         self, ids: Sequence[int], offsets: Sequence[int], weights: Sequence[float] | None
     ) -> list[Vector]:
         if self.plan.pool == "none":
-            return [self.head(self.vector(id)) for id in ids]
+            zero = [0.0] * self.plan.embedding_dim
+            padding = self.plan.padding_idx
+            return [zero if id == padding else self.head(self.vector(id)) for id in ids]
         ranges = itertools.pairwise(offsets)
         return [
             self.bag(ids[begin:end], None if weights is None else weights[begin:end])

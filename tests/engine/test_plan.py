@@ -21,15 +21,18 @@ from embcompress.plan import (
     Code,
     Digit,
     Hash,
+    HashFeatures,
     Linear,
     LookupPlan,
     MurmurHash,
+    Network,
     PlanError,
     Probe,
     Quantization,
     Sign,
     Sparsity,
     Store,
+    TensorTrain,
     Weight,
 )
 from tests.plan_cases import make_case, packed_sparse
@@ -70,6 +73,13 @@ def with_sparse_part(plan: LookupPlan, name: str) -> LookupPlan:
     stores = [replace(s, sparsity=sparsity) if s.name == name else s for s in plan.stores]
     parts = (Store("index", 1, 1, "uint32"), Store("starts", 1, 1, "uint1"))
     return replace(plan, stores=(*stores, *parts))
+
+
+def network(
+    inputs: HashFeatures, bias: Store | None = None, probes: tuple[Probe, ...] = ()
+) -> LookupPlan:
+    stores = (Store("w", 4, 4), bias or Store("b", 1, 4), *([ROWS] if probes else []))
+    return LookupPlan(10, 4, stores, probes, head=Network(("w",), ("b",), inputs))
 
 
 #: Something that breaks a rule, and words of the error.
@@ -253,7 +263,36 @@ BROKEN: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "shape of the head": (
         lambda: table(Store("head", 4, 3), head=Linear("head")),
-        "the head's weight is 4 × 3, not 4 × 4",
+        "the head's weight 'head' is 4 × 3, not 4 × 4",
+    ),
+    "no cores": (lambda: TensorTrain((), ()), "a rank between two of them"),
+    "ranks of a tensor train": (lambda: TensorTrain((2, 2), ()), "a rank between two of them"),
+    "a rank of 0": (lambda: TensorTrain((2, 2), (0,)), "positive widths"),
+    "width of a tensor train": (
+        lambda: table(head=TensorTrain((2, 2), (3,))),
+        "the head maps width 12 to 4, not 4 to 4",
+    ),
+    "columns of a tensor train": (
+        lambda: table(head=TensorTrain((3, 1), (1,))),
+        "the head maps width 4 to 3, not 4 to 4",
+    ),
+    "key of hash features": (lambda: HashFeatures(2**64, 3), "unsigned 64-bit"),
+    "no hash features": (lambda: HashFeatures(0, 0), "count must be at least 1"),
+    "buckets of hash features": (lambda: HashFeatures(0, 3, 2**24 + 1), "buckets in"),
+    "a network of no layers": (lambda: Network((), ()), "as many weights as biases"),
+    "a network without a bias": (lambda: Network(("w", "v"), ("b",)), "as many weights as biases"),
+    "probes beside hash features": (
+        lambda: network(HashFeatures(0, 4), probes=(READ,)),
+        "or hash features instead of probes",
+    ),
+    "width of a network": (lambda: network(HashFeatures(0, 3)), "'w' is 4 × 4, not 4 × 3"),
+    "bias of a network": (
+        lambda: network(HashFeatures(0, 4), Store("b", 1, 3)),
+        "'b' is 1 × 3, not 1 × 4",
+    ),
+    "a store of a network that is gathered": (
+        lambda: table(Store("b", 1, 4), head=Network(("rows",), ("b",))),
+        "used twice, or gathered too",
     ),
     "head of overlapping rows": (
         lambda: table(Store("head", 4, 4, stride=2), head=Linear("head")),
@@ -284,6 +323,10 @@ def with_probe(**fields: Any) -> str:
 
 def with_store(**fields: Any) -> str:
     return changed(stores=[{**json.loads(TEXT)["stores"][0], **fields}])
+
+
+def with_head(kind: str, **fields: Any) -> str:
+    return changed(head={"kind": kind, **fields})
 
 
 DIGIT = {"kind": "digit", "divisor": 1, "radix": 10}
@@ -334,6 +377,20 @@ HOSTILE: dict[str, tuple[str, str]] = {
         ),
         "Code is not allowed here",
     ),
+    "widths that are no list": (with_head("tensor_train", widths=4, ranks=[]), "expected a list"),
+    "a rank that is true": (
+        with_head("tensor_train", widths=[2, 2], ranks=[True]),
+        "expected int in a list, got True",
+    ),
+    "weights that are numbers": (
+        with_head("network", weights=[1], biases=["b"]),
+        "expected str in a list, got 1",
+    ),
+    "inputs that are a name": (
+        with_head("network", weights=["w"], biases=["b"], inputs="x"),
+        "expected an object for HashFeatures",
+    ),
+    "a head that is a hash": (with_head("hash", key=1, buckets=2), "Hash is not allowed here"),
     "a digit with a row": (with_probe(address={**DIGIT, "row": DIGIT}), "Digit has no field"),
     "a plan that contradicts itself": (changed(num_embeddings=0), "empty table"),
 }
@@ -412,6 +469,7 @@ def test_generated_plans_print_what_they_read() -> None:
     for number in range(200):
         plan = make_case(number).plan
         assert all(probe.store in str(plan) for probe in plan.probes)
+        assert all(name in str(plan) for name in plan.head_stores)
         assert plan.bytes == sum(store.bytes for store in plan.stores)
 
 
