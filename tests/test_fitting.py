@@ -27,7 +27,8 @@ def counts() -> torch.Tensor:
     return (1000 / (torch.arange(ROWS) + 1)).long()
 
 
-FITTED = sorted(set(ec.methods()) - {"full"})
+#: All but those without a table: a network cannot be fitted by least squares.
+FITTED = sorted(set(ec.methods()) - {"full", "dhe"})
 
 
 @pytest.mark.parametrize("method", FITTED)

@@ -151,11 +151,13 @@ def export_rows(table: CompressedTable, bits: int) -> Tensor:
 
 def _keeps_codes(table: CompressedTable, bits: int) -> bool:
     """Whether the table's own packed rows are of the format but for where their scales are."""
-    plan, store = table.plan, table.plan.store(table.plan.probes[0].store)
+    plan = table.plan
+    if plan.head is not None or len(plan.probes) != 1:
+        return False
+    store = plan.store(plan.probes[0].store)
     names = store.quantization
     return (
         plan.probes == (Probe(store.name, Digit(1, store.rows)),)
-        and plan.head is None
         and names is not None
         and names.bias is not None
         and plan.store(names.scale).width == 1
