@@ -1,5 +1,6 @@
 """Click logs for CTR models: preparation, memory-mapped columns, batches, splits."""
 
+from embcompress.data.avazu import AvazuSettings, prepare_avazu
 from embcompress.data.click_log import (
     Batch,
     ClickLog,
@@ -17,6 +18,7 @@ from embcompress.data.schema import ClickLogSchema, prepare_schema
 from embcompress.data.synthetic import SyntheticSettings, prepare_synthetic
 
 __all__ = [
+    "AvazuSettings",
     "Batch",
     "ClickLog",
     "ClickLogError",
@@ -29,6 +31,7 @@ __all__ = [
     "Split",
     "SyntheticSettings",
     "load_click_log",
+    "prepare_avazu",
     "prepare_criteo",
     "prepare_movielens",
     "prepare_schema",

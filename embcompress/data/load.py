@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from embcompress.data.avazu import AvazuSettings, prepare_avazu
 from embcompress.data.click_log import FORMAT, ClickLog
 from embcompress.data.criteo import CriteoSettings, prepare_criteo
 from embcompress.data.movielens import FORMATS, prepare_movielens
@@ -22,8 +23,10 @@ from embcompress.data.synthetic import SyntheticSettings, prepare_synthetic
 ACCEPTED = """accepted data:
   ml-100k=DIR, ml-1m=DIR, ml-20m=DIR     MovieLens (20m: also newer CSV releases)
   criteo=FILE[,FILE...][,min_count=N,hash_ids_to=N]  Criteo text, .gz, or a directory of days
+  avazu=FILE[,FILE...][,options as of criteo]   Avazu's train.csv, .gz, or a directory of such
   schema=FILE[,source=PATH]              a parquet or CSV log that a schema describes
-  synthetic[:rows=N,ids=N,seed=N,...]    a synthetic click log"""
+  synthetic[:rows=N,ids=N,seed=N,...]    a synthetic click log
+kind:PATH is the same as kind=PATH"""
 
 
 def default_cache() -> Path:
@@ -94,13 +97,16 @@ def _parse(spec: str) -> tuple[str, Sequence[Path], dict[str, Any], Prepare]:
     """Kind, source files, settings and the preparation of a spec."""
     if spec == "synthetic" or spec.startswith("synthetic:"):
         return _synthetic(spec.partition(":")[2])
-    kind, separator, rest = spec.partition("=")
-    if not separator or not rest:
+    written = re.fullmatch(r"([^=:]*)[=:](.+)", spec)
+    if written is None:
         raise ValueError(f"data {spec!r} is not understood; {ACCEPTED}")
+    kind, rest = written.groups()
     if kind in FORMATS:
         return _movielens(kind, Path(rest))
     if kind == "criteo":
         return _criteo(rest)
+    if kind == "avazu":
+        return _avazu(rest)
     if kind == "schema":
         return _schema(rest)
     raise ValueError(f"data {spec!r} is of unknown kind {kind!r}; {ACCEPTED}")
@@ -146,17 +152,32 @@ def _movielens(kind: str, directory: Path) -> tuple[str, Sequence[Path], dict[st
     return kind, files, {}, prepare
 
 
-def _criteo(rest: str) -> tuple[str, Sequence[Path], dict[str, Any], Prepare]:
+def _text_sources(rest: str) -> tuple[list[Path], str]:
+    """Files and options of ``"PATH,PATH,option=value"``."""
     parts = rest.split(",")
     names = [part for part in parts if not re.match(r"[a-z_]+=", part)]
     options = ",".join(part for part in parts if part not in names)
+    return [file for name in names for file in _day_files(Path(name))], options
+
+
+def _criteo(rest: str) -> tuple[str, Sequence[Path], dict[str, Any], Prepare]:
+    files, options = _text_sources(rest)
     settings = CriteoSettings(**_options(options, CriteoSettings))
-    files = [file for name in names for file in _day_files(Path(name))]
 
     def prepare(target: Path, progress: bool) -> ClickLog:
         return prepare_criteo(files, target, settings, progress=progress)
 
     return "criteo", files, asdict(settings), prepare
+
+
+def _avazu(rest: str) -> tuple[str, Sequence[Path], dict[str, Any], Prepare]:
+    files, options = _text_sources(rest)
+    settings = AvazuSettings(**_options(options, AvazuSettings))
+
+    def prepare(target: Path, progress: bool) -> ClickLog:
+        return prepare_avazu(files, target, settings, progress=progress)
+
+    return "avazu", files, asdict(settings), prepare
 
 
 def _day_files(path: Path) -> list[Path]:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from embcompress.data import CriteoSettings, MalformedRowsError, load_click_log, prepare_criteo
-from embcompress.data import criteo as criteo_module
+from embcompress.data.criteo import CriteoFormat
+from embcompress.data.preparation import Preparation
 from tests.peak_memory import measure_peak
 
 from .criteo_file import write_criteo
@@ -125,10 +126,8 @@ def test_a_truncated_gz_is_refused(source: Path, tmp_path: Path) -> None:
 
 
 def test_other_settings_do_not_go_on_from_a_partial(source: Path, tmp_path: Path) -> None:
-    preparation = criteo_module._Preparation(
-        [source], tmp_path / "log", CriteoSettings(min_count=3), False
-    )
-    preparation.count()
+    settings = CriteoSettings(min_count=3)
+    Preparation(CriteoFormat(), [source], tmp_path / "log", settings, False).count()
     log = prepare_criteo([source], tmp_path / "log", progress=False)
     fresh = prepare_criteo([source], tmp_path / "fresh", progress=False)
     assert digest(log.directory) == digest(fresh.directory)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from embcompress.data import CriteoSettings, prepare_criteo
+from embcompress.data import CriteoSettings, preparation, prepare_criteo
 from embcompress.data import criteo as criteo_module
 
 from .criteo_file import write_criteo
@@ -20,11 +20,11 @@ KILLER = """
 import os, random, signal, sys
 from pathlib import Path
 import numpy as np
-from embcompress.data import criteo, click_log, delimited
+from embcompress.data import criteo, click_log, preparation
 
 source, target, chance = Path(sys.argv[1]), Path(sys.argv[2]), random.Random(int(sys.argv[3]))
-criteo.BLOCK_BYTES = 1 << 18
-criteo._Checkpoint.due = property(lambda self: True)
+preparation.BLOCK_BYTES = 1 << 18
+preparation.Checkpoint.due = property(lambda self: True)
 left = 0
 
 def event(name, half=None):
@@ -105,8 +105,8 @@ def test_killed_again_and_again_it_goes_on_to_the_same_bytes(
 def test_what_is_done_is_not_done_again(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(criteo_module, "BLOCK_BYTES", 1 << 18)
-    monkeypatch.setattr(criteo_module._Checkpoint, "due", True)
+    monkeypatch.setattr(preparation, "BLOCK_BYTES", 1 << 18)
+    monkeypatch.setattr(preparation.Checkpoint, "due", True)
     original, handled = criteo_module.parse_block, []
 
     def stop_at(limit: int | None) -> None:
@@ -134,9 +134,11 @@ def test_what_is_done_is_not_done_again(
 
 def test_counts_of_other_settings_are_never_used(source: Path, tmp_path: Path) -> None:
     target, other = tmp_path / "log", CriteoSettings(max_malformed=0.5)
-    criteo_module._Preparation([source], target, CriteoSettings(hash_ids_to=9), False).count()
+    form = criteo_module.CriteoFormat()
+    hashed = CriteoSettings(hash_ids_to=9)
+    preparation.Preparation(form, [source], target, hashed, False).count()
     # The first pass of other settings is complete too, and its writing interrupted.
-    criteo_module._Preparation([source], target, other, False).count()
+    preparation.Preparation(form, [source], target, other, False).count()
     log = prepare_criteo([source], target, other, progress=False)
     fresh = prepare_criteo([source], tmp_path / "fresh", other, progress=False)
     assert contents(log.directory) == contents(fresh.directory)
