@@ -78,7 +78,7 @@ def sweep(
     budgets: Annotated[str, typer.Option(help="for all tables together")] = "50%,10%,1%",
     seeds: Annotated[str, typer.Option()] = "0",
     model: Annotated[str, typer.Option(help="dlrm, deepfm, dcn or wide_deep")] = "dlrm",
-    split: Annotated[str, typer.Option(help="random, time or prequential")] = "random",
+    split: Annotated[str, typer.Option(help="random, time, day or prequential")] = "random",
     validation: Annotated[float, typer.Option(help="share of the rows")] = 0.1,
     test: Annotated[float, typer.Option(help="share of the rows")] = 0.15,
     embedding_dim: Annotated[int, typer.Option()] = 16,

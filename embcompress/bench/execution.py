@@ -96,7 +96,7 @@ class _Execution:
 
     def __init__(self, executor: Executor, run: Run, log: ClickLog, observers: Observers) -> None:
         self.executor, self.run, self.log, self.observers = executor, run, log, observers
-        self.split = _split(run, log)
+        self.split = split_of(run, log)
         self.counts = executor.counts(run, log, self.split)
         self.tried: tuple[list[Trial], float] = [], 0.0
 
@@ -162,12 +162,19 @@ def _is_finite(model: nn.Module) -> bool:
     return all(bool(torch.isfinite(p).all()) for p in model.parameters())
 
 
-def _split(run: Run, log: ClickLog) -> Split:
+def split_of(run: Run, log: ClickLog) -> Split:
+    """The rows that a run is trained, chosen and tested on.
+
+    Raises:
+        ValueError: the log cannot be split so.
+    """
+    training = run.training
+    kind = "time" if training.split == "prequential" else training.split
     return log.split(
-        "random" if run.training.split == "random" else "time",
+        kind,  # type: ignore[arg-type]
         seed=run.seed,
-        validation=run.training.validation,
-        test=run.training.test,
+        validation=training.validation,
+        test=training.test,
     )
 
 

@@ -13,6 +13,7 @@ from embcompress.models import MODELS
 from embcompress.recipe import TABLE_STD
 
 FULL_BUDGET = "100%"
+SPLITS = ("random", "time", "day", "prequential")
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class TrainingSettings:
 
     Attributes:
         model: name of the reference model.
-        split: ``"random"``, ``"time"``, or ``"prequential"``: one pass in time order, in which
-            every batch is predicted before it is trained on.
+        split: ``"random"``, ``"time"``, ``"day"`` (in time, by whole days), or ``"prequential"``:
+            one pass in time order, in which every batch is predicted before it is trained on.
         validation, test: shares of the rows. Of a prequential run these are the predictions that
             are compared; what comes before them is what may be known of the data beforehand.
         embedding_dim: width of every table.
@@ -50,8 +51,8 @@ class TrainingSettings:
         for name in ("embedding_dim", "epochs", "patience", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.split not in ("random", "time", "prequential"):
-            raise ValueError(f"split must be 'random', 'time' or 'prequential', got {self.split!r}")
+        if self.split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {self.split!r}")
         if not self.learning_rates or min(self.learning_rates) <= 0:
             raise ValueError(f"learning_rates must be positive, got {self.learning_rates}")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from embcompress.bench.display import SweepDisplay
 from embcompress.bench.environment import torch_threads
-from embcompress.bench.execution import Executor
+from embcompress.bench.execution import Executor, split_of
 from embcompress.bench.records import Record, RecordDirectory, only_writer
 from embcompress.bench.settings import Run, SweepSettings
 from embcompress.bench.workers import Task, WorkerSettings, execute_in_processes
@@ -49,8 +49,9 @@ class Sweep:
 
     def _executed(self, tasks: list[Task], display: SweepDisplay) -> Generator[Record, None, None]:
         settings = self.settings
-        for data in dict.fromkeys(task.runs[0].data for task in tasks):
-            load_click_log(data, cache=self.cache)  # prepared before anything is trained
+        for run in {task.runs[0].data: task.runs[0] for task in tasks}.values():
+            # Prepared before anything is trained, and split: neither is a method's fault.
+            split_of(run, load_click_log(run.data, cache=self.cache))
         if settings.workers > 1:
             details = WorkerSettings(self.cache, settings.threads, settings.plan_seconds)
             yield from execute_in_processes(tasks, details, settings.workers)

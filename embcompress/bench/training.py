@@ -225,7 +225,7 @@ def train(
     for phase in loop.phases(lambda: validation_score().auc):
         is_last = phase == loop.procedure.phases[-1]
         for _ in range(phase.epochs or settings.epochs):
-            rows = split.train if settings.split == "time" else rng.permutation(split.train)
+            rows = rng.permutation(split.train) if settings.split == "random" else split.train
             loop.run_epoch(phase, rows, split.validation)
             if is_last and trained.end_epoch(validation_score()):
                 break

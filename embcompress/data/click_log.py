@@ -19,6 +19,7 @@ from torch import Tensor
 
 FORMAT = 1
 _META = "meta.json"
+_SECONDS_OF_A_DAY = 86_400
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ class ClickLog:
 
     def split(
         self,
-        kind: Literal["time", "random"],
+        kind: Literal["time", "day", "random"],
         *,
         seed: int = 0,
         validation: float = 0.1,
@@ -192,12 +193,17 @@ class ClickLog:
 
         Args:
             kind: ``"time"``: the last ``test`` share in time is test, the part before it is
-                validation; ``"random"``: a seeded permutation.
+                validation; ``"day"``: the same, in whole days (UTC), as near to these shares as
+                may be; ``"random"``: a seeded permutation.
             seed: of the permutation.
             validation, test: shares of all rows.
+
+        Raises:
+            ValueError: shares that leave nothing to train on; by day, rows without times or of
+                fewer than three days.
         """
-        if kind not in ("time", "random"):
-            raise ValueError(f"kind of split must be 'time' or 'random', got {kind!r}")
+        if kind not in ("time", "day", "random"):
+            raise ValueError(f"kind of split must be 'time', 'day' or 'random', got {kind!r}")
         if not (validation > 0 and test > 0 and validation + test < 1):
             raise ValueError(f"validation {validation} and test {test} leave nothing to train on")
         if kind == "random":
@@ -206,14 +212,35 @@ class ClickLog:
             order = np.arange(len(self))
         else:
             order = np.argsort(self.times, kind="stable")
-        test_rows, validation_rows = round(test * len(self)), round(validation * len(self))
-        train_rows = len(self) - test_rows - validation_rows
         order = order.astype(np.int64, copy=False)
+        test_start = len(self) - round(test * len(self))
+        validation_start = test_start - round(validation * len(self))
+        if kind == "day":
+            if self.times is None:
+                raise ValueError(f"{self.name} has no times: split it by 'time', not by 'day'")
+            days = self.times[order] // _SECONDS_OF_A_DAY
+            validation_start, test_start = _day_starts(days, validation_start, test_start)
         return Split(
-            order[:train_rows],
-            order[train_rows : train_rows + validation_rows],
-            order[train_rows + validation_rows :],
+            order[:validation_start], order[validation_start:test_start], order[test_start:]
         )
+
+
+def _day_starts(days: NDArray[np.int64], validation: int, test: int) -> tuple[int, int]:
+    """The changes of day that are nearest to two places, with a day at least in each part.
+
+    Args:
+        days: (n,) rising numbers of days.
+        validation, test: where the validation and the test part would begin otherwise.
+    """
+    starts = np.flatnonzero(np.diff(days)) + 1
+    if len(starts) < 2:
+        raise ValueError(
+            f"a split by day needs rows of at least 3 days, these are of {len(starts) + 1}; "
+            "split them by 'time'"
+        )
+    last = 1 + int(np.abs(starts[1:] - test).argmin())
+    first = int(np.abs(starts[:last] - validation).argmin())
+    return int(starts[first]), int(starts[last])
 
 
 def _bag_rows(

@@ -63,11 +63,15 @@ def test_hours_become_times_hours_of_the_day_and_weekdays(
         assert values[log._ids[:, field] - 2].tolist() == parts
 
 
-def test_a_split_by_time_is_in_time_order(source: Path, tmp_path: Path) -> None:
+def test_a_split_by_day_has_whole_days(source: Path, tmp_path: Path) -> None:
     log = prepare_avazu([source], tmp_path / "log", progress=False)
-    split = log.split("time", validation=0.3, test=0.3)
-    times = [log.times[part] for part in (split.train, split.validation, split.test)]  # type: ignore[index]
-    assert times[0].max() <= times[1].min() and times[1].max() <= times[2].min()
+    assert log.times is not None
+    split = log.split("day", validation=0.1, test=0.1)
+    days = [
+        np.unique(log.times[part] // 86_400) for part in (split.train, split.validation, split.test)
+    ]
+    assert [len(part) for part in days] == [1, 1, 1]  # of three
+    assert days[0] < days[1] < days[2]
 
 
 def test_gz_several_files_and_windows_lines_give_the_same(

@@ -15,6 +15,7 @@ from embcompress.data import (
     ClickLog,
     ClickLogError,
     ClickLogSchema,
+    ClickLogWriter,
     MalformedRowsError,
     NegativeSampling,
     SyntheticSettings,
@@ -71,6 +72,47 @@ def test_splits(log: ClickLog) -> None:
         log.split("user")
     with pytest.raises(ValueError, match="nothing to train"):
         log.split("time", validation=0.5, test=0.5)
+
+
+def log_of_days(directory: Path, rows_of_days: list[int]) -> ClickLog:
+    """Rows of several days, the last of them first; day 3 has none."""
+    rows = sum(rows_of_days)
+    writer = ClickLogWriter(
+        directory, name="days", features=(), dense_names=(), rows=rows, has_time=True
+    )
+    days = np.repeat([d if d < 3 else d + 1 for d in range(len(rows_of_days))], rows_of_days)
+    times = days.astype(np.int64) * 86_400 + np.arange(rows) % 86_400
+    writer.write(0, label=np.zeros(rows, np.uint8), time=times[::-1])
+    return writer.finish()
+
+
+@pytest.mark.parametrize(
+    ("rows_of_days", "validation", "test", "parts"),
+    [
+        ([10, 10, 10, 10], 0.25, 0.25, [20, 10, 10]),
+        ([10, 10, 10, 10], 0.01, 0.01, [20, 10, 10]),  # a day at least
+        ([10, 10, 10, 10], 0.4, 0.5, [10, 10, 20]),
+        ([30, 12, 8, 5, 7], 0.1, 0.19, [42, 8, 12]),
+        ([1, 1, 1], 0.1, 0.1, [1, 1, 1]),
+    ],
+)
+def test_a_split_by_day_has_whole_days(
+    rows_of_days: list[int], validation: float, test: float, parts: list[int], tmp_path: Path
+) -> None:
+    log = log_of_days(tmp_path / "log", rows_of_days)
+    split = log.split("day", validation=validation, test=test)
+    found = [split.train, split.validation, split.test]
+    assert [len(part) for part in found] == parts
+    days = [set((log.times[part] // 86_400).tolist()) for part in found]
+    assert max(days[0]) < min(days[1]) and max(days[1]) < min(days[2])
+    assert sorted(np.concatenate(found)) == list(range(len(log)))
+
+
+def test_rows_that_cannot_be_split_by_day(log: ClickLog, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no times: split it by 'time'"):
+        log.split("day")
+    with pytest.raises(ValueError, match="at least 3 days, these are of 2"):
+        log_of_days(tmp_path / "two", [5, 5]).split("day")
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove", "other shape", "meta", "version"])
