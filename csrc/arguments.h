@@ -112,6 +112,12 @@ inline int64_t check_address(const Lookup& lookup, const Address& address, const
                         code.size >= 1 && code.first >= 0,
                     "encoding: codes of no column or no size");
     check_packed_store(store_at(lookup, code.store), rows, code.width, code.bits);
+    STD_TORCH_CHECK(code.is_slot == 0 || code.is_slot == 1, "encoding: neither codes nor slots");
+    if (code.is_slot) {
+        STD_TORCH_CHECK(address_size(code.tag) < (1LL << code.bits), "encoding: ", code.tag.b,
+                        " tags of ", code.bits, " bits");
+        STD_TORCH_CHECK(code.first <= kMostBits - rows * code.width, "encoding: first of slots");
+    }
     if (code.has_otherwise) {
         STD_TORCH_CHECK(address_size(code.otherwise) <= code.size, "encoding: otherwise");
     }

@@ -31,6 +31,10 @@ STABLE_TORCH_LIBRARY(embcompress, m) {
         "Tensor? weights, Tensor encoding, bool ends_are_given, int num_features, "
         "int num_columns, int[] wanted, Tensor[] first, Tensor[] second, Tensor[] steps, "
         "Tensor settings, int kind) -> Tensor");
+    // Updates a sketch of the ids with the largest scores (csrc/cpu/hot_sketch.h).
+    m.def(
+        "hot_sketch_add(Tensor ids, Tensor amounts, Tensor(a!) slot_ids, Tensor(b!) scores, "
+        "int key, int kept) -> ()");
     // Raises what the kernels of a device have reported, of lookups that nobody waited for.
     m.def("raise_reported(Tensor on) -> ()");
 }

@@ -11,6 +11,7 @@
 
 #include "arguments.h"
 #include "cpu/gradients.h"
+#include "cpu/hot_sketch.h"
 
 namespace embcompress {
 
@@ -198,6 +199,33 @@ void lookup_backward_update(Tensor grad, std::vector<Tensor> stores, Tensor ids,
     }
 }
 
+void check_contiguous(const Tensor& tensor, ScalarType type, int64_t dims, const char* name) {
+    STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == type &&
+                        tensor.dim() == dims,
+                    name, " must be a contiguous ", dims, "-D CPU tensor of int64 ids or float32");
+}
+
+void hot_sketch_add(Tensor ids, Tensor amounts, Tensor slot_ids, Tensor scores, int64_t key,
+                    int64_t kept) {
+    check_contiguous(ids, ScalarType::Long, 1, "ids");
+    check_contiguous(amounts, ScalarType::Float, 1, "amounts");
+    check_contiguous(slot_ids, ScalarType::Long, 2, "slot_ids");
+    check_contiguous(scores, ScalarType::Float, 2, "scores");
+    const int64_t buckets = slot_ids.size(0), width = slot_ids.size(1);
+    STD_TORCH_CHECK(amounts.numel() == ids.numel() && scores.size(0) == buckets &&
+                        scores.size(1) == width && buckets >= 1 && kept >= 0 && kept < width,
+                    "hot_sketch_add: ", ids.numel(), " ids, ", amounts.numel(), " amounts, ",
+                    buckets, " x ", width, " slots, of which ", kept, " are kept");
+    const HotSketch sketch{static_cast<int64_t*>(slot_ids.mutable_data_ptr()),
+                           mutable_floats(scores),
+                           buckets,
+                           width,
+                           kept,
+                           static_cast<uint64_t>(key)};
+    add_to_sketch(sketch, static_cast<const int64_t*>(ids.const_data_ptr()), floats(amounts),
+                  ids.numel());
+}
+
 }  // namespace
 }  // namespace embcompress
 
@@ -209,4 +237,5 @@ STABLE_TORCH_LIBRARY_IMPL(embcompress, CPU, m) {
     m.impl("lookup_backward_weights", TORCH_BOX(&embcompress::lookup_backward_weights));
     m.impl("lookup_backward_update", TORCH_BOX(&embcompress::lookup_backward_update));
     m.impl("lookup_fused", TORCH_BOX(&embcompress::lookup_fused));
+    m.impl("hot_sketch_add", TORCH_BOX(&embcompress::hot_sketch_add));
 }

@@ -18,7 +18,7 @@
 
 namespace embcompress {
 
-constexpr int64_t kFormat = 6;
+constexpr int64_t kFormat = 7;
 
 enum class Pool : int64_t { kNone = 0, kSum = 1, kMean = 2 };
 // Rows are added up or multiplied, all of the feature's width; or each is added to its columns.
@@ -54,7 +54,8 @@ struct Address {
     int64_t b;
 };
 
-// Codes of `bits` bits that give the row, code - first; all bits set is "absent".
+// Codes of `bits` bits that give the row, code - first; all bits set is "absent". Or slots: the row
+// is first + the number of the slot that holds the id's tag, in the bucket that is the code's row.
 struct Code {
     int64_t store;  // -1: the address itself is the row
     int64_t bits;
@@ -64,6 +65,8 @@ struct Code {
     int64_t size;
     int64_t has_otherwise;
     Address otherwise;
+    int64_t is_slot;
+    Address tag;  // of a slot
 };
 
 struct Scale {
@@ -99,7 +102,7 @@ struct Probe {
 constexpr int64_t kHeaderFields = sizeof(Header) / sizeof(int64_t);
 constexpr int64_t kFeatureFields = sizeof(Feature) / sizeof(int64_t);
 constexpr int64_t kProbeFields = sizeof(Probe) / sizeof(int64_t);
-static_assert(kHeaderFields == 4 && kFeatureFields == 10 && kProbeFields == 40,
+static_assert(kHeaderFields == 4 && kFeatureFields == 10 && kProbeFields == 48,
               "change embcompress/engine/encoding.py too");
 
 // ------------------------------------------------------------------------------------ hashing
@@ -183,6 +186,41 @@ EMBCOMPRESS_INLINE uint32_t unpack_bits(const uint8_t* stream, int64_t bytes, in
         window |= static_cast<uint64_t>(stream[first_byte + byte]) << (8 * byte);
     }
     return static_cast<uint32_t>((window >> (first_bit & 7)) & ((1ULL << bits) - 1));
+}
+
+// Where a code leads: to a row, or nowhere, or to where the ids go that have none.
+constexpr int64_t kNowhere = -1;
+constexpr int64_t kOtherwise = -2;
+
+// The row that the code in a row of a table of codes stands for. Codes may be damaged: one past its
+// bound is absent, and never a row out of bounds.
+EMBCOMPRESS_INLINE int64_t code_row(const Code& code, const uint8_t* stream, int64_t bytes,
+                                    int64_t row) {
+    const uint32_t absent = static_cast<uint32_t>((1ULL << code.bits) - 1);
+    const uint32_t value = unpack_bits(stream, bytes, row * code.width + code.column, code.bits);
+    if (value == absent) return kOtherwise;
+    const int64_t found = static_cast<int64_t>(value) - code.first;
+    return found >= 0 && found < code.size ? found : kNowhere;
+}
+
+// The row of the first slot of a bucket that holds the id's tag.
+EMBCOMPRESS_INLINE int64_t slot_row(const Code& code, const uint8_t* stream, int64_t bytes,
+                                    int64_t bucket, int64_t id) {
+    // Mostly the tag is the id itself, which takes no division.
+    const bool is_id = code.tag.kind == AddressKind::kDigit && code.tag.a == 1 && id < code.tag.b;
+    const uint32_t tag = static_cast<uint32_t>(is_id ? id : address_row(code.tag, id));
+    for (int64_t slot = bucket * code.width; slot < (bucket + 1) * code.width; ++slot) {
+        if (unpack_bits(stream, bytes, slot, code.bits) != tag) continue;
+        return slot < code.size - code.first ? code.first + slot : kNowhere;
+    }
+    return kOtherwise;
+}
+
+EMBCOMPRESS_INLINE int64_t find_row(const Code& code, const void* stream, int64_t bytes,
+                                    int64_t row, int64_t id) {
+    const uint8_t* numbers = static_cast<const uint8_t*>(stream);
+    return code.is_slot ? slot_row(code, numbers, bytes, row, id)
+                        : code_row(code, numbers, bytes, row);
 }
 
 }  // namespace embcompress

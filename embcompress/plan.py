@@ -109,7 +109,7 @@ class Store:
             ``"uint32"``. Unsigned stores are one stream of bits, without padding between rows:
             number ``j`` of row ``i`` starts at bit ``(i * width + j) * bits``, low bits first.
         quantization: makes the unsigned numbers of a store *values*; without it they are codes,
-            which only a :class:`Code` address may read.
+            which only a :class:`Code` or a :class:`Slot` may read.
         shared: where not empty, tables whose plans have a store of this ``shared`` name hold one
             and the same tensor, and its bytes count once for all of them.
         sparsity: of a float store, which of its numbers are kept; None: all.
@@ -303,7 +303,43 @@ class Code:
             require(self.otherwise.size <= self.size, "a code's otherwise reaches past its size")
 
 
-Address: TypeAlias = DirectAddress | Code
+@dataclass(frozen=True)
+class Slot:
+    """The address is where the id's tag lies in a table of slots: a hash table of keys.
+
+    Row ``bucket(id)`` of the table has ``width`` slots, each with a tag. Where slot ``j`` is the
+    first that holds ``tag(id)``, the address is ``first + bucket(id) * width + j``, and the probe's
+    vector is zero where that is not in ``[0, size)``. Where no slot holds it the id is *absent*:
+    the vector is zero, or takes ``otherwise``. An empty slot has all bits set.
+
+    The memory is that of the slots, however many ids there are. Ids that agree in bucket and tag
+    are one id to the table; there are none where the tag is the id, ``Digit(1, num_embeddings)``.
+
+    Attributes:
+        store: name of an unsigned store without quantization; its rows are the buckets.
+        size: number of rows that may be read, see above.
+        bucket: address of the row in the table of slots.
+        tag: what the slots hold of an id; less than "all bits set".
+        otherwise: address to use where the id is absent; its rows follow the same bound.
+        first: the address of the first slot of the first bucket.
+    """
+
+    kind: ClassVar[str] = "slot"
+    store: str
+    size: int
+    bucket: DirectAddress
+    tag: DirectAddress
+    otherwise: DirectAddress | None = None
+    first: int = 0
+
+    def __post_init__(self) -> None:
+        require(1 <= self.size < INT64_END, "a slot's size must be in [1, 2**63)")
+        require(0 <= self.first < INT64_END, "a slot's first must be in [0, 2**63)")
+        if self.otherwise is not None:
+            require(self.otherwise.size <= self.size, "a slot's otherwise reaches past its size")
+
+
+Address: TypeAlias = DirectAddress | Code | Slot
 
 
 # ------------------------------------------------------------------------------------ scales
@@ -649,6 +685,17 @@ class LookupPlan:
                 "and 'absent'",
             )
             self._check_address(address.row, codes.rows, f"row of {what}")
+        if isinstance(address, Slot):
+            slots = self.store(address.store)
+            require(
+                not slots.is_float and slots.quantization is None,
+                f"{what} reads slots from {slots.name!r}",
+            )
+            require(
+                address.tag.size < 2**slots.bits,
+                f"{what}: {slots.bits} bits cannot hold {address.tag.size} tags and 'empty'",
+            )
+            self._check_address(address.bucket, slots.rows, f"bucket of {what}")
 
     def _check_probe(self, probe: Probe) -> None:
         store = self.store(probe.store)
@@ -794,6 +841,14 @@ def _address_text(address: Address) -> str:
         return f"hash_{address.key & 0xFFFF:04x}(x) of {address.buckets}"
     if isinstance(address, MurmurHash):
         return f"murmur_{address.seed}(x)[{address.word}] mod {address.buckets}"
+    if isinstance(address, Slot):
+        text = f"slot of {_address_text(address.tag)} in {address.store}"
+        text += f"[{_address_text(address.bucket)}]"
+        if address.first:
+            text = f"{address.first} + {text}"
+        return (
+            text if address.otherwise is None else f"{text} or {_address_text(address.otherwise)}"
+        )
     text = f"{address.store}[{_address_text(address.row)}, {address.column}]"
     if address.first:
         text += f" - {address.first}"

@@ -19,6 +19,7 @@ from embcompress.plan import (
     Probe,
     Quantization,
     Sign,
+    Slot,
     Sparsity,
     Store,
     TensorTrain,
@@ -30,7 +31,7 @@ FORMAT = 1
 
 _KINDS: dict[str, type] = {
     cls.kind: cls
-    for cls in (Digit, Hash, MurmurHash, Code, Sign, Weight, Linear, TensorTrain, Network)
+    for cls in (Digit, Hash, MurmurHash, Code, Slot, Sign, Weight, Linear, TensorTrain, Network)
 }
 _DIRECT = (Digit, Hash, MurmurHash)
 _HEADS = (Linear, TensorTrain, Network)
@@ -88,7 +89,9 @@ def _decode_kind(data: Any, *allowed: type, optional: bool = False) -> Any:
         cls,
         data,
         row=lambda value: _decode_kind(value, *_DIRECT),
-        address=lambda value: _decode_kind(value, *_DIRECT, Code),
+        bucket=lambda value: _decode_kind(value, *_DIRECT),
+        tag=lambda value: _decode_kind(value, *_DIRECT),
+        address=lambda value: _decode_kind(value, *_DIRECT, Code, Slot),
         otherwise=lambda value: _decode_kind(value, *_DIRECT, optional=True),
         widths=lambda value: _decode_scalars(value, int),
         ranks=lambda value: _decode_scalars(value, int),
@@ -126,7 +129,7 @@ def _decode_probe(data: Any) -> Probe:
     return _decode(
         Probe,
         data,
-        address=lambda value: _decode_kind(value, *_DIRECT, Code),
+        address=lambda value: _decode_kind(value, *_DIRECT, Code, Slot),
         scale=lambda value: _decode_kind(value, Sign, Weight, optional=True),
     )
 

@@ -90,6 +90,9 @@ class TableProcedure(ABC):
     observes: Observes = "nothing"
     #: Names of tensors that are averaged over data-parallel processes before a step.
     averaged: tuple[str, ...] = ()
+    #: Names of tensors that all data-parallel processes take from the first before a step: those
+    #: that no average makes sense of. The first sees a share of the examples like any other.
+    from_first: tuple[str, ...] = ()
 
     @abstractmethod
     def new_tensors(self, table: TrainedTable) -> dict[str, Tensor]:

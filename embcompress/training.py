@@ -53,8 +53,8 @@ class TrainingProcedure:
         optimizer: what trains the tables: a torch optimizer, several, or None where it is fused
             (:func:`embcompress.fuse_optimizer`), or keeps no state of rows.
         process_group: for data-parallel training, the processes that train copies of the model:
-            before every step of the methods' their observations are averaged, so that all copies
-            change alike. None: a process by itself.
+            before every step of the methods' their observations are averaged, or the first's are
+            taken, so that all copies change alike. None: a process by itself.
 
     Attributes:
         tables: the tables with work to do, by path; see
@@ -284,16 +284,19 @@ class TrainingProcedure:
         for table in self._all.values():
             procedure = table.procedure
             if procedure is not None and procedure.is_due(self.step_number):
-                self._average(table, procedure)
+                self._agree(table, procedure)
                 procedure.step(table, self.step_number)
 
-    def _average(self, table: ManagedTable, procedure: TableProcedure) -> None:
-        """Make the observations of all processes those of each."""
-        if self._process_group is not None:
-            size = dist.get_world_size(self._process_group)
+    def _agree(self, table: ManagedTable, procedure: TableProcedure) -> None:
+        """Make the observations of all processes, or of the first, those of each."""
+        group = self._process_group
+        if group is not None:
+            size = dist.get_world_size(group)
             for name in procedure.averaged:
                 # Not ReduceOp.AVG, which gloo lacks.
-                dist.all_reduce(table.tensor(name).div_(size), group=self._process_group)
+                dist.all_reduce(table.tensor(name).div_(size), group=group)
+            for name in procedure.from_first:
+                dist.broadcast(table.tensor(name), dist.get_global_rank(group, 0), group=group)
 
     def close(self) -> None:
         """Remove the hooks and the procedures' tensors; the tables stay as they are."""

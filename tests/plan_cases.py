@@ -32,6 +32,7 @@ from embcompress.plan import (
     Quantization,
     Scale,
     Sign,
+    Slot,
     Sparsity,
     Store,
     Weight,
@@ -265,12 +266,23 @@ class PlanMaker:
     def address(self, reach: int) -> Address:
         if self.choice.random() < 0.65:
             return self.simple_address(reach)
+        if self.choice.random() < 0.3:
+            return self.slot(reach)
         size = self.choice.choice((1, reach, self.choice.randint(1, reach)))
         first = self.choice.choice((0, 0, self.choice.randint(0, 20)))
         store = self.code_store(first + size)
         otherwise = self.simple_address(size) if self.choice.random() < 0.5 else None
         column = self.choice.randrange(store.width)
         return Code(store.name, size, self.simple_address(store.rows), column, otherwise, first)
+
+    def slot(self, reach: int) -> Slot:
+        """Few tags, so that they are found as often as not, some of them past the size."""
+        size = self.choice.randint(1, reach)
+        otherwise = self.simple_address(size) if self.choice.random() < 0.5 else None
+        tag = self.simple_address(self.choice.choice((1, 4, 9)))
+        store = self.code_store(tag.size)
+        first = self.choice.choice((0, self.choice.randint(0, size)))
+        return Slot(store.name, size, self.simple_address(store.rows), tag, otherwise, first)
 
     def scale(self) -> Scale | None:
         drawn = self.choice.random()
@@ -315,8 +327,10 @@ def make_stores(plan: LookupPlan, generator: torch.Generator, *, whole: bool) ->
     """Tensors for every store of a plan, codes within bounds, absent, now and then damaged."""
     bounds: dict[str, int] = {}
     for probe in plan.probes:
-        if isinstance(probe.address, Code):
-            name, size = probe.address.store, probe.address.size
+        if isinstance(probe.address, Code | Slot):
+            slots = isinstance(probe.address, Slot)
+            size = probe.address.tag.size if slots else probe.address.size
+            name = probe.address.store
             bounds[name] = min(size, bounds.get(name, size))
     scales = {s.quantization.scale for s in plan.stores if s.quantization is not None}
     tensors = {}

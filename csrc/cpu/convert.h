@@ -20,17 +20,13 @@
 
 namespace embcompress {
 
-// The row that the code in a row of the table of codes stands for; -1: absent. Codes may be
-// damaged: one past its bound is absent, and never a row out of bounds.
+// The row that a row of the table of codes, or a bucket of slots, leads to; -1: absent.
 EMBCOMPRESS_INLINE int64_t decode_row(const Lookup& lookup, const Code& code, int64_t id,
                                       int64_t code_row) {
     const StoreView& store = lookup.stores[code.store];
-    const uint32_t absent = static_cast<uint32_t>((1ULL << code.bits) - 1);
-    const uint32_t value = unpack_bits(static_cast<const uint8_t*>(store.data), store.bytes,
-                                       code_row * code.width + code.column, code.bits);
-    const int64_t row = static_cast<int64_t>(value) - code.first;
-    if (value != absent && row >= 0 && row < code.size) return row;
-    return value == absent && code.has_otherwise ? address_row(code.otherwise, id) : -1;
+    const int64_t row = find_row(code, store.data, store.bytes, code_row, id);
+    if (row != kOtherwise) return row;
+    return code.has_otherwise ? address_row(code.otherwise, id) : -1;
 }
 
 // Row of a learned scale; -1 where absent.

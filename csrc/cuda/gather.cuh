@@ -45,15 +45,12 @@ EMBCOMPRESS_DEVICE int64_t row_of(const Address& address, int64_t id) {
     return address_row(address, id);
 }
 
-// The row that a code stands for; -1: absent. Codes may be damaged: one past its bound is absent.
+// The row that a row of the table of codes, or a bucket of slots, leads to; -1: absent.
 EMBCOMPRESS_DEVICE int64_t decode(const Code& code, const StoreView& codes, int64_t id,
                                   int64_t code_row) {
-    const uint32_t absent = static_cast<uint32_t>((1ULL << code.bits) - 1);
-    const uint32_t value = unpack_bits(static_cast<const uint8_t*>(codes.data), codes.bytes,
-                                       code_row * code.width + code.column, code.bits);
-    const int64_t row = static_cast<int64_t>(value) - code.first;
-    if (value != absent && row >= 0 && row < code.size) return row;
-    return value == absent && code.has_otherwise ? row_of(code.otherwise, id) : -1;
+    const int64_t row = find_row(code, codes.data, codes.bytes, code_row, id);
+    if (row != kOtherwise) return row;
+    return code.has_otherwise ? row_of(code.otherwise, id) : -1;
 }
 
 // Row of a checked id in the store of a probe; -1: absent.

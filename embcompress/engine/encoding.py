@@ -22,10 +22,11 @@ from embcompress.plan import (
     MurmurHash,
     Probe,
     Sign,
+    Slot,
     Weight,
 )
 
-FORMAT = 6
+FORMAT = 7
 HEADER_FIELDS, FEATURE_FIELDS, HEAD_STORE_FIELD = 4, 10, 8
 #: Pools that the kernels run; maxima pool the kernels' vectors in torch.
 POOLS = {"none": 0, "sum": 1, "mean": 2}
@@ -33,7 +34,8 @@ POOLS = {"none": 0, "sum": 1, "mean": 2}
 _SUM, _MULTIPLY, _PLACE = 0, 1, 2
 _KERNEL_FLOATS = ("float32", "float16", "bfloat16")
 _NO_ADDRESS = [0, 1, 1]
-_NO_CODE = [-1, 0, 0, 0, 0, 0, 0, *_NO_ADDRESS]
+_NO_SLOT = [0, *_NO_ADDRESS]
+_NO_CODE = [-1, 0, 0, 0, 0, 0, 0, *_NO_ADDRESS, *_NO_SLOT]
 _NO_SCALE = [0, 0, -1, 0, *_NO_ADDRESS, *_NO_CODE]
 _NO_QUANTIZATION = [0, -1, -1, 0, 0]
 
@@ -148,6 +150,8 @@ def _encode_direct(address: DirectAddress) -> list[int]:
 
 def _encode_address(plan: LookupPlan, address: Address, numbers: dict[str, int]) -> list[int]:
     """An address and a code: that of the row among the codes, where there is a code."""
+    if isinstance(address, Slot):
+        return _encode_slot(plan, address, numbers)
     if not isinstance(address, Code):
         return [*_encode_direct(address), *_NO_CODE]
     codes = plan.store(address.store)
@@ -162,6 +166,25 @@ def _encode_address(plan: LookupPlan, address: Address, numbers: dict[str, int])
         address.size,
         int(otherwise is not None),
         *(_NO_ADDRESS if otherwise is None else _encode_direct(otherwise)),
+        *_NO_SLOT,
+    ]
+
+
+def _encode_slot(plan: LookupPlan, address: Slot, numbers: dict[str, int]) -> list[int]:
+    """The address of the bucket, and a code that is a search for the tag."""
+    slots, otherwise = plan.store(address.store), address.otherwise
+    return [
+        *_encode_direct(address.bucket),
+        numbers[slots.name],
+        slots.bits,
+        slots.width,
+        0,
+        address.first,
+        address.size,
+        int(otherwise is not None),
+        *(_NO_ADDRESS if otherwise is None else _encode_direct(otherwise)),
+        1,
+        *_encode_direct(address.tag),
     ]
 
 

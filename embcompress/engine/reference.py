@@ -32,6 +32,7 @@ from embcompress.plan import (
     MurmurHash,
     Probe,
     Sign,
+    Slot,
     Store,
     Weight,
 )
@@ -143,6 +144,8 @@ def address_rows(
         return hash_bucket(ids, address.key, address.buckets), None
     if isinstance(address, MurmurHash):
         return murmur_words(ids, address.seed)[address.word] % address.buckets, None
+    if isinstance(address, Slot):
+        return _slot_rows(address, ids, plan, stores)
     return _code_rows(address, ids, plan, stores)
 
 
@@ -161,6 +164,26 @@ def _code_rows(
     otherwise, _ = address_rows(address.otherwise, ids, plan, stores)
     absent = codes_read == (1 << codes.bits) - 1
     return torch.where(absent, otherwise, rows), present | absent
+
+
+def _slot_rows(
+    address: Slot, ids: Tensor, plan: LookupPlan, stores: Stores
+) -> tuple[Tensor, Tensor | None]:
+    slots = plan.store(address.store)
+    bucket, _ = address_rows(address.bucket, ids, plan, stores)
+    tags, _ = address_rows(address.tag, ids, plan, stores)
+    positions = bucket[:, None] * slots.width + torch.arange(slots.width, device=ids.device)
+    equal = unpack_bits(stores[slots.name], positions, slots.bits) == tags[:, None]
+    found = equal.any(1)
+    # Slots before the first of equal ones. (Which of them argmax gives is left open.)
+    before = (equal.long().cumsum(1) == 0).sum(1)
+    rows = address.first + bucket * slots.width + before
+    present = found & (rows < address.size)
+    rows = torch.where(present, rows, 0)
+    if address.otherwise is None:
+        return rows, present
+    otherwise, _ = address_rows(address.otherwise, ids, plan, stores)
+    return torch.where(found, rows, otherwise), present | ~found
 
 
 def gather_rows(

@@ -14,7 +14,16 @@ from embcompress.engine.quantization import fake_quantize, gradient_scale
 from embcompress.engine.reference import address_rows, mix64, place, pool_bags
 from embcompress.initialization import initialize_stores
 from embcompress.lowering.tables import Read, Role
-from embcompress.plan import Address, Code, LookupPlan, Probe, Sign, Store, Weight
+from embcompress.plan import (
+    Address,
+    Code,
+    LookupPlan,
+    Probe,
+    Sign,
+    Slot,
+    Store,
+    Weight,
+)
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,7 @@ class TableReader(nn.Module):
 
     def _present(self, address: Address, ids: Tensor) -> Tensor | None:
         """(N,) where an address leads to a row; None: everywhere."""
-        return self._address(address, ids)[1] if isinstance(address, Code) else None
+        return self._address(address, ids)[1] if isinstance(address, Code | Slot) else None
 
     def _apply_head(self, vectors: Tensor) -> Tensor:
         return apply_head(self.plan, self.replicated(), vectors)

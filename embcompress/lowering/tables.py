@@ -19,7 +19,7 @@ from typing import Literal
 
 from embcompress.engine.heads import is_linear
 from embcompress.methods import Method
-from embcompress.plan import Code, LookupPlan, Probe, Sign, Store, Weight
+from embcompress.plan import Code, LookupPlan, Probe, Sign, Slot, Store, Weight
 
 #: What the rows of a read are to the plan.
 Role = Literal["rows", "weight", "scale", "bias"]
@@ -195,10 +195,10 @@ def replicated_stores(plan: LookupPlan) -> tuple[Store, ...]:
 
 
 def code_stores(plan: LookupPlan) -> tuple[Store, ...]:
-    """The tables of codes of a plan."""
+    """The tables of codes and slots of a plan."""
     addresses = [probe.address for probe in plan.probes]
     addresses += [p.scale.address for p in plan.probes if isinstance(p.scale, Weight)]
-    names = {address.store for address in addresses if isinstance(address, Code)}
+    names = {address.store for address in addresses if isinstance(address, Code | Slot)}
     return tuple(store for store in plan.stores if store.name in names)
 
 

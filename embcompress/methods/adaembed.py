@@ -39,9 +39,8 @@ class AdaEmbed(Method):
     an id more (and, while rows are reallocated, about 25 bytes an id).
 
     Source: Lai et al., "AdaEmbed: Adaptive embedding for large-scale recommendation models", OSDI
-    2023, sections 3 and 4 (importance by gradients, its decay, reallocation where it is due). What
-    differs: a table has its own number of rows, which the paper balances between tables; a
-    reallocation is due by the number of steps, not by how much the ranking has changed.
+    2023. What differs: a table has its own number of rows, which the paper balances between
+    tables; a reallocation is due by the number of steps, not by how much the ranking has changed.
 
     Attributes:
         interval: steps from one reallocation to the next, ≥ 1.

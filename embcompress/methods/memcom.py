@@ -21,9 +21,9 @@ class MemCom(Method):
     Memory: m·d + n numbers for m rows, so at least n (6.25 % of a table of width 16); with
     ``bias`` m·d + 2·n + d.
 
-    Source: Pansare et al., "Learning compressed embeddings for on-device inference", MLSys 2022,
-    section 4. What differs: rows are found by a keyed hash, not by x mod m; v and w start at 1;
-    the paper adds w[x] to every column (u = 1), here the direction u is learned.
+    Source: Pansare et al., "Learning compressed embeddings for on-device inference", MLSys 2022.
+    What differs: rows are found by a keyed hash, not by x mod m; v and w start at 1; the paper
+    adds w[x] to every column (u = 1), here the direction u is learned.
 
     Attributes:
         bias: whether ids have a second number.

@@ -19,6 +19,7 @@ from embcompress.plan import (
     Network,
     Probe,
     Sign,
+    Slot,
     Store,
     TensorTrain,
     Weight,
@@ -52,6 +53,8 @@ class ScalarLoop:
             return hash_bucket(id, address.key, address.buckets)
         if isinstance(address, MurmurHash):
             return murmur_words(id, address.seed)[address.word] % address.buckets
+        if isinstance(address, Slot):
+            return self.slot(address, id)
         assert isinstance(address, Code)
         store = self.plan.store(address.store)
         code_row = self.row(address.row, id)
@@ -60,6 +63,16 @@ class ScalarLoop:
         if code != 2**store.bits - 1:
             row = code - address.first
             return row if 0 <= row < address.size else None
+        return None if address.otherwise is None else self.row(address.otherwise, id)
+
+    def slot(self, address: Slot, id: int) -> int | None:
+        store = self.plan.store(address.store)
+        bucket, tag = self.row(address.bucket, id), self.row(address.tag, id)
+        assert bucket is not None
+        for column in range(store.width):
+            if self.code(store, bucket, column) == tag:
+                row = address.first + bucket * store.width + column
+                return row if row < address.size else None
         return None if address.otherwise is None else self.row(address.otherwise, id)
 
     def value(self, store: Store, row: int, column: int) -> float:

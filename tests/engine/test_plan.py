@@ -168,6 +168,12 @@ BROKEN: dict[str, tuple[Callable[[], object], str]] = {
         lambda: Code("codes", 5, Digit(1, 10), otherwise=Digit(1, 6)),
         "otherwise reaches past its size",
     ),
+    "slots of size 0": (lambda: Slot("codes", 0, DIGIT_5, DIGIT_5), "size must be in"),
+    "negative first slot": (lambda: Slot("codes", 1, DIGIT_5, DIGIT_5, first=-1), "first must be"),
+    "a slot's otherwise past the size": (
+        lambda: Slot("codes", 4, DIGIT_5, DIGIT_5, otherwise=DIGIT_5),
+        "otherwise reaches past its size",
+    ),
     "negative weight column": (lambda: Weight("w", Digit(1, 1), -1), "column must be ≥ 0"),
     "no ids": (lambda: replace(table(), num_embeddings=0), "empty table"),
     "no width": (lambda: replace(table(), embedding_dim=0), "empty table"),
