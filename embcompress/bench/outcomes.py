@@ -97,6 +97,7 @@ def result_record(run: Run, log: ClickLog, finished: Finished) -> Record:
         "training_bytes": best.training_bytes,
         **_score(finished.scores[best.best_epoch]),
         "single_epoch": _score(finished.scores[1]),
+        "auc_over_time": [None if each is None else each.auc for each in best.over_time],
         "train_seconds": best.train_seconds,
         "examples_per_second": best.examples / best.train_seconds,
         "lookup_microseconds": finished.time.microseconds,

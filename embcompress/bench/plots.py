@@ -126,11 +126,59 @@ def _draw(axes: Any, cells: list[Cell], metric: str, method: str, number: int) -
     )
 
 
+def time_figure(summary: Summary) -> Figure | None:
+    """AUC over a prequential run, a panel a budget; None where no run has one."""
+    from matplotlib.figure import Figure
+
+    drawn = [cell for cell in summary.cells if any(cell.auc_over_time)]
+    budgets = [b for b in summary.budgets if any(cell.budget == b for cell in drawn)]
+    if not budgets:
+        return None
+    figure = Figure(figsize=(8.2, 1.2 + 3.2 * len(budgets)), layout="constrained")
+    panels = figure.subplots(len(budgets), 1, sharex=True, squeeze=False)[:, 0]
+    others = [name for name in summary.methods if name != "full"]
+    for axes, budget in zip(panels, budgets, strict=True):
+        for cell in drawn:
+            if cell.budget == budget or cell.method == "full":
+                _draw_over_time(axes, cell, others)
+        axes.set_title(f"{summary.title}, {budget} of the bytes", fontsize=10)
+        axes.set_ylabel("AUC before training")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    panels[-1].set_xlabel("share of the rows seen, in time order")
+    return figure
+
+
+def _draw_over_time(axes: Any, cell: Cell, others: list[str]) -> None:
+    count = len(cell.auc_over_time)
+    middles = [(number + 0.5) / count for number in range(count)]
+    values = [float("nan") if auc is None else auc for auc in cell.auc_over_time]
+    if cell.method == "full":
+        axes.plot(middles, values, color="black", linewidth=1, linestyle="--", label="full (100%)")
+        return
+    number = others.index(cell.method)
+    axes.plot(
+        middles,
+        values,
+        label=cell.method,
+        linewidth=1.8,
+        color=_COLORS[number % len(_COLORS)],
+        marker=_MARKERS[number % len(_MARKERS)],
+        markersize=4,
+        linestyle="-" if number < len(_COLORS) else ":",
+    )
+
+
 def save_plots(summary: Summary, directory: Path, stem: str) -> list[Path]:
-    """Write a PNG for each metric; returns their paths."""
+    """Write a PNG for each metric, and of a prequential run one over time; returns their paths."""
     paths = []
     for metric in _METRICS:
         path = directory / f"{stem}{metric}.png"
         budget_figure(summary, metric).savefig(path, dpi=130)
         paths.append(path)
+    over_time = time_figure(summary)
+    if over_time is not None:
+        paths.append(directory / f"{stem}over_time.png")
+        over_time.savefig(paths[-1], dpi=130)
     return paths

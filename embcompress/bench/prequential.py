@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from embcompress.bench.settings import TrainingSettings
-from embcompress.bench.training import StepObserver, Trained, TrainingLoop, evaluate, score
+from embcompress.bench.training import (
+    Score,
+    StepObserver,
+    Trained,
+    TrainingLoop,
+    evaluate,
+    score,
+)
 from embcompress.data.click_log import ClickLog, Split
 from embcompress.recipe import OverfittingGuard
 
 #: Share of the training rows that phases of a search choose by.
 _HELD_OUT = 0.1
+#: Equal parts of the rows, in time order, that are scored one by one.
+SLICES = 32
 
 
 def train_prequential(
@@ -53,4 +63,18 @@ def train_prequential(
     _, validation, test = np.split(probability.astype(np.float64), cuts)
     trained.end_epoch(score(log.labels[split.validation], validation))
     trained.prequential = score(log.labels[split.test], test)
+    trained.over_time = slice_scores(log.labels[rows], probability.astype(np.float64))
     return trained
+
+
+def slice_scores(
+    labels: NDArray[np.uint8], probability: NDArray[np.float64], slices: int = SLICES
+) -> list[Score | None]:
+    """Scores of equal slices of predictions in time order; None where all labels are the same."""
+    scores: list[Score | None] = []
+    for label, predicted in zip(
+        np.array_split(labels, slices), np.array_split(probability, slices), strict=True
+    ):
+        mixed = len(label) > 0 and label.min() != label.max()
+        scores.append(score(label, predicted) if mixed else None)
+    return scores

@@ -53,6 +53,8 @@ class Cell:
         training_bytes, train_seconds, examples_per_second: of training.
         lookup_microseconds: for 1,000 lookups of the deployed tables.
         lookup_ratio: that over the time of full tables, measured in turn with them.
+        auc_over_time: of a prequential run, mean AUC of equal parts of all rows in time order; None
+            where a part has one label.
         smallest_bytes: None, or the smallest possible budget where this one is impossible.
         failed: number of runs that ended in an error.
     """
@@ -71,6 +73,7 @@ class Cell:
     examples_per_second: Statistic | None = None
     lookup_microseconds: Statistic | None = None
     lookup_ratio: Statistic | None = None
+    auc_over_time: tuple[float | None, ...] = ()
     smallest_bytes: int | None = None
     failed: int = 0
 
@@ -158,6 +161,7 @@ def _cell(records: list[Record]) -> Cell:
         logloss=Statistic.of(record["logloss"] for record in finished),
         single_epoch_auc=Statistic.of(record["single_epoch"]["auc"] for record in finished),
         auc_by_seed={record["seed"]: record["auc"] for record in finished},
+        auc_over_time=_over_time(finished),
         **_costs(finished),
     )
 
@@ -180,6 +184,15 @@ def _costs(records: list[Record]) -> dict[str, Any]:
         "lookup_microseconds": statistic("lookup_microseconds"),
         "lookup_ratio": Statistic.of(ratios) if ratios else None,
     }
+
+
+def _over_time(records: list[Record]) -> tuple[float | None, ...]:
+    """Means over the seeds, part by part."""
+    every = [record.get("auc_over_time", []) for record in records]
+    if len({len(each) for each in every}) != 1:  # some are of an older version
+        return ()
+    parts = [[each for each in part if each is not None] for part in zip(*every, strict=True)]
+    return tuple(statistics.fmean(part) if part else None for part in parts)
 
 
 def load_records(directory: Path) -> list[Record]:

@@ -74,6 +74,7 @@ class Trained:
     train_seconds: float = 0.0
     examples: int = 0
     prequential: Score | None = None
+    over_time: list[Score | None] = field(default_factory=list)
 
     @property
     def best_epoch(self) -> int:

@@ -16,7 +16,7 @@ from embcompress.bench import training as training_module
 from embcompress.bench.environment import torch_threads
 from embcompress.bench.execution import checked_memory
 from embcompress.bench.planning import try_candidates
-from embcompress.bench.prequential import train_prequential
+from embcompress.bench.prequential import SLICES, slice_scores, train_prequential
 from embcompress.bench.records import RecordFile
 from embcompress.bench.settings import Run, SweepSettings, TrainingSettings
 from embcompress.bench.sweep import run_sweep
@@ -113,6 +113,18 @@ def test_a_prequential_prediction_is_made_before_its_row_is_trained_on(log: Clic
     assert result.prequential == score(log.labels[split.test], probability[split.test])
     scores = training_module.test_scores(result, log, split.test)
     assert scores == {1: result.prequential} and result.examples == len(log)
+    # Over time: the same predictions in equal parts, all of them.
+    assert len(result.over_time) == SLICES
+    first = np.array_split(np.arange(len(log)), SLICES)[0]
+    rows = np.concatenate([split.train, split.validation, split.test])[first]
+    assert result.over_time[0] == score(log.labels[rows], probability[rows])
+
+
+def test_parts_of_one_label_have_no_score() -> None:
+    labels = np.array([0, 1, 0, 0, 1, 0], np.uint8)
+    over_time = slice_scores(labels, np.linspace(0, 1, 6), 3)
+    assert [None if each is None else each.auc for each in over_time] == [1.0, None, 0.0]
+    assert slice_scores(labels, np.linspace(0, 1, 6), 9)[6:] == [None] * 3
 
 
 def test_the_planner_sees_training_rows_alone(

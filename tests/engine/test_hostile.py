@@ -276,6 +276,7 @@ DAMAGE_OF_CODES = {
     "a scale's codes past the store": ("scale.code.size", 10),
     "a scale's rows of codes": ("scale.address.b", 101),
     "a scale's otherwise past the codes": ("scale.otherwise.b", 10),
+    "neither codes nor slots": ("code.is_slot", 2),
     "values of more bits": ("quantization.bits", 5),
     "values of too many bits": ("quantization.bits", 32),
     "values as floats": ("quantization.bits", 0),
@@ -297,6 +298,26 @@ def test_a_damaged_encoding_is_refused(what: str) -> None:
 def test_damaged_codes_and_steps_are_refused(what: str) -> None:
     name, value = DAMAGE_OF_CODES[what]
     with_field(make_call(), field(name, feature=1, probe=1), value).refused("encoding")
+
+
+DAMAGE_OF_SLOTS = {
+    "tags of more bits": ("tag.b", 64),
+    "tags of no kind": ("tag.kind", 3),
+    "no tags": ("tag.b", 0),
+    "buckets past the store": ("address.b", 101),
+    "a wider bucket": ("code.width", 4),
+    "a first row that overflows": ("code.first", HUGE),
+    "rows past the store": ("code.size", 42),
+}
+
+
+@pytest.mark.parametrize("what", sorted(DAMAGE_OF_SLOTS))
+def test_damaged_slots_are_refused(what: str) -> None:
+    name, value = DAMAGE_OF_SLOTS[what]
+    call = with_field(make_call(), field("code.is_slot", feature=1, probe=1), 1)
+    call = with_field(call, field("tag.b", feature=1, probe=1), 63)
+    call.forward()  # these are slots
+    with_field(call, field(name, feature=1, probe=1), value).refused("encoding")
 
 
 def test_a_truncated_encoding_is_refused() -> None:

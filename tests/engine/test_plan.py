@@ -30,6 +30,7 @@ from embcompress.plan import (
     Probe,
     Quantization,
     Sign,
+    Slot,
     Sparsity,
     Store,
     TensorTrain,
@@ -40,13 +41,14 @@ from tests.plan_cases import make_case, packed_sparse
 ROWS = Store("rows", 10, 4)
 CODES = Store("codes", 10, 2, "uint3")
 READ = Probe("rows", Digit(1, 10))
+DIGIT_5 = Digit(1, 5)
 
 
 def table(*stores: Store, probe: Probe = READ, **fields: Any) -> LookupPlan:
     return LookupPlan(10, 4, **{"stores": (ROWS, *stores), "probes": (probe,), **fields})
 
 
-def coded(code: Code, *stores: Store) -> LookupPlan:
+def coded(code: Code | Slot, *stores: Store) -> LookupPlan:
     return table(CODES, *stores, probe=Probe("rows", code))
 
 
@@ -231,6 +233,22 @@ BROKEN: dict[str, tuple[Callable[[], object], str]] = {
         lambda: coded(Code("codes", 3, Digit(1, 11))),
         "row of probe of 'rows' reaches row 10 of 10",
     ),
+    "slots in a float store": (
+        lambda: coded(Slot("rows", 3, DIGIT_5, DIGIT_5)),
+        "reads slots from 'rows'",
+    ),
+    "tags of too few bits": (
+        lambda: coded(Slot("codes", 3, DIGIT_5, Digit(1, 8))),
+        "3 bits cannot hold 8 tags and 'empty'",
+    ),
+    "bucket past the slots": (
+        lambda: coded(Slot("codes", 3, Digit(1, 11), DIGIT_5)),
+        "bucket of probe of 'rows' reaches row 10 of 10",
+    ),
+    "slots past the rows": (
+        lambda: coded(Slot("codes", 11, DIGIT_5, DIGIT_5)),
+        "probe of 'rows' reaches row 10 of 10",
+    ),
     "weight column": (
         lambda: table(probe=replace(READ, scale=Weight("rows", Digit(1, 10), 4))),
         "takes its scale from column 4 of 'rows'",
@@ -397,6 +415,18 @@ HOSTILE: dict[str, tuple[str, str]] = {
         "expected an object for HashFeatures",
     ),
     "a head that is a hash": (with_head("hash", key=1, buckets=2), "Hash is not allowed here"),
+    "a slot read through a code": (
+        with_probe(
+            address={
+                "kind": "slot",
+                "store": "rows",
+                "size": 1,
+                "bucket": DIGIT,
+                "tag": {"kind": "code", "store": "rows", "size": 1, "row": DIGIT},
+            }
+        ),
+        "Code is not allowed here",
+    ),
     "a digit with a row": (with_probe(address={**DIGIT, "row": DIGIT}), "Digit has no field"),
     "a plan that contradicts itself": (changed(num_embeddings=0), "empty table"),
 }
