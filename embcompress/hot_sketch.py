@@ -12,6 +12,8 @@ of frequent and top-k elements in data streams", ICDT 2005.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -35,11 +37,18 @@ def add(
         key: unsigned 64-bit, of the hash that gives an id's bucket.
         kept: so many slots of each bucket are not taken over; less than width.
     """
-    if ops.is_available() and slot_ids.device.type == "cpu":
+    if _is_compiled(slot_ids.device.type):
         signed = key - (1 << 64) if key >> 63 else key
         torch.ops.embcompress.hot_sketch_add(ids, amounts, slot_ids, scores, signed, kept)
     else:
         add_reference(ids, amounts, slot_ids, scores, key, kept)
+
+
+@cache
+def _is_compiled(device: str) -> bool:
+    return ops.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key(
+        "embcompress::hot_sketch_add", device.upper()
+    )
 
 
 def add_reference(

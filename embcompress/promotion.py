@@ -21,6 +21,8 @@ class PromotionSettings(Protocol):
     """When ids are promoted, and which; see :class:`embcompress.Cafe`."""
 
     @property
+    def importance(self) -> Literal["gradient", "frequency"]: ...
+    @property
     def watched(self) -> int: ...
     @property
     def interval(self) -> int: ...
@@ -35,18 +37,18 @@ class PromotionSettings(Protocol):
 
 
 class Promotion(TableProcedure):
-    """Keeps the ids of the largest gradients in the slots of a table.
+    """Keeps the ids of the largest gradients, or the most frequent ones, in a table's slots.
 
     Its tensors: a :mod:`~embcompress.hot_sketch` whose first slots of each bucket are those of the
     table, ``sketch_ids`` (buckets, ways + watched) int64 and ``sketch_scores`` float32; ``moves``,
     how many rows have changed hands.
     """
 
-    observes: Observes = "gradients"
     from_first = (IDS, SCORES)
 
     def __init__(self, settings: PromotionSettings) -> None:
         self.settings = settings
+        self.observes: Observes = "gradients" if settings.importance == "gradient" else "ids"
 
     def new_tensors(self, table: TrainedTable) -> dict[str, Tensor]:
         layout, keys = SlotLayout.of(table.plan), table.stores()[KEYS]

@@ -51,7 +51,7 @@ def test_adaptive(settings: dict[str, float], known: bool) -> None:
     owned = [row for row, own in found if own]
     assert len(set(owned)) == len(owned) > 0
     full = len(owned) / len(keys_of(module))
-    assert full > 0.9 or settings.get("hot") == 0.01
+    assert full > 0.85 or settings.get("hot") == 0.01
     assert module.plan.bytes == module.weight.numel() * 4 + module.keys.numel()
 
 
@@ -107,7 +107,7 @@ def test_budgets_of_large_tables(method: str, budget: str, known: bool) -> None:
     given = torch.arange(n) if known else None
     module = ec.Embedding(n, 16, method=method, budget=budget, counts=given)
     share = float(budget[:-1]) / 100
-    assert 0.9 * share < ec.memory(module).ratio ** -1 <= share or budget == "100%"
+    assert 0.9 * share < ec.memory(module).ratio <= share
 
 
 @pytest.mark.parametrize("method", ["adaptive", "cafe"])

@@ -23,7 +23,7 @@ class Cafe(Method):
 
     A hash table of keys with ``ways`` slots a bucket says which ids own a row. Under
     :class:`~embcompress.TrainingProcedure` a sketch (:mod:`embcompress.hot_sketch`) sums the norms
-    of the gradients of every id's vectors, with ``watched`` more slots a bucket than there are
+    of the gradients of an id's vectors, with ``watched`` more slots a bucket than there are
     rows. Every ``interval`` steps the strongest candidates of a bucket take over the rows of its
     weakest ids (score > ``margin`` · score), and all scores are multiplied by ``decay``. A promoted
     id's row starts as the shared row that it read before. No memory, neither in serving nor in
@@ -42,6 +42,7 @@ class Cafe(Method):
     Attributes:
         hot: share of the rows that ids own, in (0, 1).
         ways: slots of a bucket, ≥ 1.
+        importance: what is summed: ``"gradient"``, or ``"frequency"``, how often an id occurs.
         watched: slots of a bucket beside them in the sketch, for ids that own no row, ≥ 1.
         interval: steps from one promotion to the next, ≥ 1.
         stop: the last step at which there may be one (None: no last).
@@ -53,6 +54,7 @@ class Cafe(Method):
     name: ClassVar[str] = "cafe"
     hot: float = 0.5
     ways: int = 4
+    importance: Literal["gradient", "frequency"] = "gradient"
     watched: int = 4
     interval: int = 20
     stop: int | None = None
@@ -69,6 +71,10 @@ class Cafe(Method):
         if not 0 <= self.decay <= 1 or not self.margin >= 1:
             raise ValueError(
                 f"decay must be in [0, 1] and margin at least 1, got {self.decay}, {self.margin}"
+            )
+        if self.importance not in ("gradient", "frequency"):
+            raise ValueError(
+                f"importance must be 'gradient' or 'frequency', got {self.importance!r}"
             )
         if self.state not in ("copied", "fresh"):
             raise ValueError(f"state must be 'copied' or 'fresh', got {self.state!r}")
