@@ -44,7 +44,26 @@ def _train(rank: int, folder: str) -> None:
     kept = PrunedLayout.of(table.plan).kept_ids(table.codes)
     torch.save([kept, table.weight.detach()], f"{folder}/{rank}.pt")
     if group is not None:
+        torch.save(_train_cafe(rank, group), f"{folder}/cafe_{rank}.pt")
         dist.destroy_process_group()
+
+
+def _train_cafe(rank: int, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    """The keys and rows of a table whose hot ids are those of the first process."""
+    torch.manual_seed(0)
+    table = ec.Embedding(ROWS, 4, method=ec.Cafe(interval=2), budget="30%")
+    optimizer = torch.optim.Adagrad(table.parameters(), lr=0.1)
+    procedure = ec.TrainingProcedure(table, optimizer, process_group=group)
+    generator = torch.Generator().manual_seed(2 + rank)
+    for _ in range(8):
+        ids = (torch.rand(BATCH, generator=generator) ** 3 * ROWS).long()
+        optimizer.zero_grad()
+        (table(ids) - 1).square().sum().backward()
+        dist.all_reduce(table.weight.grad)
+        optimizer.step()
+        procedure.step()
+    assert int(procedure.tables[""].tensor("moves")) > 0
+    return [table.keys, table.weight.detach()]
 
 
 @pytest.mark.slow
@@ -56,3 +75,6 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         assert torch.equal(one, other)
     assert torch.equal(first[0], alone[0])
     torch.testing.assert_close(first[1], alone[1])
+    first, second = (torch.load(tmp_path / f"cafe_{rank}.pt") for rank in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
