@@ -147,7 +147,7 @@ def test_settings_are_checked() -> None:
             method(hot=1.0)
         with pytest.raises(ValueError, match="ways must be an integer"):
             method(ways=0)
-    with pytest.raises(ValueError, match="combine must be 'concat' or 'sum', got 'mul'"):
+    with pytest.raises(ValueError, match="combine must be 'sum' or 'concat', got 'mul'"):
         ec.DoubleHash("mul")
     with pytest.raises(ValueError, match="needs embedding_dim >= 2"):
-        ec.Embedding(10, 1, method="double_hash")
+        ec.Embedding(10, 1, method=ec.DoubleHash("concat"))

@@ -32,19 +32,19 @@ class DoubleHash(Method):
     ids.
 
     Attributes:
-        combine: ``"concat"`` or ``"sum"``.
+        combine: ``"sum"`` or ``"concat"``.
         hot: with counts, the share of the rows that ids own, in (0, 1).
         ways: slots of a bucket, ≥ 1.
     """
 
     name: ClassVar[str] = "double_hash"
-    combine: Literal["concat", "sum"] = "concat"
+    combine: Literal["sum", "concat"] = "sum"
     hot: float = 0.5
     ways: int = 8
 
     def __post_init__(self) -> None:
-        if self.combine not in ("concat", "sum"):
-            raise ValueError(f"combine must be 'concat' or 'sum', got {self.combine!r}")
+        if self.combine not in ("sum", "concat"):
+            raise ValueError(f"combine must be 'sum' or 'concat', got {self.combine!r}")
         check_split(self.hot, self.ways)
 
     def sizes(self, table: TableSpec) -> range:
