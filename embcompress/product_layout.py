@@ -31,6 +31,7 @@ class ProductLayout:
         parts: codebooks, each for as many columns.
         bits: of a code.
         norm_bits: of the code of a vector's norm; None where vectors have no norm apart.
+        one_book: whether all parts share one codebook.
     """
 
     num_embeddings: int
@@ -38,6 +39,7 @@ class ProductLayout:
     parts: int
     bits: int
     norm_bits: int | None = None
+    one_book: bool = False
 
     @classmethod
     def of(cls, plan: LookupPlan) -> ProductLayout:
@@ -50,9 +52,9 @@ class ProductLayout:
         if CODES in stores and codebook(0) in stores:
             norm_bits = stores[NORM_CODES].bits if NORM_CODES in stores else None
             codes = stores[CODES]
-            layout = cls(
-                plan.num_embeddings, plan.embedding_dim, codes.width, codes.bits, norm_bits
-            )
+            one_book = codes.width > 1 and codebook(1) not in stores
+            shape = (plan.num_embeddings, plan.embedding_dim)
+            layout = cls(*shape, codes.width, codes.bits, norm_bits, one_book)
             if plan.with_pool("none") == layout.plan(stores[codebook(0)].dtype):
                 return layout
         raise ValueError(f"this is not the plan of a product-quantized table: {plan}")
@@ -67,7 +69,7 @@ class ProductLayout:
         n, width = self.num_embeddings, self.embedding_dim // self.parts
         every = Digit(1, n)
         stores = [Store(CODES, n, self.parts, f"uint{self.bits}")]
-        stores += [Store(codebook(t), self.words, width, dtype) for t in range(self.parts)]
+        stores += [Store(name, self.words, width, dtype) for name in self.codebooks]
         scale: Scale | None = None
         if self.norm_bits is not None:
             norms = absent_code(self.norm_bits)
@@ -75,19 +77,27 @@ class ProductLayout:
             stores.append(Store(NORMS, norms, 1, dtype))
             scale = Weight(NORMS, Code(NORM_CODES, norms, every))
         addresses: list[Address] = [Code(CODES, self.words, every, t) for t in range(self.parts)]
-        probes = tuple(Probe(codebook(t), address, scale) for t, address in enumerate(addresses))
+        probes = tuple(Probe(self.book(t), address, scale) for t, address in enumerate(addresses))
         return LookupPlan(n, self.embedding_dim, tuple(stores), probes, combine="concat")
 
     @property
     def books(self) -> tuple[str, ...]:
         """Names of the stores that codes point into: the codebooks, then the norms."""
-        books = tuple(codebook(t) for t in range(self.parts))
-        return books if self.norm_bits is None else (*books, NORMS)
+        return self.codebooks if self.norm_bits is None else (*self.codebooks, NORMS)
 
-    # -- codes: a column for every book
+    @property
+    def codebooks(self) -> tuple[str, ...]:
+        """Names of the stores of codewords."""
+        return tuple(codebook(t) for t in range(1 if self.one_book else self.parts))
+
+    def book(self, part: int) -> str:
+        """Name of the store of a part's codewords."""
+        return codebook(0 if self.one_book else part)
+
+    # -- codes: a column for every part, and one for the norms
 
     def read_codes(self, stores: Mapping[str, Tensor], first: int, last: int) -> Tensor:
-        """(last - first, books) codes of consecutive ids."""
+        """(last - first, columns) codes of consecutive ids."""
         codes = unpack_codes(stores[CODES], first * self.parts, last * self.parts, self.bits)
         codes = codes.view(-1, self.parts)
         if self.norm_bits is None:
@@ -96,7 +106,7 @@ class ProductLayout:
         return torch.cat([codes, norms[:, None]], dim=1)
 
     def write_codes(self, stores: Mapping[str, Tensor], ids: Tensor, codes: Tensor) -> None:
-        """Write the (N, books) codes of N distinct ids."""
+        """Write the (N, columns) codes of N distinct ids."""
         positions = ids[:, None] * self.parts + torch.arange(self.parts, device=ids.device)
         parts = codes[:, : self.parts]
         write_codes(stores[CODES], positions.reshape(-1), parts.reshape(-1), self.bits)
@@ -114,12 +124,12 @@ class ProductLayout:
 
     def decode(self, books: Mapping[str, Tensor], codes: Tensor) -> Tensor:
         """(N, embedding_dim) float32 vectors of codes of which none is absent."""
-        parts = [books[codebook(t)][codes[:, t]] for t in range(self.parts)]
+        parts = [books[self.book(t)][codes[:, t]] for t in range(self.parts)]
         vectors = torch.cat(parts, dim=1).float()
         return vectors if self.norm_bits is None else vectors * books[NORMS][codes[:, self.parts]]
 
     def encode(self, books: Mapping[str, Tensor], vectors: Tensor) -> Tensor:
-        """(N, books) the nearest codeword of every part; with norms, found in turns with these.
+        """(N, columns) the nearest codeword of every part; with norms, found in turns with these.
 
         Trained codewords need not have norm 1, so the norm is the one that fits them best.
         """
@@ -128,7 +138,7 @@ class ProductLayout:
         directions, _ = unit_norm(vectors)
         for _ in range(_TURNS):
             codes = self._encode_parts(books, directions)
-            columns = [books[codebook(t)][codes[:, t]].float() for t in range(self.parts)]
+            columns = [books[self.book(t)][codes[:, t]].float() for t in range(self.parts)]
             chosen = torch.cat(columns, dim=1)
             lengths = chosen.square().sum(1, keepdim=True).clamp(min=_TINY)
             best = (vectors * chosen).sum(1, keepdim=True) / lengths
@@ -138,9 +148,19 @@ class ProductLayout:
         return torch.cat([codes, norm_codes[:, None]], dim=1)
 
     def _encode_parts(self, books: Mapping[str, Tensor], vectors: Tensor) -> Tensor:
-        parts = vectors.chunk(self.parts, dim=1)
-        codes = [nearest(part, books[codebook(t)]) for t, part in enumerate(parts)]
-        return torch.stack(codes, dim=1)
+        pieces = zip(self.codebooks, self.pieces(vectors), strict=True)
+        return torch.cat(
+            [nearest(piece, books[name]).view(len(vectors), -1) for name, piece in pieces], dim=1
+        )
+
+    def pieces(self, vectors: Tensor) -> list[Tensor]:
+        """For each codebook (M, width) what of (N, embedding_dim) vectors its codewords stand for.
+
+        Every part by itself, or all parts of a vector one after another where they share a book.
+        """
+        if self.one_book:
+            return [vectors.reshape(len(vectors) * self.parts, -1)]
+        return list(vectors.chunk(self.parts, dim=1))
 
 
 def unit_norm(vectors: Tensor) -> tuple[Tensor, Tensor]:
