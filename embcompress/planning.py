@@ -27,7 +27,7 @@ class Planned:
     Attributes:
         tables: with the planner's method as it was set, and with counts.
         budget_bytes: for all tables together.
-        tried: settings of the planner, best first.
+        tried: settings of the planner, the chosen one first.
         examples: number of examples that they were trained on.
         quality: how the bytes were found, where a quality was asked for.
     """
@@ -46,7 +46,6 @@ def plan_with_data(
     max_auc_loss: float | None,
     data: Iterable[Any],
     seconds: float,
-    seed: int,
 ) -> Planned:
     """Set the planner, and find the budget if there is none, by short trainings.
 
@@ -56,7 +55,6 @@ def plan_with_data(
         budget_bytes: None where ``max_auc_loss`` says what must be kept.
         data: batches (inputs, labels).
         seconds: trainings end after so long.
-        seed: of all random numbers.
 
     Raises:
         ValueError: the planner is not the method of these tables.
@@ -85,7 +83,7 @@ def plan_with_data(
         return method.expected_loss([each.spec for each in known], limit)
 
     dense = sum(each.spec.dense_bytes for each in known)
-    search = PlanSearch(build, plans, expected, dense, trial_data, seconds, seed)
+    search = PlanSearch(build, plans, expected, dense, trial_data, seconds)
     quality = None
     if budget_bytes is None:
         assert max_auc_loss is not None

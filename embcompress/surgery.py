@@ -65,8 +65,8 @@ def compress(
             logits of that shape. Inputs are a tensor, a tuple of the model's arguments or a dict of
             named ones. The model itself is not trained.
         plan_seconds: the planner's trainings end after so long.
-        seed: hash keys are derived from it and from the tables' paths; the planner's random numbers
-            too.
+        seed: hash keys are derived from it and from the tables' paths. The planner's random numbers
+            are its own: the same data give the same plan.
         counts: for any of the tables, by path, (rows,) how often each id occurs in the training
             data; for methods that treat frequent ids better.
         keep_weights: start from the trained tables: each new table approximates the old one as
@@ -108,7 +108,7 @@ def compress(
         tables = [replace(each, method=each.method.for_trained_tables()) for each in tables]
     planned = None
     if data is not None:
-        planned = plan_with_data(model, tables, limit, max_auc_loss, data, plan_seconds, seed)
+        planned = plan_with_data(model, tables, limit, max_auc_loss, data, plan_seconds)
         tables, limit = planned.tables, planned.budget_bytes
     assert limit is not None
     plans = allocate(
@@ -172,7 +172,7 @@ def _explain(
         if planned is not None:
             explanation = replace(
                 explanation,
-                tried=tuple(Tried(str(t.method), t.passes, t.auc) for t in planned.tried),
+                tried=tuple(Tried(str(t.method), t.passes, t.auc, t.lead) for t in planned.tried),
                 examples=planned.examples,
                 quality="" if planned.quality is None else str(planned.quality),
             )

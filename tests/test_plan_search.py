@@ -19,9 +19,10 @@ from embcompress.planner.trials import (
     Trial,
     TrialData,
     area_under_curve,
-    indistinguishable,
+    choose,
+    confirm,
+    difference_error,
     standard_error,
-    successive_halving,
 )
 from embcompress.recipe import OverfittingGuard, initialize_tables
 
@@ -69,6 +70,17 @@ def test_the_last_tenth_is_held_out(data: TrialData) -> None:
     assert (len(data.training), len(data.validation), data.examples) == (54, 6, 5400)
     assert torch.equal(data.validation[-1][1], batches()[-1][1])
     assert len(TrialData.of(iter(batches()), max_examples=1000).training) == 9
+
+
+def test_earlier_data_is_compared_by_what_comes_right_after_it(data: TrialData) -> None:
+    earlier = data.earlier()
+    assert earlier is not None
+    assert (len(earlier.training), len(earlier.validation)) == (48, 6)
+    assert earlier.training + earlier.validation == data.training
+    few = TrialData.of(batches(2))
+    assert few.earlier() is None  # nothing is left to train on
+    alike = TrialData([*data.training[:5], (None, torch.ones(9))], data.validation[:1])
+    assert alike.earlier() is None
 
 
 def test_data_is_checked() -> None:
@@ -145,22 +157,39 @@ def labels() -> TrialData:
 
 def test_the_better_half_goes_on_and_the_best_guess_stays(labels: TrialData) -> None:
     methods = [Fake(0), *(Fake(number) for number in (3, 9, 6, 4, 8, 5, 7))]
-    tried = successive_halving(methods, fake_build, labels, 60)
-    assert [trial.method for trial in tried[:2]] == [Fake(9), Fake(0)]
+    tried = choose(methods, fake_build, labels, 60)
+    assert [trial.method for trial in tried[:3]] == [Fake(9), Fake(0), Fake(8)]
     assert [trial.passes for trial in tried] == [4, 4, 2, 1, 1, 0.5, 0.5, 0.5]
-    assert tried[2].method == Fake(8)
+    assert [trial.lead is not None for trial in tried] == [True] + [False] * 7
 
 
 def test_the_best_guess_wins_what_cannot_be_told_apart(labels: TrialData) -> None:
-    first, other = (area_under_curve(Noisy(number), labels) for number in (50, 51))
-    assert 0 <= other - first < indistinguishable(labels)
-    tried = successive_halving([Fake(50), Fake(51)], fake_build, labels, 60)
-    assert tried[0].method == Fake(50)
+    first, other = (area_under_curve(Noisy(number), labels) for number in (20, 21))
+    assert 0 < other - first < difference_error(labels)
+    tried = choose([Fake(20), Fake(21)], fake_build, labels, 60)
+    assert [trial.method for trial in tried] == [Fake(20), Fake(21)]
+    lead = tried[1].lead
+    assert lead is not None and 0 < lead < difference_error(labels) * 2 / math.sqrt(3)
+
+
+def test_a_winner_by_luck_is_given_up_where_it_falls_behind(labels: TrialData) -> None:
+    challenger, seen = Trial(Fake(3)), []
+
+    def build(method: Method) -> nn.Module:
+        seen.append(method)
+        return fake_build(method)
+
+    assert not confirm(challenger, Trial(Fake(9)), build, labels, math.inf)
+    assert challenger.lead is not None and challenger.lead < 0
+    assert seen == [Fake(3), Fake(9)]  # one part of the examples says enough
 
 
 def test_without_time_the_best_guess_is_taken(labels: TrialData) -> None:
-    tried = successive_halving([Fake(1), Fake(9)], fake_build, labels, 0.0)
+    tried = choose([Fake(1), Fake(9)], fake_build, labels, 0.0)
     assert [(trial.method, trial.passes) for trial in tried] == [(Fake(1), 0), (Fake(9), 0)]
+    challenger = Trial(Fake(9))
+    assert not confirm(challenger, Trial(Fake(1)), fake_build, labels, 0.0)
+    assert challenger.lead is None
 
 
 # ------------------------------------------------------------------------------------- counts
@@ -294,7 +323,7 @@ def expected_loss(method: Method, budget_bytes: int) -> float:
 def test_the_fewest_bytes_that_keep_a_quality(labels: TrialData, max_auc_loss: float) -> None:
     search = Measured(
         lambda method, limit: nn.Identity(), lambda method, limit: limit, expected_loss,
-        dense_bytes=100_000, data=labels, seconds=60, seed=0,
+        dense_bytes=100_000, data=labels, seconds=60,
     )  # fmt: skip
     found = search.smallest(ec.Auto(), max_auc_loss)
     exact = max(50, 100_000 * 10 ** (-max_auc_loss / 0.1))

@@ -12,10 +12,11 @@ from embcompress.data.click_log import ClickLog
 from embcompress.methods import Method, resolve_method
 from embcompress.planner.trials import (
     MOST_EXAMPLES,
+    TRIAL_SEED,
     Trial,
     TrialData,
+    choose,
     distinct,
-    successive_halving,
 )
 
 
@@ -25,11 +26,10 @@ def try_candidates(
     settings: TrainingSettings,
     method: str,
     budget: str,
-    seed: int,
     counts: dict[str, Tensor],
     seconds: float,
 ) -> list[Trial]:
-    """What a method could be set to, best first; see :func:`successive_halving`.
+    """What a method could be set to, the chosen one first; see :func:`choose`.
 
     Args:
         rows: training rows; the candidates are trained on some and compared by others of them, in
@@ -44,7 +44,7 @@ def try_candidates(
     """
 
     def build(candidate: Method) -> nn.Module:
-        return build_model(log, settings, candidate, budget, seed, counts)
+        return build_model(log, settings, candidate, budget, TRIAL_SEED, counts)
 
     methods = resolve_method(method).candidates()
     if len(methods) > 1:
@@ -54,14 +54,14 @@ def try_candidates(
     if len(methods) == 1:
         return [Trial(methods[0])]
     if settings.split == "random":
-        rows = np.random.default_rng(seed).permutation(rows)
+        rows = np.random.default_rng(TRIAL_SEED).permutation(rows)
     rows = rows[-MOST_EXAMPLES:]
     data = TrialData.of(
         ((batch.dense, batch.ids, batch.offsets), batch.label)
         for start in range(0, len(rows), settings.batch_size)
         for batch in [log.batch(rows[start : start + settings.batch_size])]
     )
-    return successive_halving(methods, build, data, seconds)
+    return choose(methods, build, data, seconds)
 
 
 def _plans(model: nn.Module) -> str:

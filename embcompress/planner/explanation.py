@@ -56,11 +56,20 @@ class Tried:
         settings: of the method, as it prints.
         passes: over the training examples.
         auc: on held-out examples.
+        lead: of its AUC over that of the planner's first guess on earlier examples, where it was
+            compared there, too.
     """
 
     settings: str
     passes: float
     auc: float
+    lead: float | None = None
+
+    def __str__(self) -> str:
+        if not self.passes:
+            return f"{self.settings}: no time"
+        again = "" if self.lead is None else f", {self.lead:+.4f} on earlier examples"
+        return f"{self.settings}: AUC {self.auc:.4f}{again}, passes: {self.passes:g}"
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,7 @@ class Explanation:
             restriction each; those that do not fit are left out.
         curve: (bytes, share lost) of all plans that no other one beats.
         has_counts: whether it is known how often ids occur.
-        tried: by short trainings, best first; empty without data.
+        tried: by short trainings, the chosen one first; empty without data.
         examples: number of examples of these.
         quality: how the bytes were found, where a quality was asked for; else empty.
     """
@@ -160,13 +169,8 @@ class Explanation:
             return ""
         if len(self.tried) == 1:
             return "All settings of the planner give this plan, so none was tried."
-        lines = [
-            f"  {each.settings}: AUC {each.auc:.4f}, passes: {each.passes:g}"
-            if each.passes
-            else f"  {each.settings}: no time"
-            for each in self.tried
-        ]
-        return "\n".join([f"Tried on {self.examples:,} examples, best first:", *lines])
+        lines = [f"  {each}" for each in self.tried]
+        return "\n".join([f"Tried on {self.examples:,} examples, the chosen first:", *lines])
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
         """Save a picture: the bytes of every table, and expected loss against bytes.

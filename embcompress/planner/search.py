@@ -14,11 +14,13 @@ from torch import nn
 from embcompress.methods.base import Method
 from embcompress.methods.full import Full
 from embcompress.planner.trials import (
+    TRIAL_SEED,
     Trial,
     TrialData,
+    choose,
     distinct,
+    full_training,
     standard_error,
-    successive_halving,
 )
 
 #: Shares of the dense bytes at which the loss of AUC is measured first.
@@ -86,7 +88,6 @@ class PlanSearch:
         dense_bytes: of the full tables.
         data: what is trained on and compared by.
         seconds: trainings end after so long.
-        seed: of all random numbers.
     """
 
     build: Callable[[Method, int], nn.Module]
@@ -95,20 +96,19 @@ class PlanSearch:
     dense_bytes: int
     data: TrialData
     seconds: float
-    seed: int
     _end: float = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._end = time.monotonic() + self.seconds
 
     def settings(self, method: Method, budget_bytes: int) -> list[Trial]:
-        """The method with one or the other setting, best first."""
+        """The method with one or the other setting, the chosen one first."""
         methods = distinct(method.candidates(), lambda each: self.plans(each, budget_bytes))
         if len(methods) == 1:
             return [Trial(methods[0])]
         with torch.random.fork_rng():
             left = self._end - time.monotonic()
-            return successive_halving(methods, self._builder(budget_bytes), self.data, left)
+            return choose(methods, self._builder(budget_bytes), self.data, left)
 
     def smallest(self, method: Method, max_auc_loss: float) -> QualitySearch:
         """The fewest bytes that lose no more AUC than that.
@@ -136,22 +136,16 @@ class PlanSearch:
 
     def _builder(self, budget_bytes: int) -> Callable[[Method], nn.Module]:
         def build(method: Method) -> nn.Module:
-            torch.manual_seed(self.seed)
+            torch.manual_seed(TRIAL_SEED)
             return self.build(method, budget_bytes)
 
         return build
 
     def _measure(self, method: Method, budget_bytes: int) -> float | None:
         """AUC of a short training, the best after any pass; None if the time ran out."""
-        trial, best = Trial(method), -1.0
         with torch.random.fork_rng():
-            while trial.passes < _PASSES and trial.auc > best:
-                best, passes = trial.auc, trial.passes + 1
-                trial.train(self._builder(budget_bytes), self.data, passes, self._end)
-                if trial.passes < passes:
-                    return None
-        trial.end()
-        return trial.auc
+            build = self._builder(budget_bytes)
+            return full_training(method, build, self.data, self._end, _PASSES)
 
     def _add(self, measured: list[Measurement], method: Method, budget_bytes: int) -> None:
         """Measure at that budget, if it is possible, new, and there is time."""

@@ -25,9 +25,15 @@ Example = tuple[Any, Tensor]
 MOST_EXAMPLES = 1 << 17
 _HELD_OUT = 0.1
 _LEARNING_RATE = 0.03  # of Adagrad
+#: Of the random numbers of trials: not the model's, so that all seeds get one plan for one data.
+TRIAL_SEED = 0
 #: Passes over the training examples after which the worse half of the plans is left out; the best
 #: guess stays to the end, because a short training says least of what learns slowly.
 _RUNGS = (0.5, 1.0, 2.0, 4.0)
+#: Earlier parts of the examples by which the winner has to beat the best guess again.
+_CONFIRMATIONS = 3
+#: Standard errors of its lead, at least.
+_ERRORS_AHEAD = 2.0
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,20 @@ class TrialData:
         held_out = max(1, round(len(self.training) * _HELD_OUT))
         return TrialData(self.training[:-held_out] or self.training, self.training[-held_out:])
 
+    def earlier(self) -> TrialData | None:
+        """The examples before the held-out ones, of which the last as many batches are held out.
+
+        Whether batches come in time order or not, no training sees what is later than the
+        examples that it is compared by. None where too few batches are left, or held-out labels
+        are all alike.
+        """
+        count = len(self.validation)
+        result = TrialData(self.training[:-count], self.training[-count:])
+        if len(result.training) < count:
+            return None
+        labels = result.held_out_labels
+        return result if labels.min() < labels.max() else None
+
     @property
     def held_out_labels(self) -> Tensor:
         """(N,) labels of the held-out examples."""
@@ -112,13 +132,14 @@ class Trial:
         method: what makes the plan.
         auc: on the held-out batches, the best after any number of passes.
         passes: over the training batches, after which it was evaluated last.
-        head_start: is added to its AUC where plans are compared.
+        lead: of its AUC over the best guess's on earlier examples, on average; None where it was
+            not compared there.
     """
 
     method: Method
     auc: float = 0.0
     passes: float = 0.0
-    head_start: float = 0.0
+    lead: float | None = None
     _model: nn.Module | None = field(default=None, repr=False)
     _optimizer: torch.optim.Optimizer | None = field(default=None, repr=False)
     _procedure: TrainingProcedure | None = field(default=None, repr=False)
@@ -221,21 +242,22 @@ def distinct(methods: Sequence[Method], plans: Callable[[Method], object]) -> li
     return list(first.values())
 
 
-def successive_halving(
+def choose(
     methods: Sequence[Method],
     build: Callable[[Method], nn.Module],
     data: TrialData,
     seconds: float,
 ) -> list[Trial]:
-    """Try plans on more and more examples, the better half of them each time.
+    """Which of some plans a model learns best with: the first, unless another is clearly better.
 
-    Source: Jamieson & Talwalkar, "Non-stochastic best arm identification and hyperparameter
-    optimization", AISTATS 2016, algorithm 1.
+    The better half goes on to more passes each time (Jamieson & Talwalkar, "Non-stochastic best
+    arm identification and hyperparameter optimization", AISTATS 2016, algorithm 1). What wins so
+    is mostly the luckiest of those that are alike. So it has to win against the first again, on
+    examples that did not choose it (:func:`confirm`): what cannot be told apart stays as it is,
+    whatever the seed.
 
     Args:
-        methods: to be tried; the first is the best guess. It is never left out, and has a head
-            start (:func:`indistinguishable`): what is not told apart stays as it is, whatever the
-            seed.
+        methods: to be tried; the first is the best guess, and is never left out.
         build: makes a model with tables of that method; its own random numbers, the same each
             time.
         data: what they are trained on and compared by.
@@ -243,17 +265,16 @@ def successive_halving(
             the time is enough the result does not depend on how fast the machine is.
 
     Returns:
-        All of them, best first: those that came further are better.
+        All of them, the chosen one first, then those that came further before the others.
     """
     end = time.monotonic() + seconds
     trials = [Trial(method) for method in methods]
-    trials[0].head_start = indistinguishable(data)
-    alive = trials
+    first, alive = trials[0], trials
     for passes in _RUNGS:
         for trial in alive:
             trial.train(build, data, passes, end)
         better = sorted(alive, key=_rank)[: max(1, len(alive) // 2)]
-        alive = better if trials[0] in better else [*better, trials[0]]
+        alive = better if first in better else [*better, first]
         for trial in trials:
             if trial not in alive:
                 trial.end()
@@ -261,11 +282,60 @@ def successive_halving(
             break
     for trial in alive:
         trial.end()
-    return sorted(trials, key=_rank)
+    winner = min(alive, key=_rank)
+    if winner is not first and not confirm(winner, first, build, data, end):
+        winner = first
+    return sorted(trials, key=lambda trial: (trial is not winner, *_rank(trial)))
 
 
 def _rank(trial: Trial) -> tuple[float, float]:
-    return -trial.passes, -trial.auc - trial.head_start
+    return -trial.passes, -trial.auc
+
+
+def confirm(
+    challenger: Trial,
+    first: Trial,
+    build: Callable[[Method], nn.Module],
+    data: TrialData,
+    end: float,
+) -> bool:
+    """Whether the challenger beats the first on earlier examples, too; its lead is noted.
+
+    Over up to three earlier parts it must be ahead on average by two standard errors
+    (:func:`difference_error`), and is given up where it falls behind. Parts for which there was no
+    time do not count; without any, it does not beat the first.
+    """
+    lead, error, parts = 0.0, 0.0, 0
+    earlier = data.earlier()
+    while earlier is not None and parts < _CONFIRMATIONS:
+        aucs = [full_training(each.method, build, earlier, end) for each in (challenger, first)]
+        if aucs[0] is None or aucs[1] is None:
+            break
+        parts += 1
+        lead += (aucs[0] - aucs[1] - lead) / parts
+        error = difference_error(earlier) / math.sqrt(parts)
+        challenger.lead = lead
+        if lead <= 0:
+            break
+        earlier = earlier.earlier()
+    return parts > 0 and lead > _ERRORS_AHEAD * error
+
+
+def full_training(
+    method: Method,
+    build: Callable[[Method], nn.Module],
+    data: TrialData,
+    end: float,
+    most_passes: float = _RUNGS[-1],
+) -> float | None:
+    """AUC of a training that goes on as long as it rises; None if the time ran out."""
+    trial, best = Trial(method), -1.0
+    while trial.passes < most_passes and trial.auc > best:
+        best, passes = trial.auc, trial.passes + 1
+        trial.train(build, data, passes, end)
+        if trial.passes < passes:
+            return None
+    return trial.auc
 
 
 def standard_error(data: TrialData) -> float:
@@ -280,9 +350,9 @@ def standard_error(data: TrialData) -> float:
     return math.sqrt((positive + negative + 1) / (12 * positive * negative))
 
 
-def indistinguishable(data: TrialData) -> float:
-    """A difference of AUC that says nothing, between two models with the same held-out examples.
+def difference_error(data: TrialData) -> float:
+    """Of the difference between the AUCs of two models on the same held-out examples.
 
-    Half of the standard error of one AUC: that of a difference, if the two are correlated by 7/8.
+    Half of the standard error of one AUC: if the two are correlated by 7/8.
     """
     return standard_error(data) / 2

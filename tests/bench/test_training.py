@@ -134,12 +134,11 @@ def test_the_planner_sees_training_rows_alone(
     monkeypatch.setattr(log, "batch", lambda rows: (seen.append(rows), batch(rows))[1])
     settings = replace(SETTINGS, split="time")
     counts = count_ids(log, split.train)
-    tried = try_candidates(log, split.train, settings, "auto", "5%", 0, counts, 60)
+    tried = try_candidates(log, split.train, settings, "auto", "5%", counts, 60)
     assert len(tried) > 1 and tried[0].passes >= 1
     assert np.isin(np.concatenate(seen), split.train).all()
     assert [each.method for each in tried] == [
-        each.method
-        for each in try_candidates(log, split.train, settings, "auto", "5%", 0, counts, 60)
+        each.method for each in try_candidates(log, split.train, settings, "auto", "5%", counts, 60)
     ]
 
 
