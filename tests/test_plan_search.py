@@ -168,8 +168,9 @@ def test_the_best_guess_wins_what_cannot_be_told_apart(labels: TrialData) -> Non
     assert 0 < other - first < difference_error(labels)
     tried = choose([Fake(20), Fake(21)], fake_build, labels, 60)
     assert [trial.method for trial in tried] == [Fake(20), Fake(21)]
-    lead = tried[1].lead
-    assert lead is not None and 0 < lead < difference_error(labels) * 2 / math.sqrt(3)
+    assert tried[1].lead is None  # no training was spent on it
+    assert not confirm(tried[1], tried[0], fake_build, labels, math.inf)
+    assert 0 < tried[1].lead < difference_error(labels) * 2 / math.sqrt(3)
 
 
 def test_a_winner_by_luck_is_given_up_where_it_falls_behind(labels: TrialData) -> None:

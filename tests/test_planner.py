@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 
 import embcompress as ec
-from embcompress.budget import allocate
+from embcompress.budget import allocate, fit_group
 from embcompress.collection import full_plan
+from embcompress.methods.auto import _plan as auto_plan
 from embcompress.methods.base import TableSpec
 from embcompress.packing import absent_code
 from embcompress.plan import Code, LookupPlan, total_bytes
-from embcompress.planner.frontier import tables_frontier
+from embcompress.planner.even import TIE, even_plans, tables_frontier
 from embcompress.planner.loss import QUANTIZATION_LOSS, table_value
 from embcompress.planner.options import Choices
 
 METHODS = [
     ec.Auto(),
-    ec.Auto(narrowness=3.0),
+    ec.Auto(narrowness=3.0, even=False),
     ec.Auto(share_projection=False, chunks=1),
     ec.Auto(hot=False, chunks=3),
 ]
@@ -93,7 +94,8 @@ def test_a_table_that_is_never_asked_is_worth_nothing() -> None:
 def test_plans_take_the_bytes_that_were_expected(method: ec.Auto, count: int) -> None:
     specs = tables()[-count:]
     frontier = tables_frontier(specs, method.choices)
-    assert (np.diff(frontier.bytes) > 0).all() and (np.diff(frontier.loss) < 0).all()
+    rise = TIE * sum(table_value(table).value for table in specs) if method.even else 0.0
+    assert (np.diff(frontier.bytes) > 0).all() and (np.diff(frontier.loss) < rise).all()
     for point in np.linspace(0, len(frontier) - 1, 40).astype(int).tolist():
         assert total_bytes(method.group_plans(specs, point)) == frontier.bytes[point]
     assert frontier.loss[-1] == pytest.approx(0, abs=1e-9)
@@ -123,6 +125,32 @@ def test_no_restricted_choice_is_expected_to_be_better() -> None:
         losses = np.array([best.loss[point] for point in points if point is not None])
         # The search goes by the best steps, which is not the best set: it may be a little worse.
         assert (losses <= 1.25 * other.loss[-len(losses) :] + 1e-9).all()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.03, 0.02])
+def test_even_plans_are_those_of_low_bit(share: float) -> None:
+    specs = tables()
+    budget = int(share * sum(table.dense_bytes for table in specs))
+    even = even_plans([table_value(table) for table in specs], [16] * len(specs), 0.075)
+    assert (np.diff(even.bytes) >= 0).all()
+    point = even.within(budget)
+    assert point is not None
+    plans = [auto_plan(*each) for each in zip(specs, even.options(point), strict=True)]
+    assert plans == fit_group(ec.LowBit(), specs, budget)
+    assert total_bytes(plans) == even.bytes[point]
+
+
+def test_rows_are_even_where_no_others_are_expected_to_be_better() -> None:
+    alike = [TableSpec(n, 16, f"t{n}", counts=power_law(n, 100_000)) for n in (800, 1000, 1700)]
+    dense = sum(table.dense_bytes for table in alike)
+    for share, is_even in ((0.1, True), (0.05, True), (0.003, False)):
+        budget = int(share * dense)
+        free, low_bit, plans = (
+            allocate(alike, [method] * 3, budget, full_plan)
+            for method in (ec.Auto(even=False), ec.LowBit(), ec.Auto())
+        )
+        assert plans == (low_bit if is_even else free)
+        assert free != low_bit
 
 
 def test_bytes_go_where_ids_tell_more() -> None:

@@ -30,8 +30,8 @@ from embcompress.plan import (
     Quantization,
     Store,
 )
+from embcompress.planner.even import tables_frontier
 from embcompress.planner.explanation import Explanation
-from embcompress.planner.frontier import tables_frontier
 from embcompress.planner.loss import FLOAT, NARROWNESS, table_value
 from embcompress.planner.options import Choices, Option
 
@@ -48,8 +48,8 @@ class Auto(JointMethod):
     id, or fewer, shared by a hash), and a projection of its own or one that tables share, as its
     ids are worth, by the closed forms of :mod:`embcompress.planner.loss`: how often each occurs
     (known counts; else a power law), what few columns and bits lose, what sharing loses. Of all
-    ways to spend the budget it takes the one with the least expected loss. Where w = d there is
-    no projection.
+    ways to spend the budget it takes the one with the least expected loss, or where that is hardly
+    less the one in which all tables have alike rows. Where w = d there is no projection.
 
     Memory: Σ ⌈R·w·b/8⌉ bytes for R rows a table, 4·w for the steps of each, 4·d·w for the
     projections.
@@ -63,6 +63,8 @@ class Auto(JointMethod):
             that share one part differ in others (as in :class:`~embcompress.Unified`).
         hot: whether, where counts are known, the ids that occur most may have columns of their
             own beside the others'.
+        even: whether all tables have alike rows, each table a projection of its own, where the
+            closed forms expect hardly more from others (:mod:`embcompress.planner.even`).
     """
 
     name: ClassVar[str] = "auto"
@@ -70,6 +72,7 @@ class Auto(JointMethod):
     narrowness: float = NARROWNESS
     chunks: int = 4
     hot: bool = True
+    even: bool = True
 
     def __post_init__(self) -> None:
         if not self.narrowness >= 0:
@@ -78,23 +81,27 @@ class Auto(JointMethod):
             raise ValueError(f"chunks must be at least 1, got {self.chunks}")
 
     def candidates(self) -> Sequence[Auto]:
-        """The same with more or less value put on columns; each also without chunks and hot ids.
+        """Even rows or not, and more value put on columns; each also without chunks and hot ids.
 
         How much of what ids tell one column can hold depends on the data more than anything else
         here does. Which ids are hot may change with time, and what shares a row by parts needs
         more examples to be told apart.
         """
-        plain = replace(self, chunks=1, hot=False)
-        return [
+        free = replace(self, even=False)
+        plain = replace(free, chunks=1, hot=False)
+        others = [
             replace(each, narrowness=round(factor * self.narrowness, 6))
             for factor in _NARROWNESS_FACTORS
-            for each in dict.fromkeys((self, plain))
+            for each in (free, plain)
         ]
+        return list(dict.fromkeys((self, *others)))
 
     @property
     def choices(self) -> Choices:
         """What a table may be given."""
-        return Choices(self.share_projection, self.narrowness, self.hot, self.chunks)
+        return Choices(
+            self.share_projection, self.narrowness, self.hot, self.chunks, even=self.even
+        )
 
     def group_sizes(self, tables: Sequence[TableSpec]) -> range:
         return range(len(tables_frontier(tables, self.choices)))
@@ -108,7 +115,8 @@ class Auto(JointMethod):
 
         Infinite where the budget cannot be met.
         """
-        found = tables_frontier(tables, self.choices)
+        # Without even plans, whose loss may rise with the bytes by what is not known so exactly.
+        found = tables_frontier(tables, replace(self.choices, even=False))
         point = found.within(budget_bytes)
         if point is None:
             return math.inf

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from embcompress.methods.base import TableSpec
 from embcompress.plan import LookupPlan, total_bytes
-from embcompress.planner.frontier import tables_frontier
+from embcompress.planner.even import tables_frontier
 from embcompress.planner.loss import FLOAT, table_value
 from embcompress.planner.options import Choices, Option
 from embcompress.text_table import text_table
@@ -236,12 +236,14 @@ def _bits(bits: int) -> str:
 
 def _restrictions(choices: Choices) -> list[tuple[str, Choices]]:
     """What else a person would think of."""
-    narrow = [(f"{w} columns everywhere", replace(choices, widths=(w,))) for w in (2, 4, 8, 16)]
-    coarse = [(f"{_bits(b)} everywhere", replace(choices, bits=(b,))) for b in (1, 2, 4, 8)]
+    free = replace(choices, even=False)
+    narrow = [(f"{w} columns everywhere", replace(free, widths=(w,))) for w in (2, 4, 8, 16)]
+    coarse = [(f"{_bits(b)} everywhere", replace(free, bits=(b,))) for b in (1, 2, 4, 8)]
     return [
-        ("a row for every id", replace(choices, own_rows=True, hot=False)),
-        ("1 column everywhere", replace(choices, widths=(1,))),
+        *([("free columns and bits", free)] if choices.even else []),
+        ("a row for every id", replace(free, own_rows=True, hot=False)),
+        ("1 column everywhere", replace(free, widths=(1,))),
         *narrow,
         *coarse,
-        ("floats everywhere", replace(choices, bits=(FLOAT,))),
+        ("floats everywhere", replace(free, bits=(FLOAT,))),
     ]

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from embcompress.methods.base import TableSpec
-from embcompress.planner.loss import TableValue, table_value
+from embcompress.planner.loss import TableValue
 from embcompress.planner.options import (
     FLOAT_BYTES,
     Choices,
@@ -28,7 +27,6 @@ Numbers = NDArray[np.int64]
 _STEPS_A_DOUBLING = 32
 #: After the best steps, so many more options may be exchanged for larger ones that still fit.
 _EXCHANGES = 6
-_ALL = Choices()
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def frontier(values: tuple[TableValue, ...], dims: tuple[int, ...], choices: Cho
     ]
     sizes = np.concatenate([search.bytes for search in searches])
     losses = np.concatenate(
-        [_expected_loss(values, dims, search, choices.narrowness) for search in searches]
+        [expected_loss(values, dims, search, choices.narrowness) for search in searches]
     )
     order = np.lexsort((losses, sizes))
     points = order[falling(losses[order])]
@@ -87,13 +85,11 @@ def frontier(values: tuple[TableValue, ...], dims: tuple[int, ...], choices: Cho
     chosen = []
     for point in points.tolist():
         number = int(np.searchsorted(starts, point, side="right")) - 1
-        search = searches[number]
-        taken = search.taken[point - starts[number]].tolist()
-        chosen.append([each[k] for each, k in zip(search.options, taken, strict=True)])
+        chosen.append(searches[number].chosen(point - int(starts[number])))
     return Frontier(sizes[points], losses[points], chosen)
 
 
-def _searches(values: Sequence[TableValue], dims: Sequence[int], choices: Choices) -> list[_Search]:
+def _searches(values: Sequence[TableValue], dims: Sequence[int], choices: Choices) -> list[Search]:
     """With at most so many columns, for all numbers of columns."""
     searches = []
     fitting: list[list[Option]] = [[] for _ in values]  # of at most so many columns
@@ -115,14 +111,8 @@ def _searches(values: Sequence[TableValue], dims: Sequence[int], choices: Choice
     return searches
 
 
-def tables_frontier(tables: Sequence[TableSpec], choices: Choices = _ALL) -> Frontier:
-    """The frontier of some tables."""
-    values = tuple(table_value(table) for table in tables)
-    return frontier(values, tuple(table.embedding_dim for table in tables), choices)
-
-
 @dataclass(frozen=True)
-class _Search:
+class Search:
     """The best choices among some options, budget by budget.
 
     Attributes:
@@ -135,8 +125,12 @@ class _Search:
     taken: Numbers
     bytes: Numbers
 
+    def chosen(self, budget: int) -> list[Option]:
+        """Each table's option at one of the budgets."""
+        return [each[k] for each, k in zip(self.options, self.taken[budget].tolist(), strict=True)]
 
-def _search(offered: list[list[Option]], heads_bytes: int) -> _Search:
+
+def _search(offered: list[list[Option]], heads_bytes: int) -> Search:
     """Best steps first, as far as a budget goes; then what else still fits."""
     options = [_undominated(each) for each in offered]
     hulls = [hull(each) for each in options]
@@ -162,7 +156,7 @@ def _search(offered: list[list[Option]], heads_bytes: int) -> _Search:
     taken, total = states[reached], sizes[reached]
     for _ in range(_EXCHANGES):
         taken, total = _exchange(options, taken, total, budgets)
-    return _Search(options, taken, total)
+    return Search(options, taken, total)
 
 
 def _exchange(
@@ -193,8 +187,8 @@ def _undominated(options: list[Option]) -> list[Option]:
     return [option for option, is_better in zip(ordered, kept, strict=True) if is_better]
 
 
-def _expected_loss(
-    values: Sequence[TableValue], dims: Sequence[int], search: _Search, narrowness: float
+def expected_loss(
+    values: Sequence[TableValue], dims: Sequence[int], search: Search, narrowness: float
 ) -> NDArray[np.float64]:
     """(budgets,) the expected loss of all tables.
 

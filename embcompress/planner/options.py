@@ -81,6 +81,8 @@ class Choices:
         widths: numbers of columns; None for all.
         bits: of a number; None for all.
         own_rows: every id has a row of its own.
+        even: whether all tables have alike rows where hardly any are expected to be better
+            (:mod:`embcompress.planner.even`).
     """
 
     share_projection: bool = True
@@ -90,6 +92,12 @@ class Choices:
     widths: tuple[int, ...] | None = None
     bits: tuple[int, ...] | None = None
     own_rows: bool = False
+    even: bool = False
+
+
+def columns_kept(columns: int, dim: int, narrowness: float) -> float:
+    """Share of a table's value that so many of its columns hold."""
+    return 1 - narrowness * (1 / columns - 1 / dim)
 
 
 def candidate_widths(dim: int, allowed: tuple[int, ...] | None = None) -> list[int]:
@@ -174,7 +182,7 @@ def _groups(
     sizes = -(-rows * width * bits // 8) + steps + head
 
     def narrow(columns: int) -> float:
-        return 1 - choices.narrowness * (1 / columns - 1 / dim)
+        return columns_kept(columns, dim, choices.narrowness)
 
     def kept_of(own: tuple[float, ...]) -> NDArray[np.float64]:
         whole = 1 - shares * SHARED_PROJECTION_LOSS

@@ -252,9 +252,9 @@ def choose(
 
     The better half goes on to more passes each time (Jamieson & Talwalkar, "Non-stochastic best
     arm identification and hyperparameter optimization", AISTATS 2016, algorithm 1). What wins so
-    is mostly the luckiest of those that are alike. So it has to win against the first again, on
-    examples that did not choose it (:func:`confirm`): what cannot be told apart stays as it is,
-    whatever the seed.
+    is mostly the luckiest of those that are alike. So it has to lead the first by a standard error
+    (:func:`difference_error`), and to win against it again on examples that did not choose it
+    (:func:`confirm`): what cannot be told apart stays as it is, whatever the seed.
 
     Args:
         methods: to be tried; the first is the best guess, and is never left out.
@@ -283,7 +283,8 @@ def choose(
     for trial in alive:
         trial.end()
     winner = min(alive, key=_rank)
-    if winner is not first and not confirm(winner, first, build, data, end):
+    is_ahead = winner.auc - first.auc > difference_error(data)
+    if not is_ahead or not confirm(winner, first, build, data, end):
         winner = first
     return sorted(trials, key=lambda trial: (trial is not winner, *_rank(trial)))
 
