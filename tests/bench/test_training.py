@@ -32,7 +32,7 @@ from embcompress.bench.training import (
 )
 from embcompress.data import ClickLog, load_click_log
 from embcompress.models import MODELS
-from embcompress.planner.trials import TrialData, successive_halving
+from embcompress.planner.trials import TrialData, choose
 from embcompress.recipe import binary_step, make_optimizer
 from tests.phased_method import Searched
 
@@ -241,7 +241,7 @@ def test_short_trainings_run_the_phases(log: ClickLog) -> None:
         for batch in (log.batch(rows[start : start + 64]) for start in range(0, 640, 64))
     )
     methods = [PhasedSearch(), ec.LowDim()]
-    trials = successive_halving(
+    trials = choose(
         methods, lambda method: build_model(log, SETTINGS, method, "50%", 0), data, 100.0
     )
     assert all(trial.passes > 0 and trial.auc > 0 for trial in trials)
