@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -56,6 +57,7 @@ class Executor:
         self._log: tuple[str, ClickLog] | None = None
         self._timer: tuple[tuple[str, int], LookupTimer] | None = None
         self._counts: tuple[object, dict[str, Tensor]] | None = None
+        self._planned: dict[str, tuple[list[Trial], float]] = {}
 
     def execute(
         self, run: Run, learning_rates: tuple[float, ...], observers: Observers = no_observer
@@ -90,6 +92,18 @@ class Executor:
             self._counts = key, count_ids(log, split.train)
         return self._counts[1]
 
+    def planned(
+        self, run: Run, log: ClickLog, split: Split, counts: dict[str, Tensor]
+    ) -> tuple[list[Trial], float]:
+        """What was tried, and how long it took; once for all runs of the same training rows."""
+        key = run.key if run.training.split == "random" else replace(run, seed=0).key
+        if key not in self._planned:
+            started = time.perf_counter()
+            details = (run.training, run.method, run.budget, counts)
+            tried = try_candidates(log, split.train, *details, self.plan_seconds)
+            self._planned[key] = tried, time.perf_counter() - started
+        return self._planned[key]
+
 
 class _Execution:
     """One run while it is executed."""
@@ -102,7 +116,7 @@ class _Execution:
 
     def record(self, learning_rates: tuple[float, ...]) -> Record:
         try:
-            self.tried = self._try_candidates()
+            self.tried = self.executor.planned(self.run, self.log, self.split, self.counts)
             model = self._build()
         except BudgetError as error:
             return impossible_record(self.run, error)
@@ -126,13 +140,6 @@ class _Execution:
         speed = self.executor.timer(self.run, self.log).measure(served.embeddings)
         finished = Finished(best, scores, trials, size, lookup, speed, self.tried)
         return result_record(self.run, self.log, finished)
-
-    def _try_candidates(self) -> tuple[list[Trial], float]:
-        run, started = self.run, time.perf_counter()
-        details = (run.training, run.method, run.budget, run.seed, self.counts)
-        seconds = self.executor.plan_seconds
-        tried = try_candidates(self.log, self.split.train, *details, seconds)
-        return tried, time.perf_counter() - started
 
     def _build(self) -> ClickModel:
         """A new model; the tables know how often each id occurs in the training rows."""

@@ -110,7 +110,13 @@ def result_record(run: Run, log: ClickLog, finished: Finished) -> Record:
         "learning_rate_trials": finished.trials,
         "plan_seconds": plan_seconds,
         "tried": [
-            {"settings": str(each.method), "passes": each.passes, "auc": each.auc} for each in tried
+            {
+                "settings": str(each.method),
+                "passes": each.passes,
+                "auc": each.auc,
+                "lead": each.lead,
+            }
+            for each in tried
         ],
         "lookup": finished.lookup,
         "rows": len(log),

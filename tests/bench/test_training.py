@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import embcompress as ec
+from embcompress.bench import execution as execution_module
 from embcompress.bench import training as training_module
 from embcompress.bench.environment import torch_threads
 from embcompress.bench.execution import checked_memory
@@ -32,7 +33,7 @@ from embcompress.bench.training import (
 )
 from embcompress.data import ClickLog, load_click_log
 from embcompress.models import MODELS
-from embcompress.planner.trials import TrialData, choose
+from embcompress.planner.trials import Trial, TrialData, choose
 from embcompress.recipe import binary_step, make_optimizer
 from tests.phased_method import Searched
 
@@ -245,3 +246,22 @@ def test_short_trainings_run_the_phases(log: ClickLog) -> None:
         methods, lambda method: build_model(log, SETTINGS, method, "50%", 0), data, 100.0
     )
     assert all(trial.passes > 0 and trial.auc > 0 for trial in trials)
+
+
+def test_seeds_of_the_same_rows_have_one_plan(
+    log: ClickLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[str] = []
+
+    def tried(log: ClickLog, rows: object, settings: TrainingSettings, *_: object) -> list[Trial]:
+        planned.append(settings.split)
+        return [Trial(ec.LowDim())]
+
+    monkeypatch.setattr(execution_module, "try_candidates", tried)
+    executor = execution_module.Executor(log.directory.parent, 60)
+    for split in ("time", "random"):
+        settings = replace(SETTINGS, split=split)
+        for seed in (0, 1):
+            rows = log.split(split, seed=seed)  # type: ignore[arg-type]
+            executor.planned(Run(DATA, "low_dim", "50%", seed, settings), log, rows, {})
+    assert planned == ["time", "random", "random"]
