@@ -32,8 +32,9 @@ TRIAL_SEED = 0
 _RUNGS = (0.5, 1.0, 2.0, 4.0)
 #: Earlier parts of the examples by which the winner has to beat the best guess again.
 _CONFIRMATIONS = 3
-#: Standard errors of its lead, at least.
-_ERRORS_AHEAD = 2.0
+#: Standard errors of its lead, at least; trainings have a noise of their own beside that of the
+#: held-out examples.
+_ERRORS_AHEAD = 2.5
 
 
 @dataclass(frozen=True)
@@ -302,7 +303,7 @@ def confirm(
 ) -> bool:
     """Whether the challenger beats the first on earlier examples, too; its lead is noted.
 
-    Over up to three earlier parts it must be ahead on average by two standard errors
+    Over up to three earlier parts it must be ahead on average by 2.5 standard errors
     (:func:`difference_error`), and is given up where it falls behind. Parts for which there was no
     time do not count; without any, it does not beat the first.
     """
