@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from embcompress.plan import LookupPlan
 from embcompress.procedure import Observes, TableProcedure, TrainedTable
 from embcompress.product_layout import ProductLayout, codebook
 
@@ -52,6 +53,14 @@ class QueryLearning(TableProcedure):
 
     def __init__(self, settings: QuerySettings) -> None:
         self.settings = settings
+        self._known: tuple[LookupPlan, ProductLayout] | None = None
+
+    def _layout(self, table: TrainedTable) -> ProductLayout:
+        """The layout of the table's plan, read once for a plan: that takes longer than a step."""
+        plan = table.plan
+        if self._known is None or self._known[0] is not plan:
+            self._known = plan, ProductLayout.of(plan)
+        return self._known[1]
 
     def new_tensors(self, table: TrainedTable) -> dict[str, Tensor]:
         plan, stores = table.plan, table.stores()
@@ -73,7 +82,7 @@ class QueryLearning(TableProcedure):
         gradients.index_add_(0, place, torch.nan_to_num(amounts, nan=0.0, posinf=0.0, neginf=0.0))
         queries, squares = table.tensor(QUERIES), table.tensor(SQUARES)
         if self.settings.temperature is not None:
-            layout, stores = ProductLayout.of(table.plan), table.stores()
+            layout, stores = self._layout(table), table.stores()
             gradients = soft_gradients(
                 layout, stores, queries[distinct], gradients.float(), self.settings.temperature
             )
@@ -87,7 +96,7 @@ class QueryLearning(TableProcedure):
 
     @torch.no_grad()
     def step(self, table: TrainedTable, number: int) -> None:
-        layout, stores = ProductLayout.of(table.plan), table.stores()
+        layout, stores = self._layout(table), table.stores()
         queries, touched = table.tensor(QUERIES), table.tensor(TOUCHED)
         ids = touched.nonzero().flatten()
         touched.zero_()
