@@ -70,6 +70,8 @@ class Searched(LowDim):
         if phase == SEARCH:
             stores["gates"] = torch.ones(1, table.built.embedding_dim)
             return TableForm(gated_plan(table.built), stores, frozen=("gates",))
+        if table.built.is_dense:
+            return TableForm(table.built, {"weight": stores["weight"]})
         width = table.built.store("weight").width + self.excess
         plan = self.plan(table.spec, width)
         best = table.stores()["gates"][0].argsort(descending=True, stable=True)[:width].sort()

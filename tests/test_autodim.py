@@ -145,3 +145,12 @@ def test_settings_are_checked() -> None:
             ec.AutoDim(**settings)
     with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
         ec.AutoDim(epochs=0)
+
+
+def test_a_table_that_was_built_full_is_searched_too() -> None:
+    model = Model("autodim", rows=(60, 9), budget="80%")
+    assert model.table(1).plan.is_dense and model.table(1).method == "autodim"
+    procedure = search(model)
+    procedure.tables["embeddings.embedding_bags.t1"].tensor("logits")[0] = 9.0
+    procedure.begin_phase()
+    assert model.table(1).plan.stores[0].width == 1
