@@ -34,8 +34,8 @@ class Robe(JointMethod):
     Attributes:
         chunk: Z; it divides every table's width. None: the largest common divisor of the widths
             that divides 8, half a cache line.
-        stride: chunks begin at multiples of it; it divides Z. 1 as in the paper; with larger ones
-            fewer chunks overlap, and a training step is up to ``stride`` times as fast.
+        stride: chunks begin at multiples of it; it divides Z. 1 as in the paper. Gradients are
+            added up in pieces of ``stride`` numbers, so larger ones train faster.
         signed: whether chunks have hashed signs.
         group: tables with the same group, method and seed share M. None: each has an array of its
             own, in proportion to its dense size; so trained tables are approximated.
