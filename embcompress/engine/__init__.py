@@ -20,7 +20,7 @@ from embcompress.engine import ops
 from embcompress.engine.bags import Bags, check_ids, check_offsets, make_bags
 from embcompress.engine.encoding import EncodedPlans, can_encode, encode_plans, needs_cpu_kernels
 from embcompress.engine.fused import FusedStores, lookup_fused
-from embcompress.engine.heads import is_linear
+from embcompress.engine.heads import apply_head, is_linear
 from embcompress.engine.reference import lookup_reference, pool_bags, vectors_after_head
 from embcompress.plan import LookupPlan
 
@@ -87,6 +87,7 @@ class Program:
             self._encode()
         self._has_vectors = plans[0].pool == "none" or self._ends_in_torch  # for every id, no bags
         self._is_for_cpu = any(map(needs_cpu_kernels, plans))
+        self._before_heads = self._without_heads() if ops.has_kernels_without_heads() else None
         self._sparse = options.sparse
         self._dtype = _output_dtype(plans)
         # One call of the operator, and nothing before or after it.
@@ -112,6 +113,19 @@ class Program:
         # Where the tensors are among the arguments of a call.
         self._sources = [(self.owners.index(owner), name) for owner, name in self.stores]
         self._encoded = encode_plans(plans, numbers)
+
+    def _without_heads(self) -> Program | None:
+        """What a device gathers and pools whose kernels run no heads, where nothing else is amiss.
+
+        Sums and means may be taken before linear heads, which are then torch's affair.
+        """
+        is_float32 = _output_dtype(self.plans) == torch.float32
+        if self._encoded is None or self._ends_in_torch or not is_float32:
+            return None
+        plans = list(map(_gathered_plan, self.plans))
+        if not self._is_for_cpu or any(map(needs_cpu_kernels, plans)):
+            return None
+        return Program(plans, self.options, self.owners)
 
     @property
     def is_compiled(self) -> bool:
@@ -167,6 +181,8 @@ class Program:
                 "a fused optimizer takes ids on the CPU or a CUDA device and per_sample_weights of "
                 "float32 at most; call .float() on the weights"
             )
+        if self._before_heads is not None and not runs_on_device and _is_for_kernels(bags):
+            return self._run_heads(stores, self._before_heads(stores, bags))
         return self._run_reference(stores, bags.complete())
 
     def run_plain_bags(
@@ -286,6 +302,13 @@ class Program:
             check_offsets(bags.offsets, bags.ids.numel())
         return pool_bags(plan, vectors, bags)
 
+    def _run_heads(self, stores: Sequence[Stores], pooled: Tensor) -> Tensor:
+        """What the kernels gathered and pooled of all features, after their linear heads."""
+        columns = pooled.split([plan.width for plan in self.plans], dim=1)
+        features = zip(self.plans, stores, columns, strict=True)
+        outputs = [apply_head(plan, own, part) for plan, own, part in features]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
     # -- the reference
 
     def _feature_bags(self, bags: Bags) -> list[Bags]:
@@ -331,8 +354,16 @@ def _kernel_plan(plan: LookupPlan) -> LookupPlan:
     """What kernels run of a plan that ends in torch: vectors of all ids, after a linear head."""
     if is_linear(plan.head):
         return plan.with_pool("none", plan.padding_idx)
-    own = tuple(store for store in plan.stores if store.name not in plan.head_stores)
-    return replace(plan, head=None, embedding_dim=plan.width, stores=own, pool="none")
+    return replace(_gathered_plan(plan), pool="none")
+
+
+def _gathered_plan(plan: LookupPlan) -> LookupPlan:
+    """The plan without its head."""
+    if plan.head is None:
+        return plan
+    gathered = {probe.store for probe in plan.probes}
+    own = tuple(s for s in plan.stores if s.name in gathered or s.name not in plan.head_stores)
+    return replace(plan, head=None, embedding_dim=plan.width, stores=own)
 
 
 def _computes_vectors(plan: LookupPlan) -> bool:

@@ -89,6 +89,11 @@ def runs_every_plan(device: torch.device) -> bool:
     return device.type not in _PLAIN_PLANS_ONLY
 
 
+def has_kernels_without_heads() -> bool:
+    """Whether there is a device whose kernels run no heads."""
+    return bool(_PLAIN_PLANS_ONLY)
+
+
 def is_report(error: RuntimeError) -> bool:
     """Whether an operator raised what a CUDA kernel reported, of this call or an earlier one."""
     return "CUDA_LAUNCH_BLOCKING=1 tells which" in str(error)

@@ -25,7 +25,8 @@ def test_generated_cases(device: str, sparse: bool) -> None:
         if case.plan.is_dense:
             continue
         judge = Judge(case)
-        judge.check(run(case, judge.gradient, partial(engine, sparse=sparse, device=device)))
+        lookup = partial(engine, sparse=sparse, device=device)
+        judge.check(run(case, judge.gradient, lookup, device=device))
 
 
 def test_features(device: str) -> None:

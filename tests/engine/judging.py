@@ -16,6 +16,7 @@ from torch import Tensor
 
 from embcompress.engine.reference import lookup_reference, output_dtype
 from embcompress.plan import FLOAT_BITS, LookupPlan, Sign
+from tests.engine.devices import to_device
 from tests.plan_cases import Case, pack_bits, unpack_bits, with_leaves
 
 Lookup = Callable[[Case], Tensor]
@@ -38,21 +39,28 @@ def reference(case: Case, sparse: bool = False) -> Tensor:
 
 
 def run(
-    case: Case, gradient: Tensor, lookup: Lookup = reference, *, frozen: Collection[str] = ()
+    case: Case,
+    gradient: Tensor,
+    lookup: Lookup = reference,
+    *,
+    frozen: Collection[str] = (),
+    device: str = "cpu",
 ) -> Result:
     """Forward and backward with a gradient of the output (cast to its dtype).
 
     Args:
         frozen: names of stores that take no gradient.
+        device: where the leaves are; results are on the CPU.
     """
-    leaves = with_leaves(case, frozen)
+    leaves = with_leaves(to_device(case, device), frozen)
     output = lookup(leaves)
     inputs = {name: t for name, t in leaves.stores.items() if t.requires_grad}
     if leaves.bags.weights is not None:
         inputs[WEIGHTS] = leaves.bags.weights
     if output.requires_grad:
-        output.backward(gradient.to(output.dtype))
-    return Result(output.detach(), {name: t.grad for name, t in inputs.items()})
+        output.backward(gradient.to(output))
+    gradients = {name: None if t.grad is None else t.grad.cpu() for name, t in inputs.items()}
+    return Result(output.detach().cpu(), gradients)
 
 
 def quantization_steps(case: Case) -> set[str]:
