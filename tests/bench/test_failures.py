@@ -95,6 +95,14 @@ def test_the_exit_code_says_that_runs_failed(
     assert CliRunner().invoke(app, command).exit_code == 0
 
 
+def test_data_that_cannot_be_split_is_no_failure_of_a_method(cache: Path, tmp_path: Path) -> None:
+    command = ["sweep", "--data", DATA, "--methods", "hash", "--split", "day",
+               "--out", str(tmp_path / "out"), "--cache", str(cache)]  # fmt: skip
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2 and "has no times: split it by 'time'" in result.stderr
+    assert not (tmp_path / "out" / "failed.jsonl").exists()
+
+
 def test_a_sweep_of_failures_alone_has_a_report(
     cache: Path, tmp_path: Path, broken: dict[str, bool]
 ) -> None:
