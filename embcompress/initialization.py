@@ -31,8 +31,8 @@ def _most_terms(plan: LookupPlan) -> int:
 
 
 #: Step of the uniform quantizer that reads normal numbers of deviation 1 with the least squared
-#: error, by bits (Max, "Quantizing for minimum distortion", 1960, table II). Steps of 16 bits do
-#: not move in training: they leave room up to 64 deviations, and are still fine.
+#: error, by bits (Max, "Quantizing for minimum distortion", 1960, table II). Steps of 16 bits
+#: are not trained: they leave room up to 64 deviations, and are still fine.
 _NORMAL_STEPS = {1: 1.5956, 2: 0.9957, 4: 0.3352, 8: 0.03076, 16: 128 / 2**16}
 
 

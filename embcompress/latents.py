@@ -62,16 +62,10 @@ def unpack_latents(plan: LookupPlan, store: Store, stores: Mapping[str, Tensor])
 
 
 def fixed_steps(plan: LookupPlan) -> frozenset[str]:
-    """Names of the scales and biases that are not trained: those of 16-bit stores.
-
-    A step of so many codes is far smaller than a step of an optimizer that normalizes gradients
-    (Adam, Adagrad), which would tear it; and codes that fine lose nothing if they stand still.
-    """
-    names: set[str] = set()
-    for store in plan.stores:
-        if store.quantization is not None and store.bits == 16:
-            names |= {store.quantization.scale, store.quantization.bias or ""}
-    return frozenset(names - {""})
+    """Names of the scales and biases that optimizers leave alone."""
+    fixed = [s.quantization for s in plan.stores if s.quantization and not s.quantization.trained]
+    names = [name for each in fixed for name in (each.scale, each.bias) if name is not None]
+    return frozenset(names)
 
 
 def quantization_parts(

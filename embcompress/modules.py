@@ -66,8 +66,7 @@ class CompressedTable(nn.Module):
     lookups read them rounded to its codes (:mod:`embcompress.engine.quantization`).
     :func:`embcompress.deploy` replaces them by the packed codes, a uint8 buffer of the plan's
     bytes. A ``state_dict`` of either form loads into a module of either: the module takes the
-    form of what it loads. Steps of 16-bit stores do not require gradients
-    (:func:`embcompress.latents.fixed_steps`).
+    form of what it loads. Steps that are not to be trained do not require gradients.
 
     A sparse store is trained as dense latents, too. Lookups read them through a mask, a bit for
     each, which stands in the place of the store's index (:mod:`embcompress.sparse_layout`).

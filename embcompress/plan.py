@@ -55,10 +55,13 @@ class Quantization:
             ``rows`` rows, 1 or ``width`` columns (so per table, per column, per row).
         bias: name of a store of the same shape, or None for a symmetric code,
             ``scale * (c - (2**bits - 1) / 2)``.
+        trained: whether optimizers train scale and bias. A step far smaller than an optimizer's
+            own (Adam and Adagrad normalize gradients) would be torn by it.
     """
 
     scale: str
     bias: str | None = None
+    trained: bool = True
 
 
 @dataclass(frozen=True)

@@ -67,14 +67,21 @@ def _decode(cls: type, data: Any, **nested: Any) -> Any:
     return cls(**arguments)
 
 
-_SCALARS = {"int": int, "str": str, "Combine": str, "Pool": str, "SparsityForm": str}
+_SCALARS = {
+    "int": int,
+    "str": str,
+    "bool": bool,
+    "Combine": str,
+    "Pool": str,
+    "SparsityForm": str,
+}
 
 
 def _check_scalar(cls: type, name: str, annotation: str, value: Any) -> None:
     base, _, optional = annotation.partition(" | ")
     if value is None and optional == "None":
         return
-    right = isinstance(value, _SCALARS[base]) and not isinstance(value, bool)
+    right = isinstance(value, _SCALARS[base]) and isinstance(value, bool) == (base == "bool")
     require(right, f"{cls.__name__}.{name} must be {annotation}, got {value!r}")
 
 

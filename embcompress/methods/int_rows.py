@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -19,14 +18,15 @@ from embcompress.calibration import (
 from embcompress.fitting import principal_directions
 from embcompress.latents import pack_latents
 from embcompress.methods import register
-from embcompress.methods.base import Method, TableSpec
+from embcompress.methods.base import TableSpec
+from embcompress.methods.narrow import NarrowRows
 from embcompress.plan import Digit, Linear, LookupPlan, Probe, Quantization, Store
 from embcompress.procedure import TableProcedure
 from embcompress.stochastic_rounding import StochasticRounding
 
 
 @dataclass(frozen=True)
-class IntRows(Method):
+class IntRows(NarrowRows):
     """Rows in a few bits a number: of full width, or narrower ones and a projection.
 
     Attributes:
@@ -42,6 +42,7 @@ class IntRows(Method):
     """
 
     bits: ClassVar[int]
+    trains_steps: ClassVar[bool] = True
     scale: Share = "column"
     clip: bool = True
     rounding: Literal["nearest", "stochastic"] = "nearest"
@@ -52,24 +53,10 @@ class IntRows(Method):
         if self.rounding not in ("nearest", "stochastic"):
             raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {self.rounding!r}")
 
-    def sizes(self, table: TableSpec) -> range:
-        """Widths; the last one is the full width, which needs no projection."""
-        whole = self._plan(table, table.embedding_dim).bytes
-        narrow = range(1, table.embedding_dim)
-        smaller = bisect_left(narrow, whole, key=lambda width: self._plan(table, width).bytes)
-        return range(1, smaller + 2)
-
-    def plan(self, table: TableSpec, size: int) -> LookupPlan:
-        is_last = size == self.sizes(table)[-1]
-        return self._plan(table, table.embedding_dim if is_last else size)
-
-    def default_size(self, table: TableSpec) -> int | None:
-        return self.sizes(table)[-1]
-
-    def _plan(self, table: TableSpec, width: int) -> LookupPlan:
+    def plan_of_width(self, table: TableSpec, width: int) -> LookupPlan:
         rows = table.num_embeddings
         shape = shape_of_steps(self.scale, rows, width)
-        quantization = Quantization("scale", "bias")
+        quantization = Quantization("scale", "bias", trained=self.trains_steps)
         stores = [
             Store("scale", *shape, table.dtype),
             Store("bias", *shape, table.dtype),
@@ -154,9 +141,10 @@ class Int4(IntRows):
 class Int16(IntRows):
     """Rows in 16 bits a number, trained so or quantized after training.
 
-    As :class:`Int8`, with codes from 0 to 65535, and steps that are not trained: those of a new
-    table reach 64 standard deviations of its vectors, those of :meth:`fit` are the trained
-    table's. Steps have the table's dtype: in a float16 or bfloat16 table values are no finer.
+    As :class:`Int8`, with codes from 0 to 65535, and steps that are not trained (they are too
+    small for it, and fine enough): those of a new table reach 64 standard deviations of its
+    vectors, those of :meth:`fit` are the trained table's. Steps have the table's dtype: in a
+    float16 or bfloat16 table values are no finer.
 
     Memory: 2·n·d bytes, and 8·d for a step and a bias a column, half of the table; or for rows of
     width w < d, 2·n·w + 8·w + 4·d·w bytes.
@@ -166,3 +154,4 @@ class Int16(IntRows):
 
     name: ClassVar[str] = "int16"
     bits: ClassVar[int] = 16
+    trains_steps: ClassVar[bool] = False
