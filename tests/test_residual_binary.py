@@ -21,9 +21,9 @@ def table(budget: str, **settings: object) -> ec.Embedding:
     return ec.Embedding(ROWS, WIDTH, method=ec.ResidualBinary(**settings), budget=budget)
 
 
-@pytest.mark.parametrize(("budget", "codes"), [("4.6%", 1), ("9%", 2), ("18.5%", 4), ("100%", 8)])
-def test_the_lookup_is_its_formula(budget: str, codes: int) -> None:
-    module = table(budget)
+@pytest.mark.parametrize("codes", [1, 2, 5, 8])
+def test_the_lookup_is_its_formula(codes: int) -> None:
+    module = table("100%", codes=codes)
     stores = module.stores()
     assert len(module.plan.probes) == codes
     expected = sum(
@@ -35,7 +35,7 @@ def test_the_lookup_is_its_formula(budget: str, codes: int) -> None:
 
 
 def test_small_budgets_make_rows_narrower() -> None:
-    module = table("2%")
+    module = table("2.5%", codes=1)
     width = module.codes_0.shape[1]
     assert len(module.plan.probes) == 1
     assert width < WIDTH and module.projection.shape == (WIDTH, width)
@@ -73,7 +73,8 @@ def test_every_code_makes_the_error_smaller_and_tables_can_be_cut() -> None:
             torch.testing.assert_close(small.to_dense(), expected)
             assert ec.memory(small).total == small.plan.bytes
         errors.append(float((small.to_dense() - weight).square().mean()))
-    assert all(later < 0.75 * earlier for earlier, later in itertools.pairwise(errors))
+    assert all(later < earlier for earlier, later in itertools.pairwise(errors))
+    assert errors[-1] < 0.05 * errors[0]
     with pytest.raises(ValueError, match=r"codes must be in \[1, 8\], got 9"):
         ec.ResidualBinary.cut(whole, 9)
     with pytest.raises(ValueError, match="vectors are sums"):
@@ -95,7 +96,7 @@ def test_frequent_ids_are_nearer() -> None:
 
 def test_gradients_go_straight_through() -> None:
     """Within one and a half codes of the middle; the step gets the sign's share."""
-    module = table("9%")
+    module = table("100%", codes=2)
     gradient = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(2))
     module(IDS).backward(gradient)
     for t in range(2):
