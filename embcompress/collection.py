@@ -33,6 +33,8 @@ class TableConfig:
         mode: ``"sum"``, ``"mean"`` or ``"max"``.
         counts: (num_embeddings,) how often each id occurs in the training data, or None.
         queries: ids that an example looks up, on average.
+        co_occurrence: (num_embeddings, k) int64 what each id occurs with, or None; see
+            :class:`embcompress.methods.TableSpec`.
     """
 
     name: str
@@ -42,6 +44,7 @@ class TableConfig:
     mode: Pool = "sum"
     counts: Tensor | None = field(default=None, compare=False, repr=False)
     queries: float = 1.0
+    co_occurrence: Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def feature_names(self) -> tuple[str, ...]:
@@ -98,7 +101,16 @@ class EmbeddingBagCollection(nn.Module):
         resolved = resolve_method(method)
         name = dtype_name(torch.get_default_dtype() if dtype is None else dtype)
         specs = [
-            TableSpec(t.num_embeddings, t.embedding_dim, t.name, seed, name, t.counts, t.queries)
+            TableSpec(
+                t.num_embeddings,
+                t.embedding_dim,
+                t.name,
+                seed,
+                name,
+                t.counts,
+                t.queries,
+                t.co_occurrence,
+            )
             for t in tables
         ]
         if budget is None:

@@ -19,7 +19,7 @@ def cut_columns(table: TableType, width: int) -> TableType:
     """See :meth:`embcompress.Matryoshka.cut`."""
     plan, stores = table.plan, table.stores()
     rows = plan.probes[0].store
-    heads = set() if plan.head is None else {plan.head.weight}
+    heads = {plan.head.weight} if isinstance(plan.head, Linear) else set()
     if {store.name for store in plan.stores} != {rows} | heads or not plan.store(rows).is_float:
         raise ValueError(
             f"cut takes a table of floats with a row for every id and a projection at most; this "
@@ -28,10 +28,10 @@ def cut_columns(table: TableType, width: int) -> TableType:
     weight = stores[rows].detach()
     if not 1 <= width <= weight.shape[1]:
         raise ValueError(f"width must be in [1, {weight.shape[1]}], got {width}")
-    if plan.head is None:
-        projection = torch.eye(plan.embedding_dim, dtype=weight.dtype, device=weight.device)
-    else:
+    if isinstance(plan.head, Linear):
         projection = stores[plan.head.weight].detach()
+    else:
+        projection = torch.eye(plan.embedding_dim, dtype=weight.dtype, device=weight.device)
     values = {"weight": weight[:, :width], "projection": projection[:, :width]}
     new = replace(
         plan,
@@ -48,7 +48,7 @@ def cut_columns(table: TableType, width: int) -> TableType:
 def cut_probes(table: TableType, count: int) -> TableType:
     """See :meth:`embcompress.ResidualBinary.cut`."""
     plan = table.plan
-    if plan.combine != "sum":
+    if plan.combine != "sum" or not (plan.head is None or isinstance(plan.head, Linear)):
         raise ValueError(f"cut takes a table whose vectors are sums, not {plan}")
     if not 1 <= count <= len(plan.probes):
         raise ValueError(f"codes must be in [1, {len(plan.probes)}], got {count}")
@@ -57,7 +57,7 @@ def cut_probes(table: TableType, count: int) -> TableType:
     for store in plan.stores:
         if store.name in used and store.quantization is not None:
             used |= {store.quantization.scale, store.quantization.bias or ""}
-    if plan.head is not None:
+    if isinstance(plan.head, Linear):
         used.add(plan.head.weight)
     kept = tuple(store for store in plan.stores if store.name in used)
     new = replace(plan, stores=kept, probes=probes)

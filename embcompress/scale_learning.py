@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from embcompress.engine.quantization import code_positions, dequantize
+from embcompress.plan import Linear
 from embcompress.procedure import Observes, TableProcedure, TrainedTable
 from embcompress.stochastic_rounding import round_stochastically, uniform_numbers
 
@@ -79,7 +80,7 @@ class ScaleLearning(TableProcedure):
     def observe(self, table: TrainedTable, ids: Tensor, amounts: Tensor) -> None:
         head = table.plan.head
         gradients = torch.nan_to_num(amounts.float(), nan=0.0, posinf=0.0, neginf=0.0)
-        if head is not None:
+        if isinstance(head, Linear):
             gradients = gradients @ table.stores()[head.weight].float()
         table.tensor(GRADIENTS).index_add_(0, ids, gradients)
         table.tensor(TOUCHED)[ids] = 1

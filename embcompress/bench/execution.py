@@ -22,6 +22,7 @@ from embcompress.bench.training import (
     build_model,
     count_ids,
     deployed,
+    sample_co_occurrence,
     test_scores,
     train,
 )
@@ -29,6 +30,7 @@ from embcompress.budget import BudgetError, parse_budget
 from embcompress.data.click_log import ClickLog, Split
 from embcompress.data.load import load_click_log
 from embcompress.memory import MemoryReport, memory
+from embcompress.methods import resolve_method
 from embcompress.models import ClickModel
 from embcompress.planner.trials import Trial
 
@@ -58,6 +60,7 @@ class Executor:
         self._timer: tuple[tuple[str, int], LookupTimer] | None = None
         self._counts: tuple[object, dict[str, Tensor]] | None = None
         self._planned: dict[str, tuple[list[Trial], float]] = {}
+        self._co_occurrence: tuple[object, dict[str, Tensor]] | None = None
 
     def execute(
         self, run: Run, learning_rates: tuple[float, ...], observers: Observers = no_observer
@@ -104,6 +107,13 @@ class Executor:
             self._planned[key] = tried, time.perf_counter() - started
         return self._planned[key]
 
+    def co_occurrence(self, run: Run, log: ClickLog, split: Split) -> dict[str, Tensor]:
+        """What ids occur with in the training rows."""
+        key = run.data, run.seed, run.training
+        if self._co_occurrence is None or self._co_occurrence[0] != key:
+            self._co_occurrence = key, sample_co_occurrence(log, split.train)
+        return self._co_occurrence[1]
+
 
 class _Execution:
     """One run while it is executed."""
@@ -144,7 +154,11 @@ class _Execution:
     def _build(self) -> ClickModel:
         """A new model; the tables know how often each id occurs in the training rows."""
         run, method = self.run, self.tried[0][0].method
-        model = build_model(self.log, run.training, method, run.budget, run.seed, self.counts)
+        company = None
+        if resolve_method(method).uses_co_occurrence:
+            company = self.executor.co_occurrence(run, self.log, self.split)
+        details = (run.budget, run.seed, self.counts, company)
+        model = build_model(self.log, run.training, method, *details)
         checked_memory(run, model)
         return model
 

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from embcompress.bench.settings import TrainingSettings
+from embcompress.co_occurrence import CoOccurrence, tokens
 from embcompress.collection import EmbeddingBagCollection, TableConfig
 from embcompress.data.click_log import Batch, ClickLog, Split
 from embcompress.deployment import deploy
@@ -33,6 +35,8 @@ from embcompress.recipe import (
 from embcompress.training import TrainingProcedure
 
 _EVALUATION_ROWS = 8192
+#: Rows that are looked at for what ids occur with: every pair of features costs.
+_CO_OCCURRENCE_ROWS = 1 << 20
 #: Called after every few steps with (epoch, share of the epoch done, examples a second).
 StepObserver = Callable[[int, float, float], None]
 
@@ -127,6 +131,42 @@ def count_ids(log: ClickLog, rows: NDArray[np.int64]) -> dict[str, Tensor]:
     return counts
 
 
+def sample_co_occurrence(log: ClickLog, rows: NDArray[np.int64]) -> dict[str, Tensor]:
+    """For each id of each feature, a sample of the other features' ids in the same rows.
+
+    One pass over the rows, or over as many of them as :data:`_CO_OCCURRENCE_ROWS`, evenly spread.
+
+    Returns:
+        (num_embeddings, 16) int64 by feature; see :class:`embcompress.co_occurrence.CoOccurrence`.
+    """
+    rows = rows[:: max(1, -(-len(rows) // _CO_OCCURRENCE_ROWS))]
+    found = {f.name: CoOccurrence(f.num_embeddings) for f in log.features}
+    for start in range(0, len(rows), _EVALUATION_ROWS):
+        batch = log.batch(rows[start : start + _EVALUATION_ROWS])
+        size = (len(batch.offsets) - 1) // len(log.features)
+        lengths = batch.offsets.diff()
+        row = torch.arange(size).repeat(len(log.features)).repeat_interleave(lengths)
+        ends = batch.offsets[::size]
+        own = [slice(int(first), int(last)) for first, last in pairwise(ends)]
+        marks = [tokens(f.name, batch.ids[part]) for f, part in zip(log.features, own, strict=True)]
+        for number, feature in enumerate(log.features):
+            for other in range(len(log.features)):
+                if other == number:
+                    continue
+                left, right = _same_row(row[own[number]], row[own[other]])
+                found[feature.name].add(batch.ids[own[number]][left], marks[other][right])
+    return {name: each.samples() for name, each in found.items()}
+
+
+def _same_row(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """All pairs of positions with the same row; rows rise on both sides."""
+    first = torch.searchsorted(right, left)
+    count = torch.searchsorted(right, left, right=True) - first
+    which = torch.arange(len(left)).repeat_interleave(count)
+    start = (count.cumsum(0) - count)[which]
+    return which, first[which] + torch.arange(len(which)) - start
+
+
 def build_model(
     log: ClickLog,
     settings: TrainingSettings,
@@ -134,6 +174,7 @@ def build_model(
     budget: str,
     seed: int,
     counts: Mapping[str, Tensor] | None = None,
+    co_occurrence: Mapping[str, Tensor] | None = None,
 ) -> ClickModel:
     """The model of the settings over one table a feature.
 
@@ -142,6 +183,8 @@ def build_model(
     Args:
         counts: of the ids of each feature in the training rows; methods that treat frequent ids
             better need them.
+        co_occurrence: what the ids of each feature occur with in the training rows
+            (:func:`sample_co_occurrence`), for methods that use it.
 
     Raises:
         BudgetError: the method cannot meet the budget for these tables.
@@ -153,6 +196,7 @@ def build_model(
             settings.embedding_dim,
             (f.name,),
             counts=None if counts is None else counts[f.name],
+            co_occurrence=None if co_occurrence is None else co_occurrence[f.name],
         )
         for f in log.features
     ]

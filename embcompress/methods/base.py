@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from embcompress.hashing import derive_key
@@ -29,6 +30,9 @@ class TableSpec:
         counts: (num_embeddings,) how often each id occurs in the training data, or None where
             that is not known.
         queries: ids that an example looks up, on average.
+        co_occurrence: (num_embeddings, k) int64, for each id up to k tokens of what it occurs with
+            in the training data (:class:`embcompress.co_occurrence.CoOccurrence`), -1 behind the
+            last; None where that is not known.
     """
 
     num_embeddings: int
@@ -38,6 +42,7 @@ class TableSpec:
     dtype: str = "float32"
     counts: Tensor | None = field(default=None, compare=False, repr=False)
     queries: float = 1.0
+    co_occurrence: Tensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("num_embeddings", "embedding_dim"):
@@ -52,6 +57,17 @@ class TableSpec:
             raise ValueError(f"queries must be positive, got {self.queries}")
         if self.counts is not None:
             self._check_counts(self.counts)
+        if self.co_occurrence is not None:
+            self._check_co_occurrence(self.co_occurrence)
+
+    def _check_co_occurrence(self, samples: Tensor) -> None:
+        right = samples.dim() == 2 and samples.shape[0] == self.num_embeddings and samples.shape[1]
+        if not right or samples.dtype != torch.int64:
+            raise ValueError(
+                f"co_occurrence of table {self.name!r} must be int64 of shape "
+                f"({self.num_embeddings}, k), a sample an id, got {samples.dtype} of "
+                f"{tuple(samples.shape)}"
+            )
 
     def _check_counts(self, counts: Tensor) -> None:
         if tuple(counts.shape) != (self.num_embeddings,):
@@ -81,6 +97,8 @@ class Method(ABC):
 
     #: The name in the registry; lower case, words joined by underscores.
     name: ClassVar[str]
+    #: Whether it reads :attr:`TableSpec.co_occurrence`, which costs a pass over the data.
+    uses_co_occurrence: ClassVar[bool] = False
     #: Whether the last phase may have another plan than the table was built with; then a table
     #: takes the plan of the weights that it loads.
     searches_plans: ClassVar[bool] = False

@@ -39,7 +39,8 @@ class ResidualBinary(Method):
 
     Two phases: the full table is trained in ``floats``, and then in ``codes`` it is binarized and
     trained on. Rows of w < d columns, from the leading singular vectors, have a projection; the
-    budget chooses u and w together, the most bits a row. :meth:`cut` makes a table of the first codes of a trained one.
+    budget chooses u and w together, the most bits a row. :meth:`cut` makes a table of the first
+    codes of a trained one.
 
     Memory: n·u·w bits and u·w steps (4 bytes each); for w < d also d·w numbers. u goes to 8.
     Training holds the full table in the first phase, and n·u·w float latents in the second.
@@ -173,7 +174,7 @@ def binarized(plan: LookupPlan, weight: Tensor, counts: Tensor | None) -> dict[s
     check_finite(weight)
     stores: dict[str, Tensor] = {}
     residual = weight.float()
-    if plan.head is not None:
+    if isinstance(plan.head, Linear):
         directions = principal_directions(residual, plan.width, counts)
         residual = residual @ directions
         stores[plan.head.weight] = directions.to(getattr(torch, plan.store("projection").dtype))

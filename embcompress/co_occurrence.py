@@ -1,0 +1,97 @@
+"""What ids occur with: for every id a bounded sample of the other features' ids, in one pass."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from embcompress.engine.reference import mix64
+from embcompress.hashing import derive_key
+
+#: Stands for "no more" in a sample.
+NOTHING = -1
+_POSITIVE = 2**63 - 1
+
+
+def tokens(feature: str, ids: Tensor) -> Tensor:
+    """(N,) int64 ≥ 0: hashes that stand for the ids of a feature, alike for all tables.
+
+    Args:
+        feature: its name; equal ids of two features have different tokens.
+        ids: (N,) int64.
+    """
+    key = derive_key(0, feature, 0)
+    return mix64(ids.long() ^ (key - ((key >> 63) << 64))) & _POSITIVE
+
+
+class CoOccurrence:
+    """For every id of one feature, the ``size`` smallest tokens of what it occurs with.
+
+    Tokens are hashes, so the smallest of them are a uniform sample of the distinct ones, and the
+    share that two ids' samples have in common estimates how alike their company is (bottom-k
+    sketches: Cohen & Kaplan, "Summarizing data using bottom-k sketches", PODC 2007). Samples of
+    parts of the data, one after the other, make that of the whole, in any order.
+
+    Args:
+        num_embeddings: ids are in ``[0, num_embeddings)``.
+        size: tokens kept of an id, at least 1.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+
+    def __init__(self, num_embeddings: int, size: int = 16) -> None:
+        if size < 1:
+            raise ValueError(f"size must be at least 1, got {size}")
+        self._samples = np.full((num_embeddings, size), NOTHING, np.int64)
+
+    def add(self, ids: Tensor, company: Tensor) -> None:
+        """Take note of pairs.
+
+        Args:
+            ids: (N,) int64.
+            company: (N,) int64 the token (:func:`tokens`) that each occurs with.
+        """
+        size = self._samples.shape[1]
+        touched = np.unique(ids.numpy())
+        held = self._samples[touched]
+        known = held != NOTHING
+        every = np.concatenate([ids.numpy(), np.repeat(touched, known.sum(1))])
+        values = np.concatenate([company.numpy(), held[known]])
+        order = np.lexsort((values, every))
+        every, values = every[order], values[order]
+        new = np.ones(len(every), bool)
+        new[1:] = (every[1:] != every[:-1]) | (values[1:] != values[:-1])
+        every, values = every[new], values[new]
+        place = ranks(every)
+        kept = place < size
+        self._samples[every[kept], place[kept]] = values[kept]
+
+    def samples(self) -> Tensor:
+        """(num_embeddings, size) int64 rising tokens, :data:`NOTHING` behind the last."""
+        return torch.from_numpy(self._samples.copy())
+
+
+def ranks(sorted_values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """0, 1, … within every run of equal values."""
+    count = len(sorted_values)
+    starts = np.ones(count, bool)
+    starts[1:] = sorted_values[1:] != sorted_values[:-1]
+    first = np.maximum.accumulate(np.where(starts, np.arange(count), 0))
+    return np.asarray(np.arange(count) - first)
+
+
+def minhash(samples: Tensor, key: int) -> Tensor:
+    """(n,) int64 the smallest keyed hash of each id's tokens; of an id without any, its own hash.
+
+    Two ids have the same with the probability of their samples' Jaccard similarity.
+
+    Source: Broder, "On the resemblance and containment of documents", 1997.
+    """
+    signed = key - ((key >> 63) << 64)
+    hashes = mix64(samples ^ signed) & _POSITIVE
+    least = torch.where(samples == NOTHING, _POSITIVE, hashes).amin(1)
+    own = mix64(torch.arange(len(samples)) ^ signed) & _POSITIVE
+    return torch.where((samples != NOTHING).any(1), least, own)
