@@ -321,6 +321,10 @@ def test_vectors_start_with_the_wanted_deviation(method: str, std: float) -> Non
     module.reset_parameters(std)
     vectors = module.to_dense()
     present = vectors.any(1)  # ids without a row read zero
+    quantized = [store for store in module.plan.stores if store.quantization is not None]
+    if quantized and all(store.bits == 1 for store in quantized):
+        # The two values that read normal numbers with the least error lie closer together.
+        std *= (2 / torch.pi) ** 0.5
     assert float(vectors[present].std()) == pytest.approx(std, rel=0.1)
 
 

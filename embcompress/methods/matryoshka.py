@@ -36,7 +36,7 @@ class Matryoshka(Method):
     that the budget allows, with a projection that starts as d − w columns of zeros, and both are
     trained on. :meth:`cut` makes narrower tables of a trained one, without training.
 
-    Memory: n·w + d·w numbers for w < d, n·d for w = d. Training holds the full table, n·d + d
+    Memory: n·w + d·w numbers, w from 1 to d. Training holds the full table, n·d + d
     numbers, in its first phase.
 
     Source: Kusupati et al., "Matryoshka representation learning", NeurIPS 2022, section 3 (the
@@ -63,24 +63,16 @@ class Matryoshka(Method):
             raise ValueError(f"widths must be at least 1, got {self.widths}")
 
     def sizes(self, table: TableSpec) -> range:
-        """Widths; the last one is the full width, which needs no projection."""
-        rows, width = table.num_embeddings, table.embedding_dim
-        # (n + d)·w numbers are fewer than n·d.
-        return range(1, max(1, min(width - 1, (rows * width - 1) // (rows + width)) + 1) + 1)
+        return range(1, table.embedding_dim + 1)
 
     def plan(self, table: TableSpec, size: int) -> LookupPlan:
         rows, width = table.num_embeddings, table.embedding_dim
-        if size == self.sizes(table)[-1]:
-            return Full().plan(table, rows)
         stores = (
             Store("weight", rows, size, table.dtype),
             Store("projection", width, size, table.dtype),
         )
         probes = (Probe("weight", Digit(1, rows)),)
         return LookupPlan(rows, width, stores, probes, head=Linear("projection"))
-
-    def default_size(self, table: TableSpec) -> int | None:
-        return self.sizes(table)[-1]
 
     def fit(self, table: TableSpec, plan: LookupPlan, weight: Tensor) -> dict[str, Tensor]:
         """The leading singular vectors of the table, which are nested by themselves.
@@ -89,8 +81,6 @@ class Matryoshka(Method):
             ValueError: numbers that are NaN or infinite.
         """
         check_finite(weight)
-        if plan.head is None:
-            return {"weight": weight.detach()}
         directions = principal_directions(weight.detach(), plan.width, table.counts)
         return {"weight": weight.detach() @ directions, "projection": directions}
 
@@ -128,8 +118,6 @@ class Matryoshka(Method):
     def _cut_form(self, table: PhasedTable) -> TableForm:
         """The first columns of the nested table, under the budget."""
         plan, weight = table.built, table.stores()["weight"].detach()
-        if plan.head is None:
-            return TableForm(plan, {"weight": weight.clone()})
         first = torch.eye(plan.embedding_dim, dtype=weight.dtype, device=weight.device)
         width = plan.width
         return TableForm(
