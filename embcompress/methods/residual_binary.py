@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, TypeVar
@@ -68,20 +69,9 @@ class ResidualBinary(Method):
 
     # -- the plan
 
-    def shapes(self, table: TableSpec) -> list[tuple[int, int]]:
+    def shapes(self, table: TableSpec) -> tuple[tuple[int, int], ...]:
         """The pairs (u, w) of the dial, in rising order of bytes, each of more bits a row."""
-        counts = range(1, _MOST_CODES + 1) if self.codes is None else [self.codes]
-        sized = sorted(
-            (self._plan(table, codes, width).bytes, -width, codes)
-            for codes in counts
-            for width in range(1, table.embedding_dim + 1)
-        )
-        pairs: list[tuple[int, int]] = []
-        for _, negative_width, codes in sized:
-            width = -negative_width
-            if not pairs or codes * width > pairs[-1][0] * pairs[-1][1]:
-                pairs.append((codes, width))
-        return pairs
+        return _shapes(self, table.num_embeddings, table.embedding_dim, table.dtype)
 
     def sizes(self, table: TableSpec) -> range:
         return range(len(self.shapes(table)))
@@ -158,6 +148,25 @@ class ResidualBinary(Method):
         from embcompress.cutting import cut_probes
 
         return cut_probes(table, codes)
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(
+    method: ResidualBinary, rows: int, columns: int, dtype: str
+) -> tuple[tuple[int, int], ...]:
+    """See the method of that name; budgets ask for it again and again."""
+    table = TableSpec(rows, columns, dtype=dtype)
+    sized = sorted(
+        (method._plan(table, codes, width).bytes, -width, codes)
+        for codes in ([method.codes] if method.codes else range(1, _MOST_CODES + 1))
+        for width in range(1, columns + 1)
+    )
+    pairs: list[tuple[int, int]] = []
+    for _, negative_width, codes in sized:
+        width = -negative_width
+        if not pairs or codes * width > pairs[-1][0] * pairs[-1][1]:
+            pairs.append((codes, width))
+    return tuple(pairs)
 
 
 def binarized(plan: LookupPlan, weight: Tensor, counts: Tensor | None) -> dict[str, Tensor]:
