@@ -81,6 +81,8 @@ def test_rowwise_adagrad_is_its_formula(method: str) -> None:
             for name, p in trained.items():
                 is_head = name in plain.plan.head_stores
                 touched = torch.ones(len(p), 1) if is_head else p.grad.any(1, keepdim=True).float()
+                if name in plain.latents() and len(p) == plain.num_embeddings:
+                    touched[ids] = 1  # also rows whose latents all lie outside of their codes
                 g = (p.grad + 0.01 * p) * touched
                 sums[name] += (g * g).mean(1, keepdim=True)
                 p -= 0.05 * g / (sums[name].sqrt() + 1e-6)

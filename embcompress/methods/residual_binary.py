@@ -186,7 +186,9 @@ def binarized(plan: LookupPlan, weight: Tensor, counts: Tensor | None) -> dict[s
     if isinstance(plan.head, Linear):
         directions = principal_directions(residual, plan.width, counts)
         residual = residual @ directions
-        stores[plan.head.weight] = directions.to(getattr(torch, plan.store("projection").dtype))
+        stores[plan.head.weight] = directions.to(
+            getattr(torch, plan.store("projection").dtype)
+        ).contiguous()
     importance = torch.ones(len(weight), 1, device=weight.device)
     if counts is not None:  # an id that was never seen counts a little
         importance = counts.to(importance)[:, None] + 0.1
