@@ -45,8 +45,10 @@ inline StoreView view_store(const Tensor& store, const Tensor& ids) {
         STD_TORCH_CHECK(store.dim() == 1, "packed stores must be 1-D");
         return {store.const_data_ptr(), Dtype::kPacked, 0, 0, bytes};
     }
-    STD_TORCH_CHECK(store.dim() == 2, "float stores must be 2-D");
     const Dtype dtype = float_dtype(store, "stores that are not packed");
+    if (store.dim() == 1) return {store.const_data_ptr(), dtype, store.size(0), 0, bytes};
+    STD_TORCH_CHECK(store.dim() == 2 && store.size(1) > 0,
+                    "float stores must be 2-D, or 1-D where they are sparse");
     return {store.const_data_ptr(), dtype, store.size(0), store.size(1), bytes};
 }
 
@@ -104,6 +106,27 @@ inline void check_quantization(const Lookup& lookup, const Probe& probe, int64_t
                     " columns, biases of ", bias.width);
 }
 
+inline void check_sparsity(const Lookup& lookup, const Probe& probe, int64_t rows) {
+    const Sparsity& s = probe.sparsity;
+    STD_TORCH_CHECK((s.form == SparsityForm::kMask || s.form == SparsityForm::kPositions) &&
+                        s.stored >= 1 && s.rows >= rows && s.block >= 1,
+                    "encoding: sparse rows of no numbers or no blocks");
+    const StoreView& store = store_at(lookup, probe.store);
+    const StoreView& index = store_at(lookup, s.index_store);
+    if (store.width > 0) {  // latents under a mask, in training
+        check_float_store(store, s.rows, probe.width);
+        STD_TORCH_CHECK(store.width == probe.width, "encoding: reads latents of ", probe.width,
+                        " numbers of a store of ", store.rows, " x ", store.width);
+        return check_packed_store(index, s.rows, probe.width, 1);
+    }
+    STD_TORCH_CHECK(store.dtype != Dtype::kPacked && store.rows >= s.stored, "encoding: reads ",
+                    s.stored, " numbers of a sparse store of ", store.rows);
+    const int64_t blocks = (s.rows - 1) / s.block + 1;
+    check_packed_store(store_at(lookup, s.starts_store), blocks, 1, s.starts_bits);
+    if (s.form == SparsityForm::kMask) return check_packed_store(index, s.rows, probe.width, 1);
+    check_packed_store(index, s.stored, 1, s.index_bits);
+}
+
 // Largest row that the address or its code can give, plus 1.
 inline int64_t check_address(const Lookup& lookup, const Address& address, const Code& code) {
     const int64_t rows = address_size(address);
@@ -154,7 +177,11 @@ inline void check_probe(const Lookup& lookup, const Probe& probe, const Feature&
     int64_t rows = check_address(lookup, probe.address, probe.code);
     STD_TORCH_CHECK(rows <= kMostBits - probe.offset, "encoding: offset of a probe");
     rows += probe.offset;
-    if (probe.quantization.bits == 0) {
+    if (probe.sparsity.form != SparsityForm::kNone) {
+        STD_TORCH_CHECK(probe.quantization.bits == 0 && probe.stride == probe.width,
+                        "encoding: packed or overlapping rows that are sparse");
+        check_sparsity(lookup, probe, rows);
+    } else if (probe.quantization.bits == 0) {
         check_rows(store_at(lookup, probe.store), rows, probe);
     } else {
         STD_TORCH_CHECK(probe.stride == probe.width, "encoding: packed rows that overlap");
@@ -302,8 +329,9 @@ inline Tensor check_gradient(const Tensor& grad, const Tensor& ids, const Lookup
 inline void check_wanted(const Lookup& lookup, const std::vector<int64_t>& wanted) {
     std::vector<bool> seen(lookup.stores.size(), false);
     for (const int64_t store : wanted) {
-        STD_TORCH_CHECK(store_at(lookup, store).dtype != Dtype::kPacked,
-                        "packed stores have no gradient");
+        STD_TORCH_CHECK(
+            store_at(lookup, store).dtype != Dtype::kPacked && lookup.stores[store].width > 0,
+            "packed stores have no gradient");
         STD_TORCH_CHECK(!seen[store], "the gradient of store ", store, " is wanted twice");
         seen[store] = true;
     }

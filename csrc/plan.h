@@ -24,6 +24,7 @@ enum class Pool : int64_t { kNone = 0, kSum = 1, kMean = 2 };
 // Rows are added up or multiplied, all of the feature's width; or each is added to its columns.
 enum class Combine : int64_t { kSum = 0, kMul = 1, kPlace = 2 };
 enum class AddressKind : int64_t { kDigit = 0, kHash = 1, kMurmur = 2 };
+enum class SparsityForm : int64_t { kNone = 0, kMask = 1, kPositions = 2 };
 enum class ScaleKind : int64_t { kNone = 0, kSign = 1, kWeight = 2 };
 
 struct Header {
@@ -87,6 +88,19 @@ struct Quantization {
     int64_t per_column;
 };
 
+// Which numbers of a store are kept: by a bit for each, or by their rising positions in a block of
+// rows, which begins at a known one of them.
+struct Sparsity {
+    SparsityForm form;
+    int64_t stored;
+    int64_t rows;   // of the store
+    int64_t block;  // rows of a block
+    int64_t index_store;
+    int64_t index_bits;
+    int64_t starts_store;
+    int64_t starts_bits;
+};
+
 struct Probe {
     int64_t store;
     int64_t offset;  // added to the address
@@ -97,6 +111,7 @@ struct Probe {
     Code code;
     Scale scale;
     Quantization quantization;
+    Sparsity sparsity;
 };
 
 constexpr int64_t kHeaderFields = sizeof(Header) / sizeof(int64_t);

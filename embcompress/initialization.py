@@ -36,6 +36,10 @@ def _most_terms(plan: LookupPlan) -> int:
 _NORMAL_STEPS = {1: 1.5956, 2: 0.9957, 4: 0.3352, 8: 0.03076, 16: 128 / 2**16}
 
 
+#: A threshold whose sigmoid is nothing beside the numbers of a table.
+_NO_THRESHOLD = -15.0
+
+
 @torch.no_grad()
 def initialize_stores(plan: LookupPlan, stores: Mapping[str, Tensor], std: float = 1.0) -> None:
     """Fill the value stores from torch's global generator; tables of codes stay as they are.
@@ -46,12 +50,15 @@ def initialize_stores(plan: LookupPlan, stores: Mapping[str, Tensor], std: float
     """
     if not std > 0:
         raise ValueError(f"std must be positive, got {std}")
+    thresholds = {store.threshold for store in plan.stores}
     learned_scales = {p.scale.store for p in plan.probes if isinstance(p.scale, Weight)}
     for store in plan.stores:
         if not store.is_float:
             continue
         if store.name in learned_scales:
             stores[store.name].fill_(1.0)
+        elif store.name in thresholds:
+            stores[store.name].fill_(_NO_THRESHOLD)
         else:
             _draw(plan, store, stores[store.name], std)
         if store.sparsity is not None and stores[store.name].dim() == 2:

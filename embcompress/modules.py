@@ -412,7 +412,7 @@ class CompressedTable(nn.Module):
     # -- fused optimizers
 
     def runs_in_kernels(self) -> bool:
-        """Whether the kernels of the stores' device run the plan's head and overlapping rows."""
+        """Whether the kernels of the stores' device run the plan's head and its rows."""
         return self._program.runs_on(next(iter(self.stores().values())).device)
 
     def fuse(self, rule: UpdateRule, states: dict[Tensor, list[Tensor]]) -> None:

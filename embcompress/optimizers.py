@@ -32,9 +32,9 @@ def fuse_optimizer(
     :class:`torch.optim.SparseAdam`: moments of untouched rows do not decay.
     ``"rowwise_adagrad"`` keeps one sum for each row, of the mean squared gradient (FBGEMM's
     exact row-wise Adagrad), or for each piece of rows that overlap. With ``weight_decay``, only
-    touched rows decay. Heads are updated as a whole. Where a table has a head or overlapping rows
-    and is on a GPU, whose kernels run neither, all tables of the module take sparse gradients and
-    torch's operators instead: move the module first, then fuse.
+    touched rows decay. Heads are updated as a whole. Where a table has a head or rows that overlap
+    or are sparse and is on a GPU, whose kernels run none of these, all tables of the module take
+    sparse gradients and torch's operators instead: move the module first, then fuse.
 
     Args:
         module: a table, a collection, or a model that contains some.

@@ -74,11 +74,6 @@ class TableForm:
 class PhasedTable(TrainedTable, Protocol):
     """What a method sees of a table at the start of a phase."""
 
-    @property
-    def built(self) -> LookupPlan:
-        """The plan that the table was built with, under its budget."""
-        ...
-
     def new_stores(self, plan: LookupPlan) -> dict[str, Tensor]:
         """Stores of a plan at start values, codes zero.
 

@@ -119,6 +119,9 @@ class Store:
         stride: None, or for float stores the distance between the starts of rows, less than
             ``width``: rows overlap, number ``j`` of row ``i`` is number ``i * stride + j`` of one
             array of ``(rows - 1) * stride + width`` numbers. Nothing wraps round its end.
+        threshold: of a float store, the name of another of 1 or ``rows`` rows and 1 or ``width``
+            columns: numbers are read through it, ``sign(v) * max(|v| - sigmoid(t), 0)``. For
+            searches; the reference engine alone runs it.
     """
 
     name: str
@@ -129,6 +132,7 @@ class Store:
     shared: str = ""
     sparsity: Sparsity | None = None
     stride: int | None = None
+    threshold: str | None = None
 
     def __post_init__(self) -> None:
         require(bool(re.fullmatch(r"[A-Za-z_]\w*", self.name)), f"store name {self.name!r}")
@@ -152,6 +156,11 @@ class Store:
                 not self.is_float and self.bits in PACKED_VALUE_BITS,
                 f"store {self.name!r}: quantized values take uint1, uint2, uint4, uint8 or uint16, "
                 f"not {self.dtype!r}",
+            )
+        if self.threshold is not None:
+            require(
+                self.is_float and self.sparsity is None and self.stride is None,
+                f"store {self.name!r}: only floats in rows of their own have a threshold",
             )
         if self.sparsity is not None:
             require(
@@ -554,6 +563,7 @@ class LookupPlan:
         for store in self.stores:
             self._check_quantization(store)
             self._check_sparsity(store)
+            self._check_threshold(store)
         for probe in self.probes:
             self._check_probe(probe)
         self._check_widths()
@@ -614,6 +624,7 @@ class LookupPlan:
             and store.is_float
             and store.sparsity is None
             and store.stride is None
+            and store.threshold is None
             and self.probes == (Probe(store.name, Digit(1, self.num_embeddings)),)
             and store.rows == self.num_embeddings
         )
@@ -668,9 +679,19 @@ class LookupPlan:
             f"store {starts.name!r} does not say where {blocks} blocks of {store.name!r} begin",
         )
 
+    def _check_threshold(self, store: Store) -> None:
+        if store.threshold is None:
+            return
+        part = self.store(store.threshold)
+        self._check_dense(part, f"threshold of {store.name!r}")
+        require(
+            part.is_float and part.rows in (1, store.rows) and part.width in (1, store.width),
+            f"store {part.name!r} does not broadcast over the rows of {store.name!r}",
+        )
+
     def _check_dense(self, store: Store, what: str) -> None:
         require(
-            store.sparsity is None and store.stride is None,
+            store.sparsity is None and store.stride is None and store.threshold is None,
             f"{what} is {store.name!r}, which is sparse or of rows that overlap",
         )
 

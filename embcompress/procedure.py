@@ -56,6 +56,11 @@ class TrainedTable(Protocol):
         """
         ...
 
+    @property
+    def built(self) -> LookupPlan:
+        """The plan that the table was built with, under its budget."""
+        ...
+
     def stores(self) -> dict[str, Tensor]:
         """The stores by name; change them in place, under :func:`torch.no_grad`."""
         ...

@@ -95,16 +95,21 @@ def even_mask(store: Store, device: torch.device | str | None = None) -> Tensor:
     return mask
 
 
-def mask_of_largest(values: Tensor, stored: int) -> Tensor:
-    """The mask of the numbers of largest magnitude, ties by place; NaN counts as infinite.
+def full_mask(store: Store, device: torch.device | str | None = None) -> Tensor:
+    """A mask that keeps every number."""
+    return torch.full((mask_bytes(store),), 255, dtype=torch.uint8, device=device)
+
+
+def mask_of_largest(scores: Tensor, stored: int) -> Tensor:
+    """The mask of the numbers of largest score, ties by place; NaN counts as infinite.
 
     Args:
-        values: (rows, width) float.
+        scores: (rows, width) float, such as magnitudes.
         stored: how many.
     """
-    magnitudes = torch.nan_to_num(values.detach().abs().reshape(-1), nan=torch.inf)
-    mask = torch.zeros(packed_bytes(values.numel(), 1), dtype=torch.uint8, device=values.device)
-    kept = strongest(magnitudes, stored)
+    flat = torch.nan_to_num(scores.detach().reshape(-1), nan=torch.inf, posinf=torch.inf)
+    mask = torch.zeros(packed_bytes(flat.numel(), 1), dtype=torch.uint8, device=flat.device)
+    kept = strongest(flat, stored)
     write_codes(mask, kept, torch.ones_like(kept), 1)
     return mask
 

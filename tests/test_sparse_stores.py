@@ -89,7 +89,7 @@ def test_a_mask_of_the_largest() -> None:
     store = Store("w", 2, 3)
 
     def kept_of(stored: int) -> list[list[bool]]:
-        return read_mask(mask_of_largest(values, stored), store).tolist()
+        return read_mask(mask_of_largest(values.abs(), stored), store).tolist()
 
     assert kept_of(1) == [[False, False, False], [False, False, True]]
     assert kept_of(3) == [[False, True, False], [True, False, True]]  # of equal ones the first

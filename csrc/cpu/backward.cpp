@@ -146,7 +146,8 @@ void StoreGradients::State::add_store(int64_t number) {
         // A sum takes the pieces of an overlapping row at once.
         if (is_summed && use.piece > 0) continue;
         const Source source = source_of(use, is_summed);
-        if (use.role == Role::kRows && is_latent(lookup, *source.probe)) {
+        if (use.role == Role::kRows &&
+            (is_latent(lookup, *source.probe) || is_masked(lookup, *source.probe))) {
             gradient.latents = source.probe;
         }
         (is_summed ? gradient.summed : gradient.sources).push_back(source);

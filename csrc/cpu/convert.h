@@ -6,7 +6,7 @@
 #include <cstring>
 
 #include "../numbers.h"
-#include "lookup.h"
+#include "sparse.h"
 
 // One build runs on every x86-64 machine: the kernels are compiled for three instruction sets and
 // the loader picks. Elsewhere the compiler's own target is used.
@@ -195,6 +195,7 @@ EMBCOMPRESS_INLINE void convert_row(const StoreView& store, const Probe& probe, 
 // the biases of a row, `out` for kUnpacked numbers more.
 EMBCOMPRESS_INLINE void convert_rows(const Lookup& lookup, const Probe& probe, const int64_t* rows,
                                      int n, float* steps, float* out) {
+    if (is_sparse(probe)) return expand_rows(lookup, probe, rows, n, out);
     const StoreView& store = lookup.stores[probe.store];
     const Quantization& q = probe.quantization;
     const int64_t bits = store.dtype == Dtype::kPacked    ? q.bits

@@ -13,8 +13,8 @@ namespace embcompress {
 struct StoreView {
     const void* data;
     Dtype dtype;
-    int64_t rows;   // of float stores
-    int64_t width;  // of float stores
+    int64_t rows;   // of float stores; what a sparse one keeps
+    int64_t width;  // of float stores; 0: of a sparse one, packed
     int64_t bytes;
 };
 

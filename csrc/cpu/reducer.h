@@ -41,10 +41,11 @@ struct StoreGradient {
     int64_t width() const { return store.width; }
 };
 
-// Gradients of latents go straight through, inside the codes' range.
+// Gradients of latents go straight through, inside the codes' range, or where a mask keeps them.
 EMBCOMPRESS_INLINE void mask_row(const Lookup& lookup, const StoreGradient& gradient, int64_t row,
                                  float* values) {
     if (gradient.latents == nullptr) return;
+    if (is_sparse(*gradient.latents)) return clear_pruned(lookup, *gradient.latents, row, values);
     for (int64_t c = 0; c < gradient.width(); ++c) {
         if (!latent_at(lookup, *gradient.latents, row, c).inside) values[c] = 0.0f;
     }

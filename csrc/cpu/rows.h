@@ -130,7 +130,8 @@ class RowBlock {
 
   private:
     bool is_converted(const Probe& probe) const {
-        return lookup_.stores[probe.store].dtype != Dtype::kFloat32 || probe.quantization.bits > 0;
+        return lookup_.stores[probe.store].dtype != Dtype::kFloat32 ||
+               probe.quantization.bits > 0 || is_sparse(probe);
     }
 
     static int64_t room_for(const Probe& probe) { return probe.width * kBlock + kUnpacked; }

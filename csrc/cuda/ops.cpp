@@ -86,6 +86,8 @@ Lookup check_lookup(const std::vector<Tensor>& stores, const Tensor& ids,
     for (int64_t p = 0; p < lookup.header.num_probes; ++p) {
         STD_TORCH_CHECK(lookup.probes[p].stride == lookup.probes[p].width,
                         "the CUDA kernels read no rows that overlap; probe ", p, " does");
+        STD_TORCH_CHECK(lookup.probes[p].sparsity.form == SparsityForm::kNone,
+                        "the CUDA kernels read no sparse rows; probe ", p, " does");
     }
     return lookup;
 }

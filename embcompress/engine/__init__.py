@@ -88,6 +88,10 @@ class Program:
         self._has_vectors = plans[0].pool == "none" or self._ends_in_torch  # for every id, no bags
         self._is_for_cpu = any(map(needs_cpu_kernels, plans))
         self._before_heads = self._without_heads() if ops.has_kernels_without_heads() else None
+        self._sparse_stores = [
+            [store.name for store in plan.stores if store.sparsity is not None] for plan in plans
+        ]
+        self._has_sparse = any(self._sparse_stores)
         self._sparse = options.sparse
         self._dtype = _output_dtype(plans)
         # One call of the operator, and nothing before or after it.
@@ -134,8 +138,16 @@ class Program:
         return self._encoded is not None
 
     def runs_on(self, device: torch.device) -> bool:
-        """Whether a device's kernels run the heads and the overlapping rows of these plans."""
+        """Whether a device's kernels run these plans: heads, overlapping and sparse rows."""
         return not self._is_for_cpu or ops.runs_every_plan(device)
+
+    def _trains_packed(self, stores: Sequence[Stores]) -> bool:
+        """Whether the kept numbers of a sparse store take gradients, which no kernel gives."""
+        return torch.is_grad_enabled() and any(
+            each[name].dim() == 1 and each[name].requires_grad
+            for each, names in zip(stores, self._sparse_stores, strict=True)
+            for name in names
+        )
 
     def __call__(
         self,
@@ -147,7 +159,7 @@ class Program:
 
         Args:
             stores: for each feature its tensors by store name: float ones of the store's shape,
-                packed ones (bytes,) uint8.
+                packed ones (bytes,) uint8, the kept numbers of packed sparse ones (stored,).
             bags: feature-major ids and offsets.
             fused: stores that the backward pass updates; for compiled programs. A sequence of
                 them, one a feature, for a program of parts.
@@ -168,13 +180,16 @@ class Program:
             return torch.cat([part((each,), own, update) for part, each, own, update in parts], 1)
         assert not isinstance(fused, Sequence)
         runs_on_device = self.runs_on(bags.ids.device)
-        if self._encoded is not None and _is_for_kernels(bags) and runs_on_device:
+        is_for_kernels = _is_for_kernels(bags) and not (
+            self._has_sparse and self._trains_packed(stores)
+        )
+        if self._encoded is not None and is_for_kernels and runs_on_device:
             return self._run_compiled(self._encoded, stores, bags, fused)
         if fused is not None and not runs_on_device:
             raise TypeError(
                 f"the kernels of a {bags.ids.device.type} device run no heads and no overlapping "
-                "rows, and the optimizer was fused on another device; move the module first, then "
-                "fuse the optimizer"
+                "or sparse rows, and the optimizer was fused on another device; move the module "
+                "first, then fuse the optimizer"
             )
         if fused is not None:
             raise TypeError(

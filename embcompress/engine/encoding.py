@@ -23,6 +23,7 @@ from embcompress.plan import (
     Probe,
     Sign,
     Slot,
+    Store,
     Weight,
 )
 
@@ -38,6 +39,8 @@ _NO_SLOT = [0, *_NO_ADDRESS]
 _NO_CODE = [-1, 0, 0, 0, 0, 0, 0, *_NO_ADDRESS, *_NO_SLOT]
 _NO_SCALE = [0, 0, -1, 0, *_NO_ADDRESS, *_NO_CODE]
 _NO_QUANTIZATION = [0, -1, -1, 0, 0]
+_NO_SPARSITY = [0, 0, 0, 0, -1, 0, -1, 0]
+_FORMS = {"mask": 1, "positions": 2}
 
 
 @dataclass(frozen=True)
@@ -63,18 +66,20 @@ def head_stores(encoding: Tensor) -> set[int]:
 def can_encode(plan: LookupPlan) -> bool:
     """Whether the kernels gather what this plan reads.
 
-    Float64 and sparse rows are the reference's, and so are plans that gather nothing.
+    Float64 and thresholds are the reference's, and so are plans that gather nothing.
     """
     return len(plan.probes) > 0 and all(
-        not store.is_float or (store.dtype in _KERNEL_FLOATS and store.sparsity is None)
+        not store.is_float or (store.dtype in _KERNEL_FLOATS and store.threshold is None)
         for store in plan.stores
     )
 
 
 def needs_cpu_kernels(plan: LookupPlan) -> bool:
-    """Whether only the CPU's kernels run this plan: those of GPUs run neither heads nor rows that
-    overlap."""
-    return isinstance(plan.head, Linear) or any(store.stride is not None for store in plan.stores)
+    """Whether only the CPU's kernels run this plan: those of GPUs run no heads, and no rows that
+    overlap or are sparse."""
+    return isinstance(plan.head, Linear) or any(
+        store.stride is not None or store.sparsity is not None for store in plan.stores
+    )
 
 
 def encode_plans(
@@ -130,6 +135,7 @@ def _encode_probes(plan: LookupPlan, numbers: dict[str, int]) -> list[list[int]]
                 *_encode_address(plan, probe.address, numbers),
                 *_encode_scale(plan, probe, numbers),
                 *_encode_quantization(plan, probe, numbers),
+                *_encode_sparsity(plan, store, numbers),
             ]
         )
     return records
@@ -210,4 +216,21 @@ def _encode_quantization(plan: LookupPlan, probe: Probe, numbers: dict[str, int]
         -1 if bias is None else numbers[bias],
         int(scale.rows > 1),
         int(scale.width > 1),
+    ]
+
+
+def _encode_sparsity(plan: LookupPlan, store: Store, numbers: dict[str, int]) -> list[int]:
+    sparsity = store.sparsity
+    if sparsity is None:
+        return _NO_SPARSITY
+    index, starts = plan.store(sparsity.index), plan.store(sparsity.starts)
+    return [
+        _FORMS[sparsity.form],
+        sparsity.stored,
+        store.rows,
+        sparsity.block,
+        numbers[index.name],
+        index.bits,
+        numbers[starts.name],
+        starts.bits,
     ]

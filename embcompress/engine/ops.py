@@ -47,8 +47,8 @@ _LOADED = _load()
 _HAS_CUDA = _LOADED and torch._C._dispatch_has_kernel_for_dispatch_key(
     "embcompress::lookup_forward", "CUDA"
 )
-#: Types of the devices whose kernels run no heads and no overlapping rows: those that report, as
-#: csrc/cuda does.
+#: Types of the devices whose kernels run no heads and no overlapping or sparse rows: those that
+#: report, as csrc/cuda does.
 _PLAIN_PLANS_ONLY = frozenset(
     kind
     for kind in ("cpu", "cuda")
@@ -84,8 +84,8 @@ def runs_on(device: torch.device) -> bool:
 
 
 def runs_every_plan(device: torch.device) -> bool:
-    """Whether the compiled operators of a device run heads and overlapping rows, too; the CUDA
-    kernels run neither."""
+    """Whether the compiled operators of a device run heads and overlapping and sparse rows, too;
+    the CUDA kernels run none of them."""
     return device.type not in _PLAIN_PLANS_ONLY
 
 

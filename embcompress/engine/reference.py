@@ -195,13 +195,14 @@ def gather_rows(
         return _gather_sparse(plan, store, stores, rows, sparse)
     if store.stride is not None:
         return _gather_overlapping(store, tensor, rows, sparse)
-    if store.quantization is None:
-        return _gather(tensor, rows, sparse)
 
     def part(name: str) -> Tensor:
         shared = plan.store(name).rows == 1
         return _gather(stores[name], rows.new_zeros(1) if shared else rows, sparse)
 
+    if store.quantization is None:
+        values = _gather(tensor, rows, sparse)
+        return values if store.threshold is None else soft_threshold(values, part(store.threshold))
     names = store.quantization
     scale, bias = part(names.scale), None if names.bias is None else part(names.bias)
     if tensor.is_floating_point():  # latents, in training
@@ -210,6 +211,11 @@ def gather_rows(
     columns = torch.arange(store.width, device=rows.device)
     codes = unpack_bits(tensor, rows[:, None] * store.width + columns, store.bits)
     return dequantize(codes.to(scale.dtype), scale, bias, store.bits)
+
+
+def soft_threshold(values: Tensor, threshold: Tensor) -> Tensor:
+    """``sign(v) * max(|v| - sigmoid(t), 0)``."""
+    return values.sign() * F.relu(values.abs() - threshold.sigmoid())
 
 
 def _gather_sparse(

@@ -213,7 +213,7 @@ def _check(table: EmbeddingBag) -> None:
         raise ValueError("the table holds latents; call embcompress.deploy first")
     for probe in plan.probes:
         store = plan.store(probe.store)
-        if store.sparsity is not None:
+        if store.sparsity is not None or store.threshold is not None:
             raise ValueError(f"FBGEMM has no sparse rows; store {store.name!r}")
         if store.is_float and store.dtype not in _FLOATS:
             raise ValueError(f"FBGEMM has no rows of {store.dtype}; store {store.name!r}")

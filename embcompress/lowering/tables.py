@@ -105,7 +105,7 @@ class PhysicalTable:
 
 def why_not(plan: LookupPlan) -> str:
     """Why a plan cannot be lowered; empty if it can."""
-    if any(store.sparsity is not None for store in plan.stores):
+    if any(s.sparsity is not None or s.threshold is not None for s in plan.stores):
         return "TorchRec has no sparse rows"
     if plan.pool == "max":
         return "TorchRec does not pool by maxima"

@@ -34,8 +34,6 @@ def engine(case: Case, sparse: bool = False, device: str = "cpu") -> Tensor:
 
 def may_use_reference(case: Case, device: str) -> bool:
     """Double precision is left to the reference, and what the kernels of a device do not run."""
-    if any(store.sparsity is not None for store in case.plan.stores):
-        return True
     dtypes = {store.dtype for store in case.plan.stores}
     weights = case.bags.weights
     if needs_cpu_kernels(case.plan) and not ops.runs_every_plan(torch.device(device)):
