@@ -15,7 +15,7 @@ from torch import Tensor
 
 from embcompress.engine.reference import gather_rows, kept_numbers
 from embcompress.importance import strongest
-from embcompress.packing import pack_codes, packed_bytes, unpack_codes, write_codes
+from embcompress.packing import pack_codes, packed_bytes, unpack_codes
 from embcompress.plan import LookupPlan, Sparsity, Store
 
 #: A lookup counts bits in half a block, or halves the positions of a whole one.
@@ -90,8 +90,7 @@ def even_mask(store: Store, device: torch.device | str | None = None) -> Tensor:
         place = kept * step + kept * rest // stored  # kept * numbers // stored, below 2**63
         row = place // store.width
         place = row * store.width + (place + row) % store.width
-        bits = (1 << place % 8).to(torch.uint8)
-        mask.index_add_(0, place // 8, bits)  # every bit once
+        _set_bits(mask, place)
     return mask
 
 
@@ -109,9 +108,14 @@ def mask_of_largest(scores: Tensor, stored: int) -> Tensor:
     """
     flat = torch.nan_to_num(scores.detach().reshape(-1), nan=torch.inf, posinf=torch.inf)
     mask = torch.zeros(packed_bytes(flat.numel(), 1), dtype=torch.uint8, device=flat.device)
-    kept = strongest(flat, stored)
-    write_codes(mask, kept, torch.ones_like(kept), 1)
+    for kept in strongest(flat, stored).split(_CHUNK_NUMBERS):
+        _set_bits(mask, kept)
     return mask
+
+
+def _set_bits(mask: Tensor, places: Tensor) -> None:
+    """Set distinct bits, in place, that are not set."""
+    mask.index_add_(0, places // 8, (1 << places % 8).to(torch.uint8))
 
 
 def read_mask(mask: Tensor, store: Store, first: int = 0, last: int | None = None) -> Tensor:

@@ -17,7 +17,6 @@ from embcompress.sparse_layout import (
     clear_pruned,
     full_mask,
     mask_of_largest,
-    read_mask,
     sparse_store,
 )
 
@@ -25,18 +24,19 @@ WEIGHT = "weight"
 INDEX = f"{WEIGHT}_index"
 
 
-def kept_stores(
-    plan: LookupPlan, weight: Tensor, scores: Tensor, name: str = WEIGHT
-) -> dict[str, Tensor]:
-    """Latents of a sparse store and their mask, which keeps the numbers of largest score.
+def best_mask(plan: LookupPlan, scores: Tensor, name: str = WEIGHT) -> Tensor:
+    """The mask of a sparse store that keeps its numbers of largest score, (rows, width) float."""
+    sparsity = plan.store(name).sparsity
+    assert sparsity is not None
+    return mask_of_largest(scores, sparsity.stored)
 
-    Args:
-        weight: (rows, width) float; it is not changed.
-        scores: (rows, width) float.
-    """
+
+def kept_stores(
+    plan: LookupPlan, weight: Tensor, mask: Tensor, name: str = WEIGHT
+) -> dict[str, Tensor]:
+    """Latents of a sparse store, (rows, width) float, with what the mask keeps; and the mask."""
     store = plan.store(name)
     assert store.sparsity is not None
-    mask = mask_of_largest(scores, store.sparsity.stored)
     latents = weight.detach().clone()
     clear_pruned(latents, mask, store)
     return {name: latents, store.sparsity.index: mask}
@@ -83,10 +83,11 @@ class SparseRows(Method):
         scores = weight.detach().abs()
         if table.counts is not None:  # an id that was never seen counts a little
             scores = scores * (table.counts.to(scores) + 0.1).sqrt()[:, None]
-        return kept_stores(plan, weight, scores)
+        return kept_stores(plan, weight, best_mask(plan, scores))
 
+    @abstractmethod
     def phases(self) -> tuple[Phase, Phase]:
-        raise NotImplementedError
+        """The search, and the training of what it keeps."""
 
     def begin_phase(
         self, phase: Phase, tables: Sequence[PhasedTable], score: Score | None
@@ -118,12 +119,7 @@ def unpruned_form(table: PhasedTable) -> TableForm:
     return TableForm(plan, with_starts(plan, {WEIGHT: weight, INDEX: mask}))
 
 
-def final_form(table: PhasedTable, weight: Tensor, scores: Tensor) -> TableForm:
-    """The plan that the table was built with, with the numbers of largest score."""
-    plan = table.built
-    return TableForm(plan, with_starts(plan, kept_stores(plan, weight, scores)))
-
-
-def form_of_mask(table: PhasedTable, weight: Tensor, mask: Tensor) -> TableForm:
+def final_form(table: PhasedTable, weight: Tensor, mask: Tensor) -> TableForm:
     """The plan that the table was built with, with the numbers that a mask keeps."""
-    return final_form(table, weight, read_mask(mask, table.built.store(WEIGHT)).float())
+    plan = table.built
+    return TableForm(plan, with_starts(plan, kept_stores(plan, weight, mask)))

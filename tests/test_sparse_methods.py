@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from embcompress.engine.reference import lookup_reference, unpack_bits
 from embcompress.methods import TableSpec
 from embcompress.methods.autosrh import GATES, GROUPS, gate_scores
 from embcompress.packing import unpack_codes
-from embcompress.plan import Digit, LookupPlan, PlanError, Probe, Store
+from embcompress.plan import Digit, LookupPlan, Probe, Store
 from embcompress.soft_thresholds import GRANULARITIES
 from embcompress.sparse_layout import mask_of_largest, read_mask
 from tests.phased_method import Model, assert_same, batch, new_optimizer, run, train
@@ -359,23 +358,6 @@ def test_cerp_trains_again_from_the_initial_weights() -> None:
 
 
 # ------------------------------------------------------------------------------ plan vocabulary
-
-
-def test_thresholds_of_a_plan_are_checked() -> None:
-    def plan(store: Store, threshold: Store) -> LookupPlan:
-        return LookupPlan(9, 4, (store, threshold), (Probe("weight", Digit(1, 9)),))
-
-    weight, threshold = Store("weight", 9, 4, threshold="t"), Store("t", 1, 4)
-    good = plan(weight, threshold)
-    assert LookupPlan.from_json(good.to_json()) == good and not good.is_dense
-    with pytest.raises(PlanError, match="does not broadcast over the rows of 'weight'"):
-        plan(weight, replace(threshold, width=2))
-    with pytest.raises(PlanError, match="does not broadcast over the rows of 'weight'"):
-        plan(weight, replace(threshold, dtype="uint8"))
-    with pytest.raises(PlanError, match="threshold of 'weight' is 't', which is sparse"):
-        plan(weight, replace(threshold, threshold="weight"))
-    with pytest.raises(PlanError, match="only floats in rows of their own"):
-        Store("weight", 9, 4, "uint4", threshold="t")
 
 
 def test_a_threshold_starts_as_none() -> None:

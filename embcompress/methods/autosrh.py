@@ -14,7 +14,7 @@ from embcompress.packing import pack_codes, unpack_codes
 from embcompress.phases import Phase, PhasedTable, TableForm
 from embcompress.plan import Code, Digit, LookupPlan, Probe, Store
 from embcompress.procedure import Observes, TableProcedure, TrainedTable
-from embcompress.sparse_rows import WEIGHT, SparseRows, final_form, full_weight
+from embcompress.sparse_rows import WEIGHT, SparseRows, best_mask, final_form, full_weight
 
 GATES, GROUPS = "gates", "groups"
 _EPSILON = 1e-10
@@ -85,7 +85,8 @@ class AutoSRH(SparseRows):
         weight, gates = stores[WEIGHT].detach(), stores[GATES].detach()
         codes = unpack_codes(stores[GROUPS], 0, plan.num_embeddings, plan.store(GROUPS).bits)
         gated = weight * gates[codes]
-        return final_form(table, gated, gate_scores(gated, gates, codes))
+        scores = gate_scores(gated, gates, codes)
+        return final_form(table, gated, best_mask(table.built, scores))
 
 
 def group_of_ids(counts: Tensor | None, table: PhasedTable, groups: int) -> Tensor:

@@ -24,8 +24,8 @@ from embcompress.soft_thresholds import (
     search_plan,
     set_first_thresholds,
 )
-from embcompress.sparse_layout import read_mask, sparse_store
-from embcompress.sparse_rows import kept_stores, with_starts
+from embcompress.sparse_layout import sparse_store
+from embcompress.sparse_rows import best_mask, kept_stores, with_starts
 
 
 @register
@@ -121,7 +121,7 @@ class CERP(Method):
         stores = fit_stores(dense, new_stores(dense, table.seed), weight.detach(), table.counts)
         fitted: dict[str, Tensor] = {}
         for name, values in stores.items():
-            fitted |= kept_stores(plan, values, values.abs(), name)
+            fitted |= kept_stores(plan, values, best_mask(plan, values.abs(), name), name)
         return fitted
 
     # -- training
@@ -151,8 +151,7 @@ class CERP(Method):
         plan, stores = table.built, table.new_stores(dense_plan(table.built))
         kept: dict[str, Tensor] = {}
         for name, values in stores.items():
-            bits = read_mask(found_mask(table, name), plan.store(name))
-            kept |= kept_stores(plan, values, bits.float(), name)
+            kept |= kept_stores(plan, values, found_mask(table, name), name)
         return TableForm(plan, with_starts(plan, kept))
 
 

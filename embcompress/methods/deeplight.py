@@ -11,7 +11,7 @@ from torch import Tensor
 from embcompress.methods import register
 from embcompress.phases import Phase, PhasedTable, TableForm
 from embcompress.procedure import TableProcedure, TrainedTable
-from embcompress.sparse_rows import WEIGHT, SparseRows, final_form, unpruned_form
+from embcompress.sparse_rows import WEIGHT, SparseRows, best_mask, final_form, unpruned_form
 
 _DECAY = 0.99
 
@@ -69,7 +69,7 @@ class DeepLight(SparseRows):
 
     def final(self, table: PhasedTable) -> TableForm:
         weight = table.stores()[WEIGHT].detach()
-        return final_form(table, weight, weight.abs())
+        return final_form(table, weight, best_mask(table.built, weight.abs()))
 
 
 class MagnitudePruning(TableProcedure):

@@ -17,7 +17,7 @@ from embcompress.soft_thresholds import (
     search_plan,
     set_first_thresholds,
 )
-from embcompress.sparse_rows import WEIGHT, SparseRows, form_of_mask, full_weight
+from embcompress.sparse_rows import WEIGHT, SparseRows, final_form, full_weight
 
 
 @register
@@ -81,4 +81,4 @@ class PEP(SparseRows):
         return TableForm(plan, stores)
 
     def final(self, table: PhasedTable) -> TableForm:
-        return form_of_mask(table, full_weight(table), found_mask(table, WEIGHT))
+        return final_form(table, full_weight(table), found_mask(table, WEIGHT))

@@ -168,7 +168,7 @@ def test_the_number_of_threads_changes_no_bit(first: int) -> None:
     try:
         for number in range(first, first + BLOCK):
             case = make_case(number)
-            if case.plan.is_dense:
+            if case.plan.is_dense or may_use_reference(case):  # torch's own sums and products
                 continue
             gradient, results = output_gradient(case), []
             for threads in (1, 2, 5):

@@ -50,6 +50,8 @@ PROBE = [
     "scale.code.is_slot", "scale.tag.kind", "scale.tag.a", "scale.tag.b",
     "quantization.bits", "quantization.scale_store", "quantization.bias_store",
     "quantization.per_row", "quantization.per_column",
+    "sparsity.form", "sparsity.stored", "sparsity.rows", "sparsity.block",
+    "sparsity.index_store", "sparsity.index_bits", "sparsity.starts_store", "sparsity.starts_bits",
 ]  # fmt: skip
 
 #: Every kind of address and store, codes of rows and of scales. Float stores come first.

@@ -69,6 +69,10 @@ def sparse(
     return table(index, starts, stores=(replace(ROWS, sparsity=sparsity), index, starts))
 
 
+def thresholded(threshold: Store) -> LookupPlan:
+    return table(threshold, stores=(replace(ROWS, threshold="t"), threshold))
+
+
 def with_sparse_part(plan: LookupPlan, name: str) -> LookupPlan:
     """The plan whose store of that name is sparse."""
     sparsity = Sparsity(1, "index", "starts", 10, "positions")
@@ -127,6 +131,22 @@ BROKEN: dict[str, tuple[Callable[[], object], str]] = {
             "weights",
         ),
         "scale of probe of 'rows' is 'weights', which is sparse",
+    ),
+    "a threshold of codes": (
+        lambda: Store("s", 10, 4, "uint4", threshold="t"),
+        "only floats in rows of their own have a threshold",
+    ),
+    "a threshold of other columns": (
+        lambda: thresholded(Store("t", 1, 2)),
+        "'t' does not broadcast over the rows of 'rows'",
+    ),
+    "a threshold of codes' numbers": (
+        lambda: thresholded(Store("t", 1, 4, "uint8")),
+        "'t' does not broadcast over the rows of 'rows'",
+    ),
+    "a sparse threshold": (
+        lambda: with_sparse_part(thresholded(Store("t", 10, 1)), "t"),
+        "threshold of 'rows' is 't', which is sparse",
     ),
     "a sparse head": (
         lambda: with_sparse_part(table(Store("head", 4, 4), head=Linear("head")), "head"),
