@@ -18,7 +18,7 @@
 
 namespace embcompress {
 
-constexpr int64_t kFormat = 7;
+constexpr int64_t kFormat = 8;
 
 enum class Pool : int64_t { kNone = 0, kSum = 1, kMean = 2 };
 // Rows are added up or multiplied, all of the feature's width; or each is added to its columns.
@@ -117,7 +117,7 @@ struct Probe {
 constexpr int64_t kHeaderFields = sizeof(Header) / sizeof(int64_t);
 constexpr int64_t kFeatureFields = sizeof(Feature) / sizeof(int64_t);
 constexpr int64_t kProbeFields = sizeof(Probe) / sizeof(int64_t);
-static_assert(kHeaderFields == 4 && kFeatureFields == 10 && kProbeFields == 48,
+static_assert(kHeaderFields == 4 && kFeatureFields == 10 && kProbeFields == 56,
               "change embcompress/engine/encoding.py too");
 
 // ------------------------------------------------------------------------------------ hashing

@@ -27,7 +27,7 @@ from embcompress.plan import (
     Weight,
 )
 
-FORMAT = 7
+FORMAT = 8
 HEADER_FIELDS, FEATURE_FIELDS, HEAD_STORE_FIELD = 4, 10, 8
 #: Pools that the kernels run; maxima pool the kernels' vectors in torch.
 POOLS = {"none": 0, "sum": 1, "mean": 2}

@@ -391,7 +391,9 @@ def test_a_store_that_is_too_small_is_refused(number: int) -> None:
 @pytest.mark.parametrize(("number", "columns"), [(0, 3), (0, 5), (1, 0), (1, 2), (2, 0), (3, 1)])
 def test_a_store_of_another_width_is_refused(number: int, columns: int) -> None:
     call = make_call()
-    with_store(call, number, torch.rand(len(call.stores[number]), columns)).refused("encoding|float stores must be 2-D")
+    with_store(call, number, torch.rand(len(call.stores[number]), columns)).refused(
+        "encoding|float stores must be 2-D"
+    )
 
 
 def test_stores_of_other_layouts_and_dtypes_are_refused() -> None:
