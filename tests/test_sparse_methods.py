@@ -15,6 +15,7 @@ from embcompress.engine import Bags, lookup
 from embcompress.engine.reference import lookup_reference, unpack_bits
 from embcompress.methods import TableSpec
 from embcompress.methods.autosrh import GATES, GROUPS, gate_scores
+from embcompress.methods.cerp import rows_of
 from embcompress.packing import unpack_codes
 from embcompress.plan import Digit, LookupPlan, Probe, Store
 from embcompress.soft_thresholds import GRANULARITIES
@@ -25,6 +26,7 @@ METHODS: dict[str, ec.Method] = {
     "deeplight": ec.DeepLight(interval=2),
     "pep": ec.PEP(interval=2, decay=0.1),
     "autosrh": ec.AutoSRH(groups=5, rate=0.1),
+    "cerp": ec.CERP(interval=2, decay=0.1),
 }
 
 
@@ -117,6 +119,9 @@ def test_a_fit_keeps_the_largest_numbers(name: str, weighted: bool) -> None:
         (lambda: ec.PEP(granularity="block"), "granularity must be one of table, column"),
         (lambda: ec.PEP(decay=1.0), r"decay in \[0, 1\)"),
         (lambda: ec.AutoSRH(groups=0), "groups and epochs must be at least 1"),
+        (lambda: ec.CERP(density=0.0), r"density must be in \(0, 1\], got 0.0"),
+        (lambda: ec.CERP(granularity="block"), "granularity must be one of table, column"),
+        (lambda: ec.CERP(start=0), "start positive"),
     ],
 )
 def test_settings_are_checked(make: object, message: str) -> None:
@@ -302,6 +307,77 @@ def test_gate_scores_go_by_gates_first() -> None:
     scores = gate_scores(gated, gates, torch.tensor([0, 0, 1]))
     order = scores.flatten().argsort(descending=True).tolist()
     assert order == [3, 1, 5, 0, 2, 4]
+
+
+# ---------------------------------------------------------------------------------------- cerp
+
+
+def test_cerp_adds_a_remainders_and_a_quotients_row() -> None:
+    table = ec.Embedding(500, 6, method="cerp", budget="20%")
+    remainder, quotient = table.plan.probes
+    b, store = quotient.offset, table.plan.store("weight")
+    span = -(-500 // b)
+    assert remainder.address == Digit(1, b)
+    assert store.rows == b + -(-500 // span) <= 2 * b
+    larger = rows_of(500, b + 1)
+    assert store.rows * 6 // 2 <= store.sparsity.stored < larger * 6 // 2
+    bits = read_mask(table.get_buffer("weight_index"), store)
+    assert int(bits.sum()) == store.sparsity.stored
+    rows, ids = table.weight * bits, torch.arange(500)
+    torch.testing.assert_close(table(ids), rows[ids % b] + rows[b + ids // span])
+    assert len({*zip((ids % b).tolist(), (ids // span).tolist(), strict=True)}) == 500
+
+
+@pytest.mark.parametrize("ids", [1, 2, 3, 7, 50, 997])
+def test_no_two_ids_of_cerp_have_both_rows_in_common(ids: int) -> None:
+    method, table = ec.CERP(), TableSpec(ids, 2)
+    for size in method.sizes(table)[:: max(1, ids // 20)]:
+        rows = [p.offset + torch.arange(ids) // p.address.divisor % p.address.radix
+                for p in method.plan(table, size).probes]  # fmt: skip
+        assert len(torch.stack(rows, 1).unique(dim=0)) == ids
+
+
+def test_cerp_reads_both_tables_through_thresholds() -> None:
+    model, _ = in_phase(ec.CERP(start=0.5), 0, 2)
+    table = model.table(0)
+    e, s = table.weight.detach(), table.weight_threshold.detach()
+    rows = e.sign() * (e.abs() - s.sigmoid()).clamp(min=0)
+    assert (rows == 0).any() and s.unique().numel() > 1
+    ids, b = torch.arange(60), table.plan.probes[1].offset
+    expected = rows[ids % b] + rows[b + ids // -(-60 // b)]
+    torch.testing.assert_close(table(ids[:, None]), expected)
+
+
+def test_cerp_trains_again_from_the_initial_weights() -> None:
+    model = Model(ec.CERP(interval=1, decay=0.3))
+    procedure = ec.TrainingProcedure(model)
+    procedure.begin_phase()
+    initial = model.table(0).weight.detach().clone()
+    train(model, new_optimizer(model, False), procedure, range(6))
+    mask = next(iter(procedure.tables.values())).tensor("weight_mask").clone()
+    procedure.begin_phase()
+    table = model.table(0)
+    assert torch.equal(table.weight_index, mask)
+    assert torch.equal(table.weight.detach(), initial * kept(table))
+
+
+def test_a_fit_of_cerp_keeps_the_largest_numbers_of_least_squares() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(20 + 20, 4, generator=generator)
+    ids = torch.arange(200)
+    weight = rows[ids % 20] + rows[20 + ids // 10]
+    fitted = {}
+    for density in (1.0, 0.5):
+        method, table = ec.CERP(density=density), TableSpec(200, 4)
+        size = next(s for s in method.sizes(table) if method.buckets(table, s) == 20)
+        fitted[density] = ec.Embedding.from_pretrained(
+            weight, method=method, budget=method.plan(table, size).bytes
+        )
+    torch.testing.assert_close(fitted[1.0].to_dense(), weight, rtol=1e-3, atol=1e-3)
+    half = fitted[0.5]
+    bits = read_mask(half.weight_index, half.plan.store("weight"))
+    magnitudes = fitted[1.0].weight.detach().abs()
+    assert magnitudes[bits].min() >= magnitudes[~bits].max()
 
 
 # ------------------------------------------------------------------------------ plan vocabulary
