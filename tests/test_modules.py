@@ -325,7 +325,10 @@ def test_vectors_start_with_the_wanted_deviation(method: str, std: float) -> Non
     if quantized and all(store.bits == 1 for store in quantized):
         # The two values that read normal numbers with the least error lie closer together.
         std *= (2 / torch.pi) ** 0.5
-    assert float(vectors[present].std()) == pytest.approx(std, rel=0.1)
+    # Three standard errors of the deviation of as few numbers as the vectors may be made of.
+    sizes = [module.stores()[probe.store].numel() for probe in module.plan.probes]
+    slack = max(0.1, 3 / (2 * min(sizes, default=1000)) ** 0.5)
+    assert float(vectors[present].std()) == pytest.approx(std, rel=slack)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -20,7 +20,7 @@ def test_there_are_some() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("budget", ["60%", "25%"])
+@pytest.mark.parametrize("budget", ["60%", "35%"])
 def test_the_bytes_of_the_end_are_within_those_of_the_beginning(method: str, budget: str) -> None:
     model = Model(method, budget=budget)
     built, dense = ec.memory(model).total, ec.memory(model).dense

@@ -30,8 +30,7 @@ class Place {
 #else
     explicit Place(const Tensor& ids) : guard_(checked_index(ids)) {
         void* stream = nullptr;
-        TORCH_ERROR_CODE_CHECK(
-            aoti_torch_get_current_cuda_stream(ids.get_device_index(), &stream));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(ids.get_device_index(), &stream));
         this->stream = static_cast<cudaStream_t>(stream);
     }
 #endif
@@ -76,6 +75,7 @@ Lookup check_lookup(const std::vector<Tensor>& stores, const Tensor& ids,
     const Lookup lookup = make_lookup(stores, ids, offsets, weights, encoding, ends_are_given);
     STD_TORCH_CHECK(lookup.batch > 0 || lookup.num_ids == 0,
                     "offsets describe no bags, but ids has ", lookup.num_ids, " entries");
+    STD_TORCH_CHECK(lookup.num_ids <= kMostIds, "more than 2^31 ids in one call");
     STD_TORCH_CHECK(lookup.header.num_features < 65536, "more than 65535 features in one call");
     const int64_t bags = lookup.header.num_features * lookup.batch;
     STD_TORCH_CHECK(bags <= kMostTouches, "more than 2^32 bags in one call");

@@ -34,7 +34,7 @@ struct Found {
 
 template <int kProbes>
 EMBCOMPRESS_DEVICE Found<kProbes> find_rows(const Inputs& inputs, const Feature& feature,
-                                            const BoundProbe* bound, int64_t position, bool exists,
+                                            const BoundProbe* bound, int position, bool exists,
                                             int64_t id) {
     bool inside = true;
     if (exists) id = checked_id(feature, id, &inside);
@@ -86,18 +86,19 @@ EMBCOMPRESS_DEVICE void pool_plain(const PlainArguments& arguments, const Group&
     for (int t = 0; t < kProbes; ++t) {
         data[t] = static_cast<const float*>(bound[t].store.data) + column;
     }
-    const int64_t begin = inputs.clamp(inputs.offset(bag));
-    const int64_t end = inputs.clamp(inputs.offset(bag + count));
-    int64_t ends = 0;
+    // Positions of ids fit 32 bits: kMostIds.
+    const int begin = static_cast<int>(inputs.clamp(inputs.offset(bag)));
+    const int end = static_cast<int>(inputs.clamp(inputs.offset(bag + count)));
+    int ends = 0;
     if (group.lane < count) {
-        ends = inputs.clamp(inputs.offset(bag + group.lane + 1));
+        ends = static_cast<int>(inputs.clamp(inputs.offset(bag + group.lane + 1)));
         if (!inputs.is_bag(bag + group.lane, num_bags)) inputs.errors->offsets = 1;
     }
     float* out = arguments.out + first * inputs.num_columns + feature.out_column;
     const bool aligned = is_aligned(out, inputs.num_columns);
     float sum[kColumns] = {0.0f, 0.0f, 0.0f, 0.0f};
     int counted = 0, done = 0;
-    int64_t next_end = group.read(ends, 0);
+    int next_end = group.read(ends, 0);
     const auto finish_bag = [&] {
         if (mean && counted > 0) {
             const float divisor = static_cast<float>(counted);
@@ -112,16 +113,16 @@ EMBCOMPRESS_DEVICE void pool_plain(const PlainArguments& arguments, const Group&
         if (++done < count) next_end = group.read(ends, done);
     };
     while (done < count && next_end <= begin) finish_bag();
-    const auto id_at = [&](int64_t at) { return at < end ? inputs.id(at) : 0; };
+    const auto id_at = [&](int at) { return at < end ? inputs.id(at) : 0; };
     int64_t ahead = id_at(begin + group.lane);
-    for (int64_t position = begin; position < end; position += group.lanes) {
-        const int64_t own = position + group.lane;
+    for (int position = begin; position < end; position += group.lanes) {
+        const int own = position + group.lane;
         const Found<kProbes> found =
             find_rows<kProbes>(inputs, feature, bound, own, own < end, ahead);
         // Under way while rows are read.
         ahead = id_at(own + group.lanes);
         const unsigned known = group.ballot(found.is_counted);
-        const int n = static_cast<int>(end - position < group.lanes ? end - position : group.lanes);
+        const int n = end - position < group.lanes ? end - position : group.lanes;
         for (int i = 0; i < n; i += U) {
             float part[kProbes][U][kColumns];
             load_rows<kProbes, U>(group, found, i, n - i, data, width, active, part);

@@ -42,6 +42,8 @@ inline int lanes_for(int64_t width, int columns, int64_t probes) {
 // Which of the forward kernels runs a feature: the one for all, or that for one or two plain
 // probes.
 enum class Kind : int { kAny = 0, kOne = 1, kTwo = 2 };
+// Ids of one call: their positions, and those a warp further on, fit 32 bits.
+constexpr int64_t kMostIds = 0x7FFFFFFF - 64;
 // Rows of plain probes are numbered in 32 bits, with one number for "none".
 constexpr int64_t kMostPlainRows = 0xFFFFFFFF;
 

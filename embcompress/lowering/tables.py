@@ -113,6 +113,8 @@ def why_not(plan: LookupPlan) -> str:
         return "TorchRec has no rows that overlap"
     if not is_linear(plan.head):
         return "TorchRec's vectors have no heads that are not linear"
+    if any(_has_fixed_row_steps(plan, store) for store in plan.stores):
+        return "TorchRec would train the steps of single rows, which its method sets"
     replicated = {store.name for store in replicated_stores(plan)}
     known = {store.name for store in code_stores(plan)}
     known |= {*plan.head_stores}
@@ -123,6 +125,12 @@ def why_not(plan: LookupPlan) -> str:
         if store.is_float and store.name not in replicated and store.dtype not in DTYPES:
             return f"TorchRec has no tables of {store.dtype}"
     return ""
+
+
+def _has_fixed_row_steps(plan: LookupPlan, store: Store) -> bool:
+    """Whether every row has a step of its own that no optimizer may train."""
+    names = store.quantization
+    return names is not None and not names.trained and plan.store(names.scale).rows > 1
 
 
 def _shared_steps(plan: LookupPlan, store: Store) -> tuple[str, ...]:

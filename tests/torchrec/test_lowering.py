@@ -68,7 +68,13 @@ def test_every_method_keeps_values_and_gradients(
         et.lift(lowered)
     expected = dict(model.named_parameters())
     for name, parameter in lowered.named_parameters():
-        torch.testing.assert_close(parameter, expected[name], rtol=0, atol=2e-6, msg=name)
+        torch.testing.assert_close(
+            parameter,
+            expected[name],
+            rtol=0,
+            atol=2e-6,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
     assert set(lowered.state_dict()) == set(model.state_dict())
 
 
