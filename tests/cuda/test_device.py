@@ -10,7 +10,7 @@ from torch import Tensor
 
 import embcompress as ec
 from embcompress.engine import Bags, lookup, ops
-from embcompress.engine.encoding import can_encode
+from embcompress.engine.encoding import can_encode, needs_cpu_kernels
 from embcompress.plan import Digit, Hash, LookupPlan, Probe, Store
 from tests.engine.devices import needs_gpu, to_device
 from tests.engine.judging import output_gradient, run
@@ -30,8 +30,8 @@ def runs_in_kernels(case: Case) -> bool:
     """Whether torch has no part in the lookup of a case on a GPU."""
     doubles = case.bags.weights is not None and case.bags.weights.dtype == torch.float64
     in_torch = case.plan.head is not None or case.plan.pool == "max" or case.plan.is_dense
-    overlaps = any(store.stride is not None for store in case.plan.stores)
-    return can_encode(case.plan) and not (doubles or in_torch or overlaps)
+    for_cpu = needs_cpu_kernels(case.plan)
+    return can_encode(case.plan) and not (doubles or in_torch or for_cpu)
 
 
 def on_cpu(case: Case) -> Tensor:
