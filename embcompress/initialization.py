@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from embcompress.head_initialization import draw_core, draw_layer
-from embcompress.plan import Linear, LookupPlan, Network, Store, TensorTrain, Weight
+from embcompress.plan import Linear, LookupPlan, Network, Probe, Slot, Store, TensorTrain, Weight
 from embcompress.sparse_layout import clear_pruned
 
 
@@ -25,9 +25,28 @@ def store_deviation(plan: LookupPlan, std: float) -> float:
 
 
 def _most_terms(plan: LookupPlan) -> int:
-    """How many probes add to one column, at most."""
-    begins = {begin for begin, _ in plan.columns}
-    return max(sum(begin <= at < end for begin, end in plan.columns) for at in begins)
+    """How many probes add to one column of an id's vector, at most."""
+    columns = [
+        columns
+        for probe, columns in zip(plan.probes, plan.columns, strict=True)
+        if not any(_excludes(other, probe) for other in plan.probes)
+    ]
+    begins = {begin for begin, _ in columns}
+    return max(sum(begin <= at < end for begin, end in columns) for at in begins)
+
+
+def _excludes(one: Probe, other: Probe) -> bool:
+    """Whether the second adds nothing but to vectors to which the first, by slots, adds nothing."""
+    if not (isinstance(one.address, Slot) and isinstance(other.address, Slot)):
+        return False
+    first, second = one.address, other.address
+    same_slots = (first.store, first.bucket, first.tag) == (
+        second.store,
+        second.bucket,
+        second.tag,
+    )
+    is_for_present = first.otherwise is None and first.first < first.size
+    return same_slots and is_for_present and second.first >= second.size
 
 
 #: Step of the uniform quantizer that reads normal numbers of deviation 1 with the least squared

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from embcompress.budget import format_bytes
+from embcompress.file_tensors import is_in_file
 from embcompress.modules import CompressedTable
 from embcompress.text_table import text_table
 
@@ -28,6 +29,7 @@ class TableMemory:
             packed or sparse rows and the structures of a search take beyond these, and optimizer
             state.
         also: other paths that lead to the same module.
+        offloaded: bytes in files, which are not resident, of rows and of optimizer state.
     """
 
     name: str
@@ -38,6 +40,7 @@ class TableMemory:
     dense: int
     training: int = 0
     also: tuple[str, ...] = ()
+    offloaded: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,26 @@ class MemoryReport:
         """Bytes held for training on top of ``total``."""
         return sum(table.training for table in self.tables)
 
+    @property
+    def offloaded(self) -> int:
+        """Bytes in files, beside ``total``."""
+        return sum(table.offloaded for table in self.tables)
+
     def __str__(self) -> str:
+        def in_files(count: int) -> tuple[str, ...]:
+            return (format_bytes(count),) if self.offloaded else ()
+
         rows = [
-            (t.name, t.rows, t.width, t.method, format_bytes(t.dense), format_bytes(t.bytes))
+            (
+                t.name, t.rows, t.width, t.method, format_bytes(t.dense), format_bytes(t.bytes),
+                *in_files(t.offloaded),
+            )
             for t in self.tables
-        ]
-        total = ("total", "", "", f"{self.ratio:.4%}", *map(format_bytes, (self.dense, self.total)))
-        return text_table(("table", "rows", "width", "method", "dense", "bytes"), [*rows, total])
+        ]  # fmt: skip
+        sizes = (format_bytes(self.dense), format_bytes(self.total), *in_files(self.offloaded))
+        header = ("table", "rows", "width", "method", "dense", "bytes")
+        total = ("total", "", "", f"{self.ratio:.4%}", *sizes)
+        return text_table((*header, "in files") if self.offloaded else header, [*rows, total])
 
 
 def memory(module: nn.Module) -> MemoryReport:
@@ -89,6 +105,8 @@ def memory(module: nn.Module) -> MemoryReport:
     counted: set[tuple[str, int]] = set()
     tables = []
     for child, names in paths.items():
+        tensors = [*child.parameters(), *child.buffers()]
+        offloaded = _new_bytes([tensor for tensor in tensors if is_in_file(tensor)], counted)
         if isinstance(child, CompressedTable):
             size, latents = _table_bytes(child, counted)
             if child.spec is not None and child.spec.counts is not None:
@@ -96,11 +114,19 @@ def memory(module: nn.Module) -> MemoryReport:
             method = child.method
         else:
             size, latents, method = _new_bytes([child.weight], counted), 0, "full"
-        training = latents + _new_bytes([*child.parameters(), *child.buffers()], counted)
+        training = latents + _new_bytes(tensors, counted)
         rows, width = child.num_embeddings, child.embedding_dim
         tables.append(
             TableMemory(
-                names[0], rows, width, method, size, rows * width * 4, training, tuple(names[1:])
+                names[0],
+                rows,
+                width,
+                method,
+                size,
+                rows * width * 4,
+                training,
+                tuple(names[1:]),
+                offloaded,
             )
         )
     return MemoryReport(tuple(tables))

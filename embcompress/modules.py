@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from embcompress.budget import Budget, default_plan, fit_plan, parse_budget
 from embcompress.engine import Bags, GradientOptions, Program, lookup, make_bags
 from embcompress.engine.fused import FusedStores, UpdateRule
+from embcompress.file_tensors import file_tensor, is_in_file, move_to_file
 from embcompress.initialization import initialize_stores
 from embcompress.latents import fixed_steps, pack_latents, unpack_latents
 from embcompress.methods import Method, TableSpec, methods, resolve_method
@@ -71,6 +72,11 @@ class CompressedTable(nn.Module):
     A sparse store is trained as dense latents, too. Lookups read them through a mask, a bit for
     each, which stands in the place of the store's index (:mod:`embcompress.sparse_layout`).
 
+    A store in a file is a parameter whose memory is mapped (:mod:`embcompress.file_tensors`); it
+    takes sparse gradients. So is the state that a fused optimizer has for it. Such a table stays on
+    the CPU. Whatever gives the tensors other memory, as copies, unpickling, other dtypes and
+    loading with ``assign=True`` do, ends with them in a new file.
+
     Attributes:
         plan: the :class:`~embcompress.plan.LookupPlan`, with the stores' present dtypes.
         method: name of the method that made the plan.
@@ -101,7 +107,7 @@ class CompressedTable(nn.Module):
         self.updated_in_kernel: tuple[str, ...] = ()
         self.start_deviation = 1.0
         self._set_plan(plan)
-        for name, values in _empty_stores(plan, device, deployed).items():
+        for name, values in _empty_stores(plan, device, deployed, self.directory).items():
             self.hold(name, values)
 
     def hold(self, name: str, values: Tensor) -> None:
@@ -205,6 +211,11 @@ class CompressedTable(nn.Module):
             stores.append(store)
         return self._program.run_plain_bags(stores, ids, offsets, ends_are_given)
 
+    @property
+    def directory(self) -> str | None:
+        """Where the files of stores are made; None: the directory of temporary files."""
+        return None if self.settings is None else self.settings.file_directory
+
     # -- changing
 
     def set_method(self, method: str | Method) -> None:
@@ -267,7 +278,7 @@ class CompressedTable(nn.Module):
 
         Random numbers are drawn on the CPU, so they are the same on every device.
         """
-        stores = _empty_stores(plan, "cpu")
+        stores = _empty_stores(plan, "cpu", directory=self.directory)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             initialize_stores(plan, stores, self.start_deviation)
@@ -402,12 +413,32 @@ class CompressedTable(nn.Module):
         self.fused_rule, self.updated_in_kernel = None, ()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> CompressedTable:
+        if self._plan.offloaded:  # before anything is moved
+            _check_device(self._plan, fn(torch.empty(0, device="cpu")).device)
         super()._apply(fn, recurse)
+        self._return_to_files()
         floats = {s.name: getattr(self, s.name) for s in self._plan.stores if s.is_float}
         plan = self._plan.with_dtypes({n: dtype_name(t.dtype) for n, t in floats.items()})
         if plan is not self._plan:
             self._set_plan(plan)
         return self
+
+    # -- files
+
+    def _return_to_files(self) -> None:
+        """Put what should be in files and is in memory into new ones; objects stay the same."""
+        for store in self._plan.stores:
+            if not store.is_in_file:
+                continue
+            tensors = [self._parameters.get(store.name), *self.optimizer_states(store.name)]
+            for tensor in tensors:
+                if tensor is not None and tensor.device.type == "cpu" and not is_in_file(tensor):
+                    move_to_file(tensor, self.directory)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy or a pickle, whose tensors are in memory."""
+        super().__setstate__(state)
+        self._return_to_files()
 
     # -- fused optimizers
 
@@ -519,6 +550,7 @@ class CompressedTable(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        self._return_to_files()
 
     def _take_form_of(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         """Hold quantized and sparse stores as weights to be loaded do: as latents, or packed."""
@@ -566,13 +598,15 @@ class CompressedTable(nn.Module):
         if shape != (self.num_embeddings, self.embedding_dim):
             return False
         device = next(iter(self.stores().values())).device
-        self.take_form(plan, _empty_stores(plan, device))
+        self.take_form(plan, _empty_stores(plan, device, directory=self.directory))
         return True
 
     def extra_repr(self) -> str:
         text = f"{self.num_embeddings}, {self.embedding_dim}, method={self.method!r}"
         if self.padding_idx is not None:
             text += f", padding_idx={self.padding_idx}"
+        if self._plan.offloaded:
+            text += f", bytes_in_files={self._plan.offloaded}"
         return f"{text}, bytes={self._plan.bytes}"
 
 
@@ -583,10 +617,28 @@ def _is_latent(store: Store, values: Tensor) -> bool:
     return store.quantization is not None and values.is_floating_point()
 
 
+def _check_device(plan: LookupPlan, device: torch.device) -> None:
+    """Refuse to put rows that are in a file on a device whose kernels cannot read them."""
+    if device.type not in ("cpu", "meta"):
+        names = [store.name for store in plan.stores if store.is_in_file]
+        raise ValueError(
+            f"stores {names} are in files, which the CPU reads, and cannot be on device "
+            f"{str(device)!r}; leave this table on the CPU, or choose another method"
+        )
+
+
 def _new_store(
-    plan: LookupPlan, store: Store, deployed: bool, device: torch.device | str | None
+    plan: LookupPlan,
+    store: Store,
+    deployed: bool,
+    device: torch.device | str | None,
+    directory: str | None = None,
 ) -> Tensor:
     """An uninitialized tensor for a store, in the form that is trained or the deployed one."""
+    if store.is_in_file:
+        own = torch.get_default_device() if device is None else torch.device(device)
+        if own.type == "cpu":
+            return file_tensor(store.shape, _training_dtype(plan, store), directory)
     if store.is_float or (store.quantization is not None and not deployed):
         shape: tuple[int, ...] = store.shape
         if store.sparsity is not None and deployed:
@@ -604,13 +656,25 @@ def _training_dtype(plan: LookupPlan, store: Store) -> torch.dtype:
 
 
 def _empty_stores(
-    plan: LookupPlan, device: torch.device | str | None, deployed: bool = False
+    plan: LookupPlan,
+    device: torch.device | str | None,
+    deployed: bool = False,
+    directory: str | None = None,
 ) -> dict[str, Tensor]:
     """Tensors for the stores of a plan: floats of any value, codes that are zero.
 
     Masks of latents keep as many numbers as the plan.
+
+    Raises:
+        ValueError: a store in a file, for another device than the CPU.
+        OSError: the file cannot be made (:func:`embcompress.file_tensors.file_tensor`).
     """
-    stores = {store.name: _new_store(plan, store, deployed, device) for store in plan.stores}
+    if plan.offloaded:
+        own = torch.get_default_device() if device is None else torch.device(device)
+        _check_device(plan, own)
+    stores = {
+        store.name: _new_store(plan, store, deployed, device, directory) for store in plan.stores
+    }
     for store in plan.stores:
         if store.sparsity is not None and not deployed:
             stores[store.sparsity.index] = even_mask(store, device)

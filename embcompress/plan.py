@@ -22,6 +22,7 @@ from embcompress.hashing import MASK64
 Combine: TypeAlias = Literal["sum", "mul", "concat"]
 SparsityForm: TypeAlias = Literal["mask", "positions"]
 Pool: TypeAlias = Literal["none", "sum", "mean", "max"]
+Location: TypeAlias = Literal["memory", "file"]
 
 FLOAT_BITS = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16}
 _UNSIGNED = re.compile(r"uint([1-9]|1[0-9]|2[0-9]|3[0-2])")
@@ -122,6 +123,8 @@ class Store:
         threshold: of a float store, the name of another of 1 or ``rows`` rows and 1 or ``width``
             columns: numbers are read through it, ``sign(v) * max(|v| - sigmoid(t), 0)``. For
             searches; the reference engine alone runs it.
+        location: ``"memory"``, or for plain float stores ``"file"``: the rows are in a file that is
+            mapped into memory, and are not resident (:mod:`embcompress.file_tensors`).
     """
 
     name: str
@@ -133,6 +136,7 @@ class Store:
     sparsity: Sparsity | None = None
     stride: int | None = None
     threshold: str | None = None
+    location: Location = "memory"
 
     def __post_init__(self) -> None:
         require(bool(re.fullmatch(r"[A-Za-z_]\w*", self.name)), f"store name {self.name!r}")
@@ -172,10 +176,25 @@ class Store:
                 f"store {self.name!r} keeps {self.sparsity.stored} of {self.rows * self.width} "
                 "numbers",
             )
+        require(self.location in get_args(Location), f"unknown location {self.location!r}")
+        if self.is_in_file:
+            require(
+                self.is_float
+                and self.sparsity is None
+                and self.stride is None
+                and self.threshold is None
+                and not self.shared,
+                f"store {self.name!r}: only floats in rows of their own, of one table, can be in a "
+                "file",
+            )
 
     @property
     def is_float(self) -> bool:
         return self.dtype in FLOAT_BITS
+
+    @property
+    def is_in_file(self) -> bool:
+        return self.location == "file"
 
     @property
     def bits(self) -> int:
@@ -528,7 +547,8 @@ class LookupPlan:
     Attributes:
         num_embeddings: ids are in ``[0, num_embeddings)``.
         embedding_dim: width of the vector.
-        stores: the physical tables, uniquely named; all that is resident at lookup time.
+        stores: the physical tables, uniquely named; all that is resident at lookup time, and what
+            is in files beside it.
         probes: the gathers, at least one; none where the head makes its inputs of the id.
         combine: how the probes' rows become one vector: ``"sum"`` (each row in its columns),
             ``"mul"`` (elementwise product) or ``"concat"``, always per id, before pooling.
@@ -607,7 +627,12 @@ class LookupPlan:
     @property
     def bytes(self) -> int:
         """Bytes resident at lookup time: every store, code table, scale and head."""
-        return sum(store.bytes for store in self.stores)
+        return sum(store.bytes for store in self.stores if not store.is_in_file)
+
+    @property
+    def offloaded(self) -> int:
+        """Bytes of the stores in files, which are not resident."""
+        return sum(store.bytes for store in self.stores if store.is_in_file)
 
     @property
     def dense_bytes(self) -> int:
@@ -625,6 +650,7 @@ class LookupPlan:
             and store.sparsity is None
             and store.stride is None
             and store.threshold is None
+            and not store.is_in_file
             and self.probes == (Probe(store.name, Digit(1, self.num_embeddings)),)
             and store.rows == self.num_embeddings
         )
@@ -694,6 +720,7 @@ class LookupPlan:
             store.sparsity is None and store.stride is None and store.threshold is None,
             f"{what} is {store.name!r}, which is sparse or of rows that overlap",
         )
+        require(not store.is_in_file, f"{what} is {store.name!r}, which is in a file")
 
     def _check_address(self, address: Address, rows: int, what: str) -> None:
         require(address.size <= rows, f"{what} reaches row {address.size - 1} of {rows}")
@@ -828,21 +855,22 @@ class LookupPlan:
         if self.pool != "none":
             formula = f"{self.pool} over ids of {formula}"
         stores = ", ".join(_store_text(store) for store in self.stores)
+        beside = f" and {self.offloaded} in files" if self.offloaded else ""
         return (
-            f"{self.num_embeddings} × {self.embedding_dim} in {self.bytes} bytes: "
+            f"{self.num_embeddings} × {self.embedding_dim} in {self.bytes} bytes{beside}: "
             f"{formula}  [{stores}]"
         )
 
 
 def total_bytes(plans: Iterable[LookupPlan]) -> int:
-    """Bytes of the plans' stores, each shared one once."""
+    """Bytes of the plans' resident stores, each shared one once."""
     shared: dict[str, int] = {}
     own = 0
     for plan in plans:
         for store in plan.stores:
             if store.shared:
                 shared[store.shared] = store.bytes
-            else:
+            elif not store.is_in_file:
                 own += store.bytes
     return own + sum(shared.values())
 
@@ -853,6 +881,8 @@ def total_bytes(plans: Iterable[LookupPlan]) -> int:
 def _store_text(store: Store) -> str:
     apart = "" if store.stride is None else f" every {store.stride}"
     text = f"{store.name} {store.rows}×{store.width}{apart} {store.dtype}"
+    if store.is_in_file:
+        text += " in a file"
     return text if store.sparsity is None else f"{text}, {store.sparsity.stored} kept"
 
 

@@ -74,6 +74,7 @@ _SCALARS = {
     "Combine": str,
     "Pool": str,
     "SparsityForm": str,
+    "Location": str,
 }
 
 

@@ -50,12 +50,27 @@ class SlotLayout:
         """
         ways = max(1, min(ways, rows // 2))
         buckets = max(1, int(hot * rows) // ways)
-        bits = table.num_embeddings.bit_length()
+        return cls._of_buckets(table, rows - buckets * ways, buckets, ways)
+
+    @classmethod
+    def without_shared(cls, table: TableSpec, rows: int, ways: int) -> SlotLayout:
+        """The layout of at most so many rows, at least 1, all of which have slots.
+
+        Few rows get up to twice the ways, so that buckets leave few of them out.
+        """
+        choices = [ways]
+        if rows < 16 * ways:
+            choices = [*range(min(ways, rows), min(2 * ways, rows + 1))]
+        ways = max(choices, key=lambda each: rows // each * each)
+        return cls._of_buckets(table, 0, rows // ways, ways)
+
+    @classmethod
+    def _of_buckets(cls, table: TableSpec, shared: int, buckets: int, ways: int) -> SlotLayout:
         tag: DirectAddress = Digit(1, table.num_embeddings)
-        if bits > _MOST_BITS:
+        if table.num_embeddings.bit_length() > _MOST_BITS:
             tag = Hash(table.key(_TAG), 2**_MOST_BITS - 1)
         bucket = Hash(table.key(_BUCKET), buckets)
-        return cls(table.num_embeddings, rows - buckets * ways, bucket, ways, tag)
+        return cls(table.num_embeddings, shared, bucket, ways, tag)
 
     @classmethod
     def of(cls, plan: LookupPlan) -> SlotLayout:

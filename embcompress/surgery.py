@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from embcompress.budget import Budget, allocate, parse_budget
+from embcompress.budget import Budget, allocate, format_bytes, parse_budget
 from embcompress.collection import full_plan
 from embcompress.compression_report import CompressionReport, TableChange
 from embcompress.fitting import relative_error
@@ -208,11 +208,14 @@ def _changed(table: Table, plan: LookupPlan, shared: set[str], error: float | No
     candidate = table.candidate
     rows, width = candidate.weight.shape
     name, *also = candidate.paths
-    after = sum(store.bytes for store in plan.stores if store.shared not in shared)
+    after = sum(s.bytes for s in plan.stores if s.shared not in shared and not s.is_in_file)
     shared.update(store.shared for store in plan.stores if store.shared)
+    notes = ["tied tables stay tied"] if len(candidate.modules) > 1 else []
+    if plan.offloaded:
+        notes.append(f"{format_bytes(plan.offloaded)} in a file")
     return TableChange(
         name, rows, width, table.method.name, candidate.weight.untyped_storage().nbytes(),
-        after, "tied tables stay tied" if len(candidate.modules) > 1 else "", tuple(also), error,
+        after, ", ".join(notes), tuple(also), error,
     )  # fmt: skip
 
 

@@ -20,8 +20,8 @@ class Ranking:
     Attributes:
         method: its name.
         rank: mean over the budgets of its place by mean test AUC, from 1. Where several cannot be
-            placed (a budget that they cannot meet, runs that failed), they share the mean of the
-            last places.
+            placed (a budget that they cannot meet, runs that failed, more bytes in files), they
+            share the mean of the last places.
         loss: mean over the budgets that it met of the full tables' AUC less its own; None where
             it met none, or there are no full tables.
         met: number of budgets with a result.
@@ -48,7 +48,9 @@ def rankings(summary: Summary) -> list[Ranking]:
 
 def _places(cells: Iterable[Cell]) -> dict[str, float]:
     """Places by mean AUC at one budget; equals share the mean of theirs."""
-    quality = {c.method: -math.inf if c.auc is None else c.auc.mean for c in cells}
+    quality = {
+        c.method: -math.inf if c.auc is None or c.offloaded_bytes else c.auc.mean for c in cells
+    }
     order = sorted(quality.values(), reverse=True)
     # Of n equal values from place p on, the mean place is p + (n - 1) / 2.
     return {

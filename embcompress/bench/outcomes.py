@@ -95,6 +95,7 @@ def result_record(run: Run, log: ClickLog, finished: Finished) -> Record:
         "budget_bytes": parse_budget(run.budget, dense),
         "dense_bytes": dense,
         "training_bytes": best.training_bytes,
+        "offloaded_bytes": finished.size.offloaded,
         **_score(finished.scores[best.best_epoch]),
         "single_epoch": _score(finished.scores[1]),
         "auc_over_time": [None if each is None else each.auc for each in best.over_time],

@@ -111,11 +111,12 @@ def _budget_ticks(axes: Any, summary: Summary) -> None:
 
 def _draw(axes: Any, cells: list[Cell], metric: str, method: str, number: int) -> None:
     values = [getattr(cell, metric) for cell in cells]
+    has_files = any(cell.offloaded_bytes for cell in cells)
     axes.errorbar(
         [cell.share for cell in cells],
         [value.mean for value in values],
         yerr=[value.deviation for value in values],
-        label=method,
+        label=f"{method} + files" if has_files else method,
         linewidth=3.0 if method == _PLANNER else 1.8,
         zorder=3 if method == _PLANNER else 2,
         markersize=6,

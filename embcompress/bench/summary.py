@@ -47,6 +47,7 @@ class Cell:
 
     Attributes:
         bytes: resident at lookup, the most of any seed.
+        offloaded_bytes: in files beside them.
         auc, logloss: of test rows after the best epoch; None where no run is finished.
         single_epoch_auc: after the first epoch.
         auc_by_seed: the AUC of each finished run.
@@ -68,6 +69,7 @@ class Cell:
     logloss: Statistic | None = None
     single_epoch_auc: Statistic | None = None
     auc_by_seed: Mapping[int, float] = field(default_factory=dict)
+    offloaded_bytes: int = 0
     training_bytes: int | None = None
     train_seconds: Statistic | None = None
     examples_per_second: Statistic | None = None
@@ -138,8 +140,12 @@ class Summary:
         return None
 
     def best(self, budget: str, metric: str = "auc") -> str | None:
-        """The method with the best mean at a budget: the lowest log-loss, the highest of others."""
+        """The method with the best mean at a budget: the lowest log-loss, the highest of others.
+
+        Of those that have no more bytes in files.
+        """
         tried = [c for c in self.cells if c.budget == budget and c.auc and c.method != "full"]
+        tried = [cell for cell in tried if not cell.offloaded_bytes]
         sign = -1 if metric == "logloss" else 1
         key = {cell.method: sign * getattr(cell, metric).mean for cell in tried}
         return max(key, key=key.__getitem__) if key else None
@@ -176,6 +182,7 @@ def _costs(records: list[Record]) -> dict[str, Any]:
         return Statistic.of(values) if values else None
 
     return {
+        "offloaded_bytes": max(r.get("offloaded_bytes", 0) for r in records),
         "training_bytes": max(
             (r["training_bytes"] for r in records if "training_bytes" in r), default=None
         ),

@@ -8,6 +8,7 @@ from decimal import ROUND_CEILING, Decimal
 from embcompress.bench.comparison import BASELINE, difference, rankings
 from embcompress.bench.records import FAILED, Record
 from embcompress.bench.summary import Cell, Statistic, Summary
+from embcompress.budget import format_bytes
 from embcompress.text_table import markdown_table
 
 #: Header, and rows of (text, is best of its column).
@@ -38,7 +39,9 @@ def _cell_text(cell: Cell | None, summary: Summary, metric: str, *, with_bytes: 
         return "–"
     if cell.auc is not None:
         some_failed = f" ({cell.failed} failed)" if cell.failed else ""
-        return getattr(cell, metric).text() + some_failed
+        in_files = f" + {format_bytes(cell.offloaded_bytes)} in files"
+        beside = in_files if cell.offloaded_bytes else ""
+        return getattr(cell, metric).text() + beside + some_failed
     if cell.smallest_bytes is None:
         return "failed"
     share = percent_at_least(cell.smallest_bytes, summary.dense_bytes)
@@ -111,7 +114,7 @@ def details_table(summary: Summary) -> Table:
     """Every finished cell with its costs, by budget and then by falling AUC."""
     header = [
         "method", "budget", "bytes", "share", "AUC", "log-loss", "AUC, one epoch",
-        "more in training", "training, s", "examples/s", "µs for 1,000 lookups",
+        "in files", "more in training", "training, s", "examples/s", "µs for 1,000 lookups",
         "× full tables",
     ]  # fmt: skip
     order = {budget: place for place, budget in enumerate(summary.budgets)}
@@ -130,9 +133,9 @@ def _details(cell: Cell) -> list[str]:
     training = "–" if cell.training_bytes is None else f"{cell.training_bytes:,}"
     return [
         cell.method, cell.budget, f"{cell.bytes:,}", f"{cell.share:.3%}", text(cell.auc),
-        text(cell.logloss), text(cell.single_epoch_auc), training, mean(cell.train_seconds, 1),
-        mean(cell.examples_per_second, 0), mean(cell.lookup_microseconds, 1),
-        mean(cell.lookup_ratio, 2),
+        text(cell.logloss), text(cell.single_epoch_auc), f"{cell.offloaded_bytes:,}", training,
+        mean(cell.train_seconds, 1), mean(cell.examples_per_second, 0),
+        mean(cell.lookup_microseconds, 1), mean(cell.lookup_ratio, 2),
     ]  # fmt: skip
 
 

@@ -56,7 +56,8 @@ class Program:
 
     Args:
         plans: one for each feature; those of several features must pool.
-        options: only :attr:`GradientOptions.sparse` applies to plans that are not dense.
+        options: only :attr:`GradientOptions.sparse` applies to plans that are not dense. Where any
+            rows are in a file, gradients are sparse in any case: a dense one would fill the memory.
         owners: number of the table that each feature reads; features of one table share its
             stores (default: every feature has its own).
 
@@ -92,7 +93,8 @@ class Program:
             [store.name for store in plan.stores if store.sparsity is not None] for plan in plans
         ]
         self._has_sparse = any(self._sparse_stores)
-        self._sparse = options.sparse
+        self._has_files = any(store.is_in_file for plan in plans for store in plan.stores)
+        self._sparse = options.sparse or self._has_files
         self._dtype = _output_dtype(plans)
         # One call of the operator, and nothing before or after it.
         self._is_plain = (
@@ -278,6 +280,8 @@ class Program:
         bags: Bags,
         fused: FusedStores | None,
     ) -> Tensor:
+        if self._has_files and fused is None:
+            self._check_gradients(stores)
         weights = None if self._ends_in_torch else bags.weights
         arguments = (
             [stores[feature][name] for feature, name in self._sources],
@@ -324,6 +328,22 @@ class Program:
         outputs = [apply_head(plan, own, part) for plan, own, part in features]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
+    def _check_gradients(self, stores: Sequence[Stores]) -> None:
+        """Refuse dense gradients of rows in a file, which compilers ask for; export asks for none.
+
+        Where graphs may break, the compiler takes the refusal for a break and runs it as it is.
+        """
+        if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+            return
+        for plan, own in zip(self.plans, stores, strict=True):
+            for store in plan.stores:
+                if store.is_in_file and own[store.name].requires_grad and torch.is_grad_enabled():
+                    raise TypeError(
+                        f"store {store.name!r} is in a file, and a compiled graph would take a "
+                        "gradient of all its rows; call embcompress.fuse_optimizer, or compile "
+                        "under torch.no_grad()"
+                    )
+
     # -- the reference
 
     def _feature_bags(self, bags: Bags) -> list[Bags]:
@@ -361,7 +381,7 @@ class Program:
             if _computes_vectors(plan):
                 columns.append(_lookup_distinct(plan, each, part))
             else:
-                columns.append(lookup_reference(plan, each, part, sparse=self.options.sparse))
+                columns.append(lookup_reference(plan, each, part, sparse=self._sparse))
         return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
 
 

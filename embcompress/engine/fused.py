@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from embcompress.engine import ops
+from embcompress.file_tensors import zeros_beside
 
 #: Number of each optimizer in ``csrc/optimizer.h``.
 OPTIMIZERS = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 2, "adam": 3}
@@ -62,14 +63,12 @@ class UpdateRule:
 
     def new_states(self, store: Tensor) -> list[Tensor]:
         """Zero state for a (rows, width) store: the (1,) int64 number of steps, on the CPU, and
-        float32 state of the store's shape, or (rows, 1) for the row-wise form.
+        float32 state of the store's shape, or (rows, 1) for the row-wise form. State of rows in a
+        file is in a file, too.
         """
         width = 1 if self.name == "rowwise_adagrad" else store.shape[1]
         shape = (store.shape[0], width)
-        states = [
-            torch.zeros(shape, dtype=torch.float32, device=store.device)
-            for _ in range(self.num_states)
-        ]
+        states = [zeros_beside(store, shape, torch.float32) for _ in range(self.num_states)]
         return [torch.zeros(1, dtype=torch.int64, device="cpu"), *states]
 
     @torch.no_grad()

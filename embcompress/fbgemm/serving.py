@@ -215,6 +215,8 @@ def _check(table: EmbeddingBag) -> None:
         store = plan.store(probe.store)
         if store.sparsity is not None or store.threshold is not None:
             raise ValueError(f"FBGEMM has no sparse rows; store {store.name!r}")
+        if store.is_in_file:
+            raise ValueError(f"FBGEMM has no rows in files; store {store.name!r}")
         if store.is_float and store.dtype not in _FLOATS:
             raise ValueError(f"FBGEMM has no rows of {store.dtype}; store {store.name!r}")
         names = store.quantization

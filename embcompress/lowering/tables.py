@@ -107,6 +107,8 @@ def why_not(plan: LookupPlan) -> str:
     """Why a plan cannot be lowered; empty if it can."""
     if any(s.sparsity is not None or s.threshold is not None for s in plan.stores):
         return "TorchRec has no sparse rows"
+    if plan.offloaded:
+        return "TorchRec has no rows in files"
     if plan.pool == "max":
         return "TorchRec does not pool by maxima"
     if any(store.stride is not None for store in plan.stores):

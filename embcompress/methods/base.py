@@ -162,6 +162,11 @@ class Method(ABC):
         """The method for :meth:`fit`: itself, or one without what cannot be fitted."""
         return self
 
+    @property
+    def file_directory(self) -> str | None:
+        """Where the files of stores are made; None: the directory of temporary files."""
+        return None
+
     def candidates(self) -> Sequence[Method]:
         """The method with other settings that may suit some data better; itself first.
 
