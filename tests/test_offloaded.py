@@ -253,6 +253,23 @@ def test_only_rows_that_are_read_are_trained() -> None:
         assert rows
 
 
+@pytest.mark.parametrize("name", ["sgd", "adagrad", "rowwise_adagrad", "adam"])
+def test_it_is_trained_as_a_full_table_is(name: str) -> None:
+    weight = torch.randn(ROWS, WIDTH)
+    full, module = (
+        ec.Embedding.from_pretrained(weight.clone(), freeze=False, method=method, **budget)
+        for method, budget in (("full", {}), ("offloaded", {"budget": "10%"}))
+    )
+    for step in range(4):
+        ids = torch.randint(0, ROWS, (200,), generator=torch.Generator().manual_seed(step))
+        for each in (full, module):
+            if step == 0:
+                ec.fuse_optimizer(each, name, lr=0.1)
+            each(ids).pow(2).sum().backward()
+    torch.testing.assert_close(module.to_dense(), full.to_dense(), rtol=1e-5, atol=1e-6)
+    assert not torch.equal(full.to_dense(), weight)
+
+
 @pytest.mark.parametrize("engine", ["kernel", "torch"])
 def test_gradients_are_sparse_beside_tables_that_are_not(
     engine: str, monkeypatch: pytest.MonkeyPatch

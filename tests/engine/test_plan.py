@@ -162,6 +162,11 @@ BROKEN: dict[str, tuple[Callable[[], object], str]] = {
     "no stride": (lambda: Store("s", 2, 4, stride=0), "a stride must be in \\[1, width = 4\\)"),
     "stride of the width": (lambda: Store("s", 2, 4, stride=4), "not 4 and 'float32'"),
     "stride of codes": (lambda: Store("s", 2, 4, "uint8", stride=1), "not 1 and 'uint8'"),
+    "unknown location": (lambda: Store("s", 2, 4, location="tape"), "unknown location 'tape'"),
+    "codes in a file": (
+        lambda: Store("s", 2, 4, "uint8", location="file"),
+        "only floats in rows of their own, of one table, can be in a file",
+    ),
     "quantized float": (
         lambda: Store("s", 1, 1, "float32", Quantization("t")),
         "take uint1, uint2, uint4, uint8 or uint16, not 'float32'",
@@ -337,6 +342,10 @@ BROKEN: dict[str, tuple[Callable[[], object], str]] = {
     "a store of a network that is gathered": (
         lambda: table(Store("b", 1, 4), head=Network(("rows",), ("b",))),
         "used twice, or gathered too",
+    ),
+    "head in a file": (
+        lambda: table(Store("head", 4, 4, location="file"), head=Linear("head")),
+        "the head's weight is 'head', which is in a file",
     ),
     "head of overlapping rows": (
         lambda: table(Store("head", 4, 4, stride=2), head=Linear("head")),
