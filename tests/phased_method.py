@@ -98,6 +98,7 @@ class Model(nn.Module):
 
     def __init__(self, method: object, rows: tuple[int, ...] = (60, 40), budget: str = "40%"):
         super().__init__()
+        self.budget = budget
         torch.manual_seed(0)
         tables = [ec.TableConfig(f"t{k}", count, 8) for k, count in enumerate(rows)]
         self.embeddings = ec.EmbeddingBagCollection(tables, method=method, budget=budget)
@@ -188,7 +189,8 @@ def resumed(
     file.seek(0)
     state, optimizer_state, weights = torch.load(file)
     tables = model.embeddings.embedding_bags.values()
-    new = Model(model.table(0).settings, tuple(bag.num_embeddings for bag in tables))
+    rows = tuple(bag.num_embeddings for bag in tables)
+    new = Model(model.table(0).settings, rows, model.budget)
     again = ec.TrainingProcedure(new)
     again.load_state_dict(state)
     new_one = new_optimizer(new, fused)
