@@ -11,7 +11,8 @@ from torch import Tensor
 
 from embcompress.kept_ids import choose_kept_ids
 from embcompress.methods.base import TableSpec
-from embcompress.plan import total_bytes
+from embcompress.methods.full import Full
+from embcompress.plan import LookupPlan, total_bytes
 from embcompress.precision_layout import PRECISIONS, PrecisionLayout, bucket_ranges, ways_of
 from embcompress.procedure import Observes, TableProcedure, TrainedTable
 
@@ -159,10 +160,14 @@ class SearchedTable:
         smallest = PrecisionLayout(n, d, 0, ((few, fewest),)), PrecisionLayout(n, d, few, ())
         return min(smallest, key=lambda layout: layout.plan(self.spec.dtype).bytes)
 
+    def plan(self, layout: PrecisionLayout) -> LookupPlan:
+        """The layout's plan, or that of the full table where it takes no fewer bytes."""
+        spec = self.spec
+        plans = Full().plan(spec, spec.num_embeddings), layout.plan(spec.dtype)
+        return min(plans, key=lambda plan: plan.bytes)
 
-def choose_layouts(
-    tables: Sequence[SearchedTable], budget: int
-) -> list[tuple[PrecisionLayout, Segments]]:
+
+def choose_plans(tables: Sequence[SearchedTable], budget: int) -> list[tuple[LookupPlan, Segments]]:
     """Precisions for the groups of all tables, by one price of memory that meets the budget.
 
     At a price the sum of the errors is the least that any choice of as many bits has. Where the
@@ -170,23 +175,23 @@ def choose_layouts(
 
     Args:
         tables: all that share the budget.
-        budget: bytes of all tables; the smallest layouts must fit.
+        budget: bytes of all tables; the smallest plans must fit.
 
     Returns:
-        For each table its layout, and which ids are to have which of its rows.
+        For each table its plan, and which ids are to have which of its rows.
     """
     # At this price no group takes a bit, and where it is paid for them every group takes all.
     above = 1 + max(float(table.sensitivity.max()) for table in tables)
     below = -above
 
     def fits(share: float) -> bool:
-        return _bytes(tables, _between(tables, above, below, share)) <= budget
+        return _bytes(_between(tables, above, below, share)) <= budget
 
     if fits(1.0):
         return _between(tables, above, below, 1.0)
     for _ in range(_HALVINGS):
         price = (below + above) / 2
-        if _bytes(tables, _between(tables, price, price, 0.0)) <= budget:
+        if _bytes(_between(tables, price, price, 0.0)) <= budget:
             above = price
         else:
             below = price
@@ -199,19 +204,15 @@ def choose_layouts(
 
 def _between(
     tables: Sequence[SearchedTable], above: float, below: float, share: float
-) -> list[tuple[PrecisionLayout, Segments]]:
-    """The layouts at the upper price, with a share of what changes at the lower one."""
-    layouts = []
+) -> list[tuple[LookupPlan, Segments]]:
+    """The plans at the upper price, with a share of what changes at the lower one."""
+    plans = []
     for table in tables:
         base, bits = table.precisions(above)
         segments = table.segments(bits, table.precisions(below)[1], share)
-        layouts.append((table.layout(base, segments), segments))
-    return layouts
+        plans.append((table.plan(table.layout(base, segments)), segments))
+    return plans
 
 
-def _bytes(
-    tables: Sequence[SearchedTable], layouts: Sequence[tuple[PrecisionLayout, Segments]]
-) -> int:
-    return total_bytes(
-        layout.plan(table.spec.dtype) for table, (layout, _) in zip(tables, layouts, strict=True)
-    )
+def _bytes(chosen: Sequence[tuple[LookupPlan, Segments]]) -> int:
+    return total_bytes(plan for plan, _ in chosen)

@@ -21,7 +21,7 @@ from embcompress.precision_layout import (
     rows_name,
     ways_of,
 )
-from embcompress.precision_search import ERRORS, SearchedTable, choose_layouts, group_sizes
+from embcompress.precision_search import ERRORS, SearchedTable, choose_plans, group_sizes
 from tests.phased_method import Model, assert_same, batch, loss, new_optimizer, run, train
 
 
@@ -212,9 +212,9 @@ def error_of(table: SearchedTable, bits: tuple[int, ...]) -> float:
 def test_groups_that_matter_more_an_id_have_more_bits() -> None:
     table = searched(8000, 16, [8.0, 4.0, 0.1, 0.01])
     for budget in (2000, 8000, 20_000, 60_000):
-        ((layout, segments),) = choose_layouts([table], budget)
+        ((plan, segments),) = choose_plans([table], budget)
         assert sum(ids for ids, _ in segments) == 8000
-        assert 0.9 * budget <= layout.plan("float32").bytes <= budget
+        assert 0.9 * budget <= plan.bytes <= budget
         bits = [b for ids, b in segments if ids]
         assert bits == sorted(bits, reverse=True)
 
@@ -229,10 +229,10 @@ def test_the_choice_is_near_the_best_of_all(budget: int) -> None:
 
     choices = itertools.product(PRECISIONS, repeat=4)
     best = min(error_of(table, bits) for bits in choices if size_of(bits) <= budget)
-    ((layout, segments),) = choose_layouts([table], budget)
+    ((plan, segments),) = choose_plans([table], budget)
+    base = PrecisionLayout.of(plan).base
     shares = [
-        sum(ids * ERRORS[max(bits, layout.base)] for ids, bits in segments[2 * g : 2 * g + 2])
-        / size
+        sum(ids * ERRORS[max(bits, base)] for ids, bits in segments[2 * g : 2 * g + 2]) / size
         for g, size in enumerate(table.sizes)
     ]
     found = float(table.sensitivity @ torch.tensor(shares, dtype=torch.float64))
@@ -241,8 +241,8 @@ def test_the_choice_is_near_the_best_of_all(budget: int) -> None:
 
 def test_tables_share_the_budget_by_one_price() -> None:
     much, little = searched(8000, 16, [9.0] * 3), searched(8000, 16, [0.1] * 3)
-    (large, _), (small, _) = choose_layouts([much, little], 40_000)
-    sizes = [layout.plan("float32").bytes for layout in (large, small)]
+    (large, _), (small, _) = choose_plans([much, little], 40_000)
+    sizes = [large.bytes, small.bytes]
     assert 36_000 <= sum(sizes) <= 40_000 and sizes[0] > 2 * sizes[1]
 
 
@@ -264,8 +264,8 @@ def test_all_budgets_are_met(weight: float) -> None:
         table = SearchedTable(spec, sizes, weight * torch.rand(len(sizes)).double())
         for size in ec.MPE().sizes(spec)[:: max(1, ids // 10)]:
             budget = ec.MPE().plan(spec, size).bytes
-            ((layout, _),) = choose_layouts([table], budget)
-            assert layout.plan("float32").bytes <= budget
+            ((plan, _),) = choose_plans([table], budget)
+            assert plan.bytes <= budget
 
 
 # ------------------------------------------------------------------------------------- phases
@@ -294,6 +294,13 @@ def test_what_is_deployed_keeps_to_the_budget() -> None:
     torch.testing.assert_close(model(ids), expected)
     built.load_state_dict(model.state_dict())
     torch.testing.assert_close(built(ids), expected)
+
+
+def test_a_table_stays_full_where_that_takes_fewer_bytes() -> None:
+    model, _, _ = run(Model(METHOD, rows=(1, 2, 30), budget="60%"))
+    plans = [model.table(number).plan for number in (0, 1, 2)]
+    assert plans[0].is_dense and not plans[2].is_dense
+    assert sum(plan.bytes for plan in plans) <= 0.6 * 33 * 8 * 4
 
 
 def test_ids_that_matter_more_have_more_bits_in_the_end() -> None:

@@ -28,7 +28,7 @@ from embcompress.precision_search import (
     Segments,
     SensitivitySearch,
     by_count,
-    choose_layouts,
+    choose_plans,
     group_sizes,
 )
 from embcompress.procedure import TableProcedure
@@ -49,7 +49,8 @@ class MPE(Method):
     full table is trained, and it is measured how much the loss minds errors in the rows of each
     group (:class:`embcompress.precision_search.SensitivitySearch`). Then one price of a bit is
     found for the groups of all tables at which their precisions, 0, 1, 2, 4 or 8 bits a number,
-    meet the budget, and rows of these precisions are trained from start values.
+    meet the budget, and rows of these precisions are trained from start values. A table that
+    would take no fewer bytes stays full.
 
     Rows of a precision are found in slots, which hold keys of the ids that have one: nothing is
     stored for ids of 0 bits. Where that is cheaper, all ids have a row of the lowest precision,
@@ -170,8 +171,8 @@ class MPE(Method):
             )
             for table in tables
         ]
-        layouts = choose_layouts(found, total_bytes(table.built for table in tables))
-        return [self._final(table, *form) for table, form in zip(tables, layouts, strict=True)]
+        plans = choose_plans(found, total_bytes(table.built for table in tables))
+        return [self._final(table, *form) for table, form in zip(tables, plans, strict=True)]
 
     @staticmethod
     def _full(table: PhasedTable) -> TableForm:
@@ -179,15 +180,16 @@ class MPE(Method):
         return TableForm(plan, table.new_stores(plan))
 
     @staticmethod
-    def _final(table: PhasedTable, layout: PrecisionLayout, segments: Segments) -> TableForm:
-        plan = layout.plan(table.spec.dtype)
+    def _final(table: PhasedTable, plan: LookupPlan, segments: Segments) -> TableForm:
         stores = table.new_stores(plan)
+        if plan.is_dense:
+            return TableForm(plan, stores)
         ids, bits = (torch.tensor(column) for column in zip(*segments, strict=True))
         order = by_count(table)
         # Of equal precision the more frequent ids come first.
         wanted = torch.repeat_interleave(bits, ids).to(order.device)
         order = order[wanted.sort(descending=True, stable=True).indices]
-        for name, keys in layout.keys(order).items():
+        for name, keys in PrecisionLayout.of(plan).keys(order).items():
             stores[name].copy_(keys)
         return TableForm(plan, stores)
 
