@@ -48,7 +48,8 @@ class CERP(SparseRows):
     Source: Liang et al., "Learning compact compositional embeddings via regularized pruning for
     recommendation", ICDM 2023, section 3. What differs: no regularizer asks the two rows of an id
     to keep different columns; the budget fixes how many numbers are kept, and thresholds rise as
-    in :class:`PEP`.
+    in :class:`PEP`. There every number has a threshold (``granularity="element"``), here a column,
+    unless asked otherwise.
 
     Attributes:
         density: share of the numbers that is kept, in (0, 1], at budgets that allow it.
