@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 import torch
@@ -96,6 +97,13 @@ def test_bytes_rise_with_the_size(name: str) -> None:
     table = TableSpec(150, 7)
     sizes = [METHODS[name].plan(table, size).bytes for size in METHODS[name].sizes(table)]
     assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_table_on_meta_takes_no_time(name: str) -> None:
+    started = time.perf_counter()
+    table = ec.Embedding(10**9, 16, method=name, budget="10%", device="meta")
+    assert table.weight.is_meta and time.perf_counter() - started < 5
 
 
 @pytest.mark.parametrize("name", ["deeplight", "pep", "autosrh"])
