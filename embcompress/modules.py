@@ -439,6 +439,7 @@ class CompressedTable(nn.Module):
         """Of a copy or a pickle, whose tensors are in memory."""
         super().__setstate__(state)
         self._return_to_files()
+        self._hook_updates()
 
     # -- fused optimizers
 
@@ -477,6 +478,16 @@ class CompressedTable(nn.Module):
             elif not known:
                 store.register_post_accumulate_grad_hook(self._updater(name))
         self.updated_in_kernel = tuple(in_kernel)
+
+    def _hook_updates(self) -> None:
+        """Updates in torch again: the parameters of a copy come without their hooks."""
+        if self.fused_rule is None:
+            return
+        for name, store in self.stores().items():
+            if name in self.updated_in_kernel or f"optimizer_{name}_step" not in self._buffers:
+                continue
+            if store._post_accumulate_grad_hooks is None:  # type: ignore[attr-defined]  # tied
+                store.register_post_accumulate_grad_hook(self._updater(name))
 
     def unfuse(self, renewed: dict[Tensor, nn.Parameter]) -> None:
         """See :func:`embcompress.optimizers.unfuse_optimizer`.

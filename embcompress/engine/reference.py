@@ -317,7 +317,7 @@ def _probe_vectors(
     plan: LookupPlan, stores: Stores, probe: Probe, ids: Tensor, sparse: bool
 ) -> Tensor:
     rows, present = address_rows(probe.address, ids, plan, stores)
-    vectors = gather_rows(plan, plan.store(probe.store), stores, probe.offset + rows, sparse)
+    vectors = _present_rows(plan, stores, probe, probe.offset + rows, present, sparse)
     if isinstance(probe.scale, Sign):
         sign_bit = _shift_right(mix64(ids ^ _signed(probe.scale.key)), 63)
         vectors = vectors * (1 - 2 * sign_bit)[:, None].to(vectors.dtype)
@@ -329,6 +329,26 @@ def _probe_vectors(
             weight = torch.where(has_weight, weight, 0)
         vectors = vectors * weight[:, None]
     return vectors if present is None else torch.where(present[:, None], vectors, 0)
+
+
+def _present_rows(
+    plan: LookupPlan,
+    stores: Stores,
+    probe: Probe,
+    rows: Tensor,
+    present: Tensor | None,
+    sparse: bool,
+) -> Tensor:
+    """(N, width) values of the rows; of any row where there is none.
+
+    A sparse gradient has no such row: an optimizer would take it for touched.
+    """
+    store = plan.store(probe.store)
+    if present is None or not sparse or torch.compiler.is_compiling():
+        return gather_rows(plan, store, stores, rows, sparse)
+    own = present.nonzero().flatten()
+    values = gather_rows(plan, store, stores, rows[own], sparse)
+    return values.new_zeros(rows.numel(), values.shape[1]).index_copy(0, own, values)
 
 
 def combined_vectors(plan: LookupPlan, stores: Stores, ids: Tensor, sparse: bool) -> Tensor:
