@@ -27,7 +27,7 @@ def test_the_method_table_is_the_registry() -> None:
     assert between("methods") == markdown_table(("method", "what it does"), rows)
 
 
-@pytest.mark.parametrize("part", ["", "-half"])
+@pytest.mark.parametrize("part", ["", "-all"])
 def test_the_results_are_the_committed_records(part: str) -> None:
     (summary,) = summarize(load_records(ROOT / "docs" / "results" / f"movielens-100k{part}"))
     assert between(f"results{part}") == markdown_results(summary)
