@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from embcompress.budget import Budget, allocate, default_plans, parse_budget
+from embcompress.compressed_table import dtype_name, fused_stores, tie_shared_stores
 from embcompress.engine import Bags, GradientOptions, Program, make_bags
 from embcompress.engine.fused import FusedStores
 from embcompress.methods import Method, TableSpec, resolve_method
 from embcompress.methods.full import Full
-from embcompress.modules import EmbeddingBag, dtype_name, fused_stores, tie_shared_stores
+from embcompress.modules import EmbeddingBag
 from embcompress.plan import LookupPlan, Pool
 
 #: What a feature of a batch may be: (B,) ids, (B, L) bags, a jagged nested tensor, or

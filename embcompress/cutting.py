@@ -9,7 +9,8 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from embcompress.modules import CompressedTable, Embedding, EmbeddingBag
+from embcompress.compressed_table import CompressedTable
+from embcompress.modules import Embedding, EmbeddingBag
 from embcompress.plan import Digit, Linear, LookupPlan, Probe, Store
 
 TableType = TypeVar("TableType", bound=CompressedTable)

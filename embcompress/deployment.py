@@ -8,8 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from embcompress.compressed_table import CompressedTable
 from embcompress.latents import pack_latents
-from embcompress.modules import CompressedTable
 from embcompress.plan import LookupPlan, Store
 from embcompress.sparse_layout import pack_sparse
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from embcompress.compressed_table import CompressedTable
 from embcompress.methods import Method, TableSpec
-from embcompress.modules import CompressedTable
 from embcompress.optimizer_state import learning_rate, row_states
 from embcompress.phases import TableForm
 from embcompress.plan import LookupPlan

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from embcompress.budget import format_bytes
+from embcompress.compressed_table import CompressedTable
 from embcompress.file_tensors import is_in_file
-from embcompress.modules import CompressedTable
 from embcompress.text_table import text_table
 
 DENSE_MODULES = (nn.Embedding, nn.EmbeddingBag)
@@ -109,8 +109,9 @@ def memory(module: nn.Module) -> MemoryReport:
         offloaded = _new_bytes([tensor for tensor in tensors if is_in_file(tensor)], counted)
         if isinstance(child, CompressedTable):
             size, latents = _table_bytes(child, counted)
-            if child.spec is not None and child.spec.counts is not None:
-                latents += _new_bytes([child.spec.counts], counted)
+            if child.spec is not None:  # what phases will ask for
+                known = (child.spec.counts, child.spec.co_occurrence)
+                latents += _new_bytes([tensor for tensor in known if tensor is not None], counted)
             method = child.method
         else:
             size, latents, method = _new_bytes([child.weight], counted), 0, "full"

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from embcompress.collection import EmbeddingBagCollection, FeatureInput, feature_bags
+from embcompress.compressed_table import CompressedTable
 from embcompress.engine import Bags, make_bags
-from embcompress.modules import CompressedTable, EmbeddingBag
+from embcompress.modules import EmbeddingBag
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from embcompress.modules import CompressedTable
+from embcompress.compressed_table import CompressedTable
 from embcompress.plan import LookupPlan
 from embcompress.procedure import RowState
 

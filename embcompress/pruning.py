@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from embcompress.compressed_table import CompressedTable
 from embcompress.ids import check_unique_ids
 from embcompress.importance import strongest
 from embcompress.methods import TableSpec
 from embcompress.methods.full import Full
 from embcompress.methods.pruned import Pruned
-from embcompress.modules import CompressedTable
 from embcompress.optimizer_state import Optimizers, as_optimizers, replace_rows
 from embcompress.plan import LookupPlan
 from embcompress.pruned_layout import CODES, WEIGHT, PrunedLayout

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from embcompress.modules import CompressedTable
+from embcompress.compressed_table import CompressedTable
 from embcompress.optimizers import fuse_optimizer, unfused_parameters
 from embcompress.training import TrainingProcedure
 

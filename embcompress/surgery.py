@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from embcompress.budget import Budget, allocate, format_bytes, parse_budget
 from embcompress.collection import full_plan
+from embcompress.compressed_table import CompressedTable, dtype_name
 from embcompress.compression_report import CompressionReport, TableChange
 from embcompress.fitting import relative_error
 from embcompress.methods import TableSpec
 from embcompress.methods.auto import Auto
-from embcompress.modules import CompressedTable, dtype_name
 from embcompress.plan import LookupPlan
 from embcompress.planner.explanation import Explanation, Tried
 from embcompress.planning import Planned, plan_with_data

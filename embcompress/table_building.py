@@ -9,8 +9,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from embcompress.compressed_table import CompressedTable, tie_shared_stores
 from embcompress.methods import Method, TableSpec
-from embcompress.modules import CompressedTable, Embedding, EmbeddingBag, tie_shared_stores
+from embcompress.modules import Embedding, EmbeddingBag
 from embcompress.plan import LookupPlan, Pool
 from embcompress.table_finding import TABLES, Candidate, torchrec_swapping
 

@@ -12,9 +12,10 @@ from types import ModuleType
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from embcompress.compressed_table import CompressedTable
 from embcompress.memory import storage_key
 from embcompress.methods import Method, resolve_method
-from embcompress.modules import CompressedTable, Embedding, EmbeddingBag
+from embcompress.modules import Embedding, EmbeddingBag
 
 MethodChoice = str | Method
 TABLES = (nn.Embedding, nn.EmbeddingBag, Embedding, EmbeddingBag)

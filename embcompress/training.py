@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from embcompress.collection import EmbeddingBagCollection
+from embcompress.compressed_table import CompressedTable, tie_shared_stores
 from embcompress.managed_table import BUFFER_PREFIX, ManagedTable
 from embcompress.memory import storage_key
 from embcompress.methods import Method
-from embcompress.modules import CompressedTable, tie_shared_stores
 from embcompress.observation import Observation, observe_collection, observe_table
 from embcompress.optimizer_state import Optimizers, as_optimizers
 from embcompress.optimizers import unfuse_optimizer

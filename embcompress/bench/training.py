@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from embcompress.bench.settings import TrainingSettings
 from embcompress.co_occurrence import CoOccurrence, tokens
 from embcompress.collection import EmbeddingBagCollection, TableConfig
+from embcompress.compressed_table import CompressedTable
 from embcompress.data.click_log import Batch, ClickLog, Split
 from embcompress.deployment import deploy
 from embcompress.memory import memory
 from embcompress.methods import Method
 from embcompress.models import MODELS, ClickModel
-from embcompress.modules import CompressedTable
 from embcompress.phases import Phase
 from embcompress.phases import Score as PhaseScore
 from embcompress.recipe import (

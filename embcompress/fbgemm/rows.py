@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from embcompress.modules import CompressedTable, Embedding
+from embcompress.compressed_table import CompressedTable
+from embcompress.modules import Embedding
 from embcompress.packing import pack_codes, unpack_codes
 from embcompress.plan import Digit, LookupPlan, Probe, Quantization, Store
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,7 +49,7 @@ class Jagged:
         return self.weights.new_zeros(len(self.lengths)).index_add(0, bag, self.weights).float()
 
 
-class TableReader(nn.Module):
+class TableReader(nn.Module, ABC):
     """What a process holds itself of a lowered table: its plan, head, codes and shared scales.
 
     Everything here is small beside the rows, and is replicated: ``DistributedModelParallel``
@@ -90,6 +91,7 @@ class TableReader(nn.Module):
             if tensor.is_floating_point():
                 draw_store(tensor, self.plan, name, self._std)
 
+    @abstractmethod
     def requests(self, bags: Bags, weighted: bool) -> list[Jagged]:
         """What to look up for each read.
 
@@ -97,11 +99,10 @@ class TableReader(nn.Module):
             bags: of one feature, with all offsets.
             weighted: whether TorchRec's bags need weights.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def assemble(self, bags: Bags, answers: Sequence[Tensor]) -> Tensor:
         """Pooled or single vectors from what was looked up for each read."""
-        raise NotImplementedError
 
     def _address(self, address: Address, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         return address_rows(address, ids, self.plan, self.replicated())

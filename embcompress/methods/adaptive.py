@@ -8,15 +8,16 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from embcompress.hot_rows import HotRows
 from embcompress.methods import register
-from embcompress.methods.base import Method, TableSpec
-from embcompress.plan import Hash, LookupPlan, Probe, Store
-from embcompress.slot_layout import KEYS, WEIGHT, SlotLayout, check_split, static_keys
+from embcompress.methods.base import TableSpec
+from embcompress.plan import LookupPlan
+from embcompress.slot_layout import KEYS, SlotLayout, static_keys
 
 
 @register
 @dataclass(frozen=True)
-class Adaptive(Method):
+class Adaptive(HotRows):
     """Hot and cold rows: frequent ids own a row, E[slot(x)], the others share, E[h(x)].
 
     Which ids own rows is settled at the start: the most frequent ones by the counts of the table;
@@ -37,28 +38,6 @@ class Adaptive(Method):
     """
 
     name: ClassVar[str] = "adaptive"
-    hot: float = 0.5
-    ways: int = 8
-
-    def __post_init__(self) -> None:
-        check_split(self.hot, self.ways)
-
-    def sizes(self, table: TableSpec) -> range:
-        """Numbers of rows."""
-        return range(2, max(2, table.num_embeddings) + 1)
-
-    def plan(self, table: TableSpec, size: int) -> LookupPlan:
-        layout = SlotLayout.of_size(table, size, self.hot, self.ways)
-        cold = Hash(table.key(0), layout.shared)
-        return LookupPlan(
-            table.num_embeddings,
-            table.embedding_dim,
-            stores=(
-                Store(WEIGHT, layout.rows, table.embedding_dim, table.dtype),
-                layout.key_store(),
-            ),
-            probes=(Probe(WEIGHT, layout.address(cold)),),
-        )
 
     def fill(self, table: TableSpec, plan: LookupPlan, stores: Mapping[str, Tensor]) -> None:
         if stores[KEYS].device.type != "meta":

@@ -138,7 +138,7 @@ class Method(ABC):
             Tensors by store name: float stores of their shape, (rows, width) unless rows overlap;
             packed ones (bytes,) uint8, also quantized ones. A module that holds latents for a
             quantized store turns its codes into the latents that read as them
-            (:meth:`embcompress.modules.CompressedTable.load_stores`).
+            (:meth:`embcompress.compressed_table.CompressedTable.load_stores`).
 
         Here by least squares through the lookup itself (:mod:`embcompress.fitting`), which
         serves every plan of float stores: means of colliding rows for hashes, alternating fits of

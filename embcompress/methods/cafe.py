@@ -8,17 +8,18 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from embcompress.hot_rows import HotRows
 from embcompress.methods import register
-from embcompress.methods.base import Method, TableSpec
-from embcompress.plan import Hash, LookupPlan, Probe, Store
+from embcompress.methods.base import TableSpec
+from embcompress.plan import LookupPlan
 from embcompress.procedure import TableProcedure
 from embcompress.promotion import Promotion
-from embcompress.slot_layout import KEYS, WEIGHT, SlotLayout, check_split, static_keys
+from embcompress.slot_layout import KEYS, SlotLayout, static_keys
 
 
 @register
 @dataclass(frozen=True)
-class Cafe(Method):
+class Cafe(HotRows):
     """CAFE: ids with large gradients come to own rows in training; the others share, E[h(x)].
 
     A hash table of keys with ``ways`` slots a bucket says which ids own a row. Under
@@ -52,7 +53,6 @@ class Cafe(Method):
     """
 
     name: ClassVar[str] = "cafe"
-    hot: float = 0.5
     ways: int = 4
     importance: Literal["gradient", "frequency"] = "gradient"
     watched: int = 4
@@ -63,7 +63,7 @@ class Cafe(Method):
     state: Literal["copied", "fresh"] = "copied"
 
     def __post_init__(self) -> None:
-        check_split(self.hot, self.ways)
+        super().__post_init__()
         if self.watched < 1 or self.interval < 1:
             raise ValueError(
                 f"watched and interval must be at least 1, got {self.watched}, {self.interval}"
@@ -78,23 +78,6 @@ class Cafe(Method):
             )
         if self.state not in ("copied", "fresh"):
             raise ValueError(f"state must be 'copied' or 'fresh', got {self.state!r}")
-
-    def sizes(self, table: TableSpec) -> range:
-        """Numbers of rows."""
-        return range(2, max(2, table.num_embeddings) + 1)
-
-    def plan(self, table: TableSpec, size: int) -> LookupPlan:
-        layout = SlotLayout.of_size(table, size, self.hot, self.ways)
-        cold = Hash(table.key(0), layout.shared)
-        return LookupPlan(
-            table.num_embeddings,
-            table.embedding_dim,
-            stores=(
-                Store(WEIGHT, layout.rows, table.embedding_dim, table.dtype),
-                layout.key_store(),
-            ),
-            probes=(Probe(WEIGHT, layout.address(cold)),),
-        )
 
     def fill(self, table: TableSpec, plan: LookupPlan, stores: Mapping[str, Tensor]) -> None:
         if stores[KEYS].device.type != "meta":

@@ -12,25 +12,16 @@ from embcompress.fitting import fit_stores, new_stores
 from embcompress.methods import register
 from embcompress.methods.base import TableSpec
 from embcompress.methods.qr import root_ceiling
-from embcompress.phases import Phase, PhasedTable, TableForm
+from embcompress.phases import PhasedTable
 from embcompress.plan import MOST_STORED, Digit, LookupPlan, Probe
-from embcompress.procedure import TableProcedure
-from embcompress.soft_thresholds import (
-    GRANULARITIES,
-    Granularity,
-    ThresholdSearch,
-    check_search,
-    found_mask,
-    search_plan,
-    set_first_thresholds,
-)
 from embcompress.sparse_layout import sparse_store
-from embcompress.sparse_rows import WEIGHT, SparseRows, best_mask, final_form, kept_stores
+from embcompress.sparse_rows import WEIGHT, best_mask, kept_stores
+from embcompress.thresholded_rows import ThresholdedRows
 
 
 @register
 @dataclass(frozen=True)
-class CERP(SparseRows):
+class CERP(ThresholdedRows):
     """Sum of a quotient's and a remainder's row, both pruned by learned thresholds.
 
     E[x] = P[x mod b] + Q[x div ⌈n/b⌉], where single numbers of P and Q are kept: both have about
@@ -53,27 +44,17 @@ class CERP(SparseRows):
 
     Attributes:
         density: share of the numbers that is kept, in (0, 1], at budgets that allow it.
-        granularity: what has a threshold of its own, as in :class:`PEP`; with ``"table"`` and
-            ``"column"`` P and Q have theirs in common.
-        epochs, decay, start, interval: as in :class:`PEP`.
+        granularity: as in :class:`~embcompress.thresholded_rows.ThresholdedRows`, and so are all
+            others; with ``"table"`` and ``"column"`` P and Q have their thresholds in common.
     """
 
     name: ClassVar[str] = "cerp"
     density: float = 0.5
-    granularity: Granularity = "column"
-    epochs: int = 2
-    decay: float = 0.005
-    start: float = 0.1
-    interval: int = 10
 
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:
             raise ValueError(f"density must be in (0, 1], got {self.density}")
-        if self.granularity not in GRANULARITIES:
-            raise ValueError(
-                f"granularity must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}"
-            )
-        check_search(self.epochs, self.decay, self.start, self.interval)
+        super().__post_init__()
 
     # -- the plan
 
@@ -119,22 +100,8 @@ class CERP(SparseRows):
 
     # -- training
 
-    def phases(self) -> tuple[Phase, Phase]:
-        return Phase("search", self.epochs), Phase("retrain", weights="initial")
-
-    def phase_procedure(self, phase: Phase) -> TableProcedure | None:
-        if phase != self.phases()[0]:
-            return None
-        return ThresholdSearch(self.decay, self.interval)
-
-    def search(self, table: PhasedTable) -> TableForm:
-        plan = search_plan(table.built, self.granularity)
-        stores = {**table.new_stores(plan), WEIGHT: _dense_weight(table)}
-        set_first_thresholds(plan, stores, self.start)
-        return TableForm(plan, stores)
-
-    def final(self, table: PhasedTable) -> TableForm:
-        return final_form(table, _dense_weight(table), found_mask(table, WEIGHT))
+    def start_weight(self, table: PhasedTable) -> Tensor:
+        return _dense_weight(table)
 
 
 def _buckets(num_embeddings: int) -> range:

@@ -20,7 +20,7 @@ from embcompress.plan import Digit, Linear, LookupPlan, Probe, Store
 from embcompress.procedure import TableProcedure
 
 if TYPE_CHECKING:
-    from embcompress.modules import CompressedTable
+    from embcompress.compressed_table import CompressedTable
 
 TableType = TypeVar("TableType", bound="CompressedTable")
 

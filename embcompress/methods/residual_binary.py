@@ -20,7 +20,7 @@ from embcompress.phases import Phase, PhasedTable, Score, TableForm
 from embcompress.plan import Digit, Linear, LookupPlan, Probe, Quantization, Store
 
 if TYPE_CHECKING:
-    from embcompress.modules import CompressedTable
+    from embcompress.compressed_table import CompressedTable
 
 TableType = TypeVar("TableType", bound="CompressedTable")
 

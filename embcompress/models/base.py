@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -25,7 +26,7 @@ def multilayer_perceptron(widths: Sequence[int], *, last_activation: bool) -> nn
     return nn.Sequential(*(layers if last_activation else layers[:-1]))
 
 
-class ClickModel(nn.Module):
+class ClickModel(nn.Module, ABC):
     """A model of click probability over a collection of tables.
 
     All that such a model knows of an id comes out of the collection: the *first-order* terms of
@@ -58,6 +59,7 @@ class ClickModel(nn.Module):
         """(B, inputs): the pooled vectors of all features in order, then the numbers."""
         return torch.cat([self.embeddings(ids, offsets), dense], dim=1)
 
+    @abstractmethod
     def forward(self, dense: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
         """Logits of a batch.
 
@@ -68,7 +70,6 @@ class ClickModel(nn.Module):
         Returns:
             (B,) logits.
         """
-        raise NotImplementedError
 
 
 def common_width(embeddings: EmbeddingBagCollection, model: str) -> int:

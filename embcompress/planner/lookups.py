@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from embcompress.collection import EmbeddingBagCollection
-from embcompress.modules import CompressedTable
+from embcompress.compressed_table import CompressedTable
 from embcompress.observation import observe_collection
 from embcompress.planner.trials import Example, call_model
 

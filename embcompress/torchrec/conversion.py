@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from embcompress.budget import format_bytes
+from embcompress.compressed_table import CompressedTable, tie_shared_stores
 from embcompress.lowering.tables import (
     Lowering,
     PhysicalTable,
@@ -19,7 +20,7 @@ from embcompress.lowering.tables import (
     why_not,
 )
 from embcompress.memory import storage_key
-from embcompress.modules import CompressedTable, Embedding, EmbeddingBag, tie_shared_stores
+from embcompress.modules import Embedding, EmbeddingBag
 from embcompress.table_building import swap_modules
 from embcompress.text_table import text_table
 from embcompress.torchrec.collections import (

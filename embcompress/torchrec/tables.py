@@ -21,6 +21,7 @@ from torchrec.modules.embedding_modules import (
 )
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
+from embcompress.compressed_table import CompressedTable
 from embcompress.engine import Bags
 from embcompress.lowering.readers import (
     Jagged,
@@ -35,7 +36,6 @@ from embcompress.lowering.tables import (
     feature_of,
     replicated_stores,
 )
-from embcompress.modules import CompressedTable
 from embcompress.plan import LookupPlan
 
 ConfigType = TypeVar("ConfigType", bound=BaseEmbeddingConfig)
