@@ -130,26 +130,6 @@ def test_per_sample_weights_need_sum(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("mode", MODES)
-def test_gradcheck(method: str, mode: str) -> None:
-    # Latents are read rounded, so a difference quotient says nothing of them: deployed ones.
-    module = in_memory(ec.deploy(bag(method, mode=mode, padding_idx=2).double()))
-    ids, offsets = some_bags()
-    names = [name for name, _ in module.named_parameters()]
-    weights = torch.randn(40, dtype=torch.double, requires_grad=True) if mode == "sum" else None
-
-    def function(*tensors: torch.Tensor) -> torch.Tensor:
-        stores = dict(zip(names, tensors, strict=False))
-        arguments = (ids, offsets, tensors[-1] if mode == "sum" else None)
-        return torch.func.functional_call(module, stores, arguments)
-
-    # Learned multipliers start alike, where maxima tie.
-    inputs = [(p + 0.1 * torch.randn_like(p)).detach() for p in module.parameters()]
-    inputs = [each.requires_grad_() for each in inputs]
-    torch.autograd.gradcheck(function, (*inputs, *([] if weights is None else [weights])))
-
-
-@pytest.mark.parametrize("method", METHODS)
 def test_sparse_gradients_equal_dense_ones(method: str) -> None:
     dense, sparse = bag(method, mode="sum"), bag(method, mode="sum", sparse=True)
     sparse.load_state_dict(dense.state_dict())
