@@ -2,12 +2,14 @@
 
     python benchmarks/planner.py quality --data ml-100k=../shared/data/ml-100k
     python benchmarks/planner.py constants --data ml-100k=../shared/data/ml-100k --seeds 5
+    python benchmarks/planner.py worths --data ml-100k=../shared/data/ml-100k --split time
     python benchmarks/planner.py stability docs/results/movielens-100k
 
 ``quality`` asks ``ec.compress`` for the fewest bytes that lose at most so much AUC, by training
 rows alone, then trains the compressed and the full model and compares them on test rows.
 ``constants`` prints what widths and bits lose on validation rows, from which the planner has its
-constants. ``stability`` reads the records of a sweep: how many plans, and settings of the planner,
+constants. ``worths`` prints what the planner measures each table to be worth, beside the entropy
+of its ids. ``stability`` reads the records of a sweep: how many plans, and settings of the planner,
 the seeds of each budget got.
 """
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -24,11 +27,15 @@ from typing import Any
 import torch
 
 import embcompress as ec
+from embcompress.bench.planning import trial_data
 from embcompress.bench.settings import TrainingSettings
 from embcompress.bench.summary import load_records
-from embcompress.bench.training import build_model, deployed, evaluate, train
+from embcompress.bench.training import build_model, count_ids, deployed, evaluate, train
 from embcompress.data import ClickLog, load_click_log
 from embcompress.data.click_log import Split
+from embcompress.methods.base import TableSpec
+from embcompress.planner.loss import table_value
+from embcompress.planner.worth import measure_worths
 
 LEARNING_RATES = (0.03, 0.1)
 
@@ -90,6 +97,32 @@ def constants(log: ClickLog, settings: TrainingSettings, seeds: int) -> None:
         print(f"{name}: {means[name]:.4f}, loses {means['full'] - means[name]:.4f}", flush=True)
 
 
+def worths(log: ClickLog, settings: TrainingSettings, seeds: int) -> None:
+    """Shares of what a model loses without each table, and of the entropy of its ids."""
+    for seed in range(seeds):
+        rows = log.split(settings.split, seed=seed).train  # type: ignore[arg-type]
+        counts = count_ids(log, rows)
+        specs = [
+            TableSpec(f.num_embeddings, settings.embedding_dim, f.name, counts=counts[f.name])
+            for f in log.features
+        ]
+
+        def build(method: ec.Method, size: int) -> torch.nn.Module:
+            return build_model(log, settings, method, size, seed, counts)  # noqa: B023
+
+        dense = sum(spec.dense_bytes for spec in specs)
+        measured = measure_worths(build, dense, trial_data(log, rows, settings), math.inf)
+        assert measured is not None
+        entropies = [table_value(spec).value for spec in specs]
+        for spec, entropy in zip(specs, entropies, strict=True):
+            worth = measured[f"t_{spec.name}"]
+            print(
+                f"seed {seed}, {spec.name}: {worth:.4f} nats, {worth / sum(measured.values()):.1%} "
+                f"of all; entropy {entropy:.1f} bits, {entropy / sum(entropies):.1%}",
+                flush=True,
+            )
+
+
 def stability(directory: Path) -> None:
     records = [r for r in load_records(directory) if r["method"] == "auto" and "auc" in r]
     for budget in dict.fromkeys(record["budget"] for record in records):
@@ -110,7 +143,8 @@ def main() -> None:
     keep = commands.add_parser("quality")
     keep.add_argument("--limits", nargs="+", type=float, default=[0.002, 0.005, 0.01, 0.03])
     fixed = commands.add_parser("constants")
-    for command in (keep, fixed):
+    told = commands.add_parser("worths")
+    for command in (keep, fixed, told):
         command.add_argument("--data", required=True)
         command.add_argument("--split", default="random", choices=("random", "time"))
         command.add_argument("--seeds", type=int, default=3)
@@ -126,6 +160,8 @@ def main() -> None:
     settings = TrainingSettings(split=arguments.split)
     if arguments.command == "constants":
         constants(log, settings, arguments.seeds)
+    elif arguments.command == "worths":
+        worths(log, settings, arguments.seeds)
     else:
         quality(log, settings, arguments.limits, arguments.seeds)
 

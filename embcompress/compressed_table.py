@@ -100,6 +100,7 @@ class CompressedTable(nn.Module):
         super().__init__()
         self.set_method(method)
         self.spec: TableSpec | None = None
+        self.table_name = ""
         self.built_plan: LookupPlan | None = None
         self.options = options
         self.fused_rule: UpdateRule | None = None
@@ -229,7 +230,8 @@ class CompressedTable(nn.Module):
         return self.settings is not None and len(self.settings.phases()) > 1
 
     def keep_spec(self, spec: TableSpec) -> None:
-        """Remember what the plan was made for, if the phases of the method will ask for it."""
+        """Remember the table's name; and all else, if the phases of the method will ask for it."""
+        self.table_name = spec.name
         if self.has_phases:
             self.spec = spec
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import embcompress as ec
 from embcompress.methods.base import Method
+from embcompress.planner import trials
 from embcompress.planner.lookups import count_lookups
 from embcompress.planner.search import PlanSearch
 from embcompress.planner.trials import (
@@ -183,6 +184,19 @@ def test_a_winner_by_luck_is_given_up_where_it_falls_behind(labels: TrialData) -
     assert not confirm(challenger, Trial(Fake(9)), build, labels, math.inf)
     assert challenger.lead is not None and challenger.lead < 0
     assert seen == [Fake(3), Fake(9)]  # one part of the examples says enough
+
+
+@pytest.mark.parametrize(("leads", "wins"), [((0.1, 0.1, 0.1), True), ((0.29, 0.0, 0.01), False)])
+def test_leads_that_differ_much_are_no_proof(
+    labels: TrialData, monkeypatch: pytest.MonkeyPatch, leads: tuple[float, ...], wins: bool
+) -> None:
+    """The same mean, far above the error of the examples."""
+    assert sum(leads) / 3 > 2.5 * difference_error(labels) / math.sqrt(3)
+    aucs = iter([auc for lead in leads for auc in (0.6 + lead, 0.6)])
+    monkeypatch.setattr(trials, "full_training", lambda *details: next(aucs))
+    challenger = Trial(Fake(9))
+    assert confirm(challenger, Trial(Fake(3)), fake_build, labels, math.inf) == wins
+    assert challenger.lead == pytest.approx(0.1)
 
 
 def test_without_time_the_best_guess_is_taken(labels: TrialData) -> None:

@@ -140,6 +140,32 @@ def test_even_plans_are_those_of_low_bit(share: float) -> None:
     assert total_bytes(plans) == even.bytes[point]
 
 
+def test_tables_count_by_what_was_measured() -> None:
+    specs = [TableSpec(1000, 16, name) for name in ("user", "item")]
+    budget = 4_000
+    for worths in ({"user": 0.2, "item": 0.01}, {"user": 0.0, "item": 0.3}):
+        method = ec.Auto(worths=worths)
+        plans = dict(zip(("user", "item"), fit_group(method, specs, budget), strict=True))
+        first, second = sorted(plans, key=lambda name: -worths[name])
+        assert plans[first].bytes > 2 * plans[second].bytes
+        text = str(method.explain(specs, list(plans.values())))
+        assert "by what the model lost without each table" in text and "worth" in text
+        assert "by measured worths" in str(method) and hash(method) == hash(replace(method))
+    alike = fit_group(ec.Auto(worths={"user": 1, "item": 1}), specs, budget)
+    assert [plan.bytes for plan in alike] == [
+        plan.bytes for plan in fit_group(ec.Auto(), specs, budget)
+    ]
+
+
+def test_worths_are_checked() -> None:
+    with pytest.raises(ValueError, match="worths must be at least 0, got -1 of table 'user'"):
+        ec.Auto(worths={"user": -1})
+    with pytest.raises(ValueError, match="worths has no table 'item'"):
+        fit_group(
+            ec.Auto(worths={"user": 1.0}), [TableSpec(9, 4, "user"), TableSpec(9, 4, "item")], 99
+        )
+
+
 def test_rows_are_even_where_no_others_are_expected_to_be_better() -> None:
     alike = [TableSpec(n, 16, f"t{n}", counts=power_law(n, 100_000)) for n in (800, 1000, 1700)]
     dense = sum(table.dense_bytes for table in alike)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from embcompress.bench.settings import TrainingSettings
 from embcompress.bench.training import build_model, count_ids
+from embcompress.budget import parse_budget
 from embcompress.data.click_log import ClickLog
 from embcompress.methods import Method, resolve_method
+from embcompress.planner.search import PlanSearch
 from embcompress.planner.trials import (
     MOST_EXAMPLES,
     TRIAL_SEED,
     Trial,
     TrialData,
-    choose,
-    distinct,
 )
 
 
@@ -42,26 +44,37 @@ def try_candidates(
     Raises:
         BudgetError: the method cannot meet the budget for these tables.
     """
+    asked = resolve_method(method)
+    if len(asked.candidates()) == 1:
+        return [Trial(asked)]
+    if settings.split != "random":
+        counts = count_ids(log, rows[: len(rows) // 2])
 
-    def build(candidate: Method) -> nn.Module:
-        return build_model(log, settings, candidate, budget, TRIAL_SEED, counts)
+    def build(candidate: Method, size: int) -> nn.Module:
+        return build_model(log, settings, candidate, size, TRIAL_SEED, counts)
 
-    methods = resolve_method(method).candidates()
-    if len(methods) > 1:
-        if settings.split != "random":
-            counts = count_ids(log, rows[: len(rows) // 2])
-        methods = distinct(methods, lambda candidate: _plans(build(candidate)))
-    if len(methods) == 1:
-        return [Trial(methods[0])]
+    dense = sum(4 * settings.embedding_dim * f.num_embeddings for f in log.features)
+    search = PlanSearch(
+        build,
+        plans=lambda candidate, size: _plans(build(candidate, size)),
+        expected=lambda candidate, size: math.nan,  # no budget is looked for
+        dense_bytes=dense,
+        data=trial_data(log, rows, settings),
+        seconds=seconds,
+    )
+    return search.settings(asked, parse_budget(budget, dense))
+
+
+def trial_data(log: ClickLog, rows: NDArray[np.int64], settings: TrainingSettings) -> TrialData:
+    """Training rows to try plans on: shuffled where the split is random, else the latest."""
     if settings.split == "random":
         rows = np.random.default_rng(TRIAL_SEED).permutation(rows)
     rows = rows[-MOST_EXAMPLES:]
-    data = TrialData.of(
+    return TrialData.of(
         ((batch.dense, batch.ids, batch.offsets), batch.label)
         for start in range(0, len(rows), settings.batch_size)
         for batch in [log.batch(rows[start : start + settings.batch_size])]
     )
-    return choose(methods, build, data, seconds)
 
 
 def _plans(model: nn.Module) -> str:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from embcompress.bench.settings import TrainingSettings
+from embcompress.budget import Budget
 from embcompress.co_occurrence import CoOccurrence, tokens
 from embcompress.collection import EmbeddingBagCollection, TableConfig
 from embcompress.compressed_table import CompressedTable
@@ -171,7 +172,7 @@ def build_model(
     log: ClickLog,
     settings: TrainingSettings,
     method: str | Method,
-    budget: str,
+    budget: Budget,
     seed: int,
     counts: Mapping[str, Tensor] | None = None,
     co_occurrence: Mapping[str, Tensor] | None = None,

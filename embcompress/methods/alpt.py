@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -79,7 +79,7 @@ class Alpt(NarrowRows):
         probes = (Probe("weight", Digit(1, rows)),)
         return LookupPlan(rows, table.embedding_dim, tuple(stores), probes, head=head)
 
-    def candidates(self) -> Sequence[Method]:
+    def candidates(self, worths: Mapping[str, float] | None = None) -> Sequence[Method]:
         return (self, *(replace(self, bits=bits) for bits in _BITS[:0:-1] if bits != self.bits))
 
     def fit(self, table: TableSpec, plan: LookupPlan, weight: Tensor) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -32,7 +32,8 @@ from embcompress.plan import (
 )
 from embcompress.planner.even import tables_frontier
 from embcompress.planner.explanation import Explanation
-from embcompress.planner.loss import FLOAT, NARROWNESS, table_value
+from embcompress.planner.frontier import Frontier
+from embcompress.planner.loss import FLOAT, NARROWNESS, table_values
 from embcompress.planner.options import Choices, Option
 
 _CHUNK = 1 << 18  # ids
@@ -65,27 +66,41 @@ class Auto(JointMethod):
             own beside the others'.
         even: whether all tables have alike rows, each table a projection of its own, where the
             closed forms expect hardly more from others (:mod:`embcompress.planner.even`).
+        worths: by table name, what the model loses without each table, in any unit; then a table
+            counts by that, not by the entropy of its ids. Short trainings measure it
+            (:mod:`embcompress.planner.worth`).
     """
 
     name: ClassVar[str] = "auto"
+    uses_worths: ClassVar[bool] = True
     share_projection: bool = True
     narrowness: float = NARROWNESS
     chunks: int = 4
     hot: bool = True
     even: bool = True
+    worths: Mapping[str, float] | Sequence[tuple[str, float]] | None = field(
+        default=None, repr=False
+    )
 
     def __post_init__(self) -> None:
+        if self.worths is not None:
+            worths = tuple(sorted(dict(self.worths).items()))
+            for name, worth in worths:
+                if not 0 <= worth < math.inf:
+                    raise ValueError(f"worths must be at least 0, got {worth} of table {name!r}")
+            object.__setattr__(self, "worths", worths)
         if not self.narrowness >= 0:
             raise ValueError(f"narrowness must not be negative, got {self.narrowness}")
         if self.chunks < 1:
             raise ValueError(f"chunks must be at least 1, got {self.chunks}")
 
-    def candidates(self) -> Sequence[Auto]:
+    def candidates(self, worths: Mapping[str, float] | None = None) -> Sequence[Auto]:
         """Even rows or not, and more value put on columns; each also without chunks and hot ids.
 
         How much of what ids tell one column can hold depends on the data more than anything else
         here does. Which ids are hot may change with time, and what shares a row by parts needs
-        more examples to be told apart.
+        more examples to be told apart. Where it was measured what tables are worth, plans
+        without these in which tables count by that, not by their entropy, are tried, too.
         """
         free = replace(self, even=False)
         plain = replace(free, chunks=1, hot=False)
@@ -94,7 +109,13 @@ class Auto(JointMethod):
             for factor in _NARROWNESS_FACTORS
             for each in (free, plain)
         ]
+        if worths is not None:
+            others += [replace(each, worths=worths) for each in others[1::2]]
         return list(dict.fromkeys((self, *others)))
+
+    def __str__(self) -> str:
+        measured = "" if self.worths is None else ", by measured worths"
+        return f"{self!r}{measured}"
 
     @property
     def choices(self) -> Choices:
@@ -103,11 +124,18 @@ class Auto(JointMethod):
             self.share_projection, self.narrowness, self.hot, self.chunks, even=self.even
         )
 
+    @property
+    def _worth_of(self) -> dict[str, float] | None:
+        return None if self.worths is None else dict(self.worths)
+
+    def _frontier(self, tables: Sequence[TableSpec]) -> Frontier:
+        return tables_frontier(tables, self.choices, self._worth_of)
+
     def group_sizes(self, tables: Sequence[TableSpec]) -> range:
-        return range(len(tables_frontier(tables, self.choices)))
+        return range(len(self._frontier(tables)))
 
     def group_plans(self, tables: Sequence[TableSpec], size: int) -> list[LookupPlan]:
-        options = tables_frontier(tables, self.choices).options(size)
+        options = self._frontier(tables).options(size)
         return [_plan(*each) for each in zip(tables, options, strict=True)]
 
     def expected_loss(self, tables: Sequence[TableSpec], budget_bytes: int) -> float:
@@ -116,11 +144,11 @@ class Auto(JointMethod):
         Infinite where the budget cannot be met.
         """
         # Without even plans, whose loss may rise with the bytes by what is not known so exactly.
-        found = tables_frontier(tables, replace(self.choices, even=False))
+        found = replace(self, even=False)._frontier(tables)
         point = found.within(budget_bytes)
         if point is None:
             return math.inf
-        whole = sum(table_value(table).value for table in tables)
+        whole = sum(value.value for value in table_values(tables, self._worth_of))
         return float(found.loss[point]) / max(whole, 1e-300)
 
     def for_trained_tables(self) -> JointMethod:
@@ -138,7 +166,7 @@ class Auto(JointMethod):
         stores["codes"].copy_(pack_codes(codes, bits))
 
     def explain(self, tables: Sequence[TableSpec], plans: Sequence[LookupPlan]) -> Explanation:
-        return Explanation.of(tables, plans, self.choices)
+        return Explanation.of(tables, plans, self.choices, self._worth_of)
 
     def fit(self, table: TableSpec, plan: LookupPlan, weight: Tensor) -> dict[str, Tensor]:
         """Quantized leading columns, as of :class:`~embcompress.LowBit`.

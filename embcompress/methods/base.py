@@ -99,6 +99,9 @@ class Method(ABC):
     name: ClassVar[str]
     #: Whether it reads :attr:`TableSpec.co_occurrence`, which costs a pass over the data.
     uses_co_occurrence: ClassVar[bool] = False
+    #: Whether its candidates depend on what each table is worth to a model, which costs a short
+    #: training of full tables.
+    uses_worths: ClassVar[bool] = False
     #: Whether the last phase may have another plan than the table was built with; then a table
     #: takes the plan of the weights that it loads.
     searches_plans: ClassVar[bool] = False
@@ -167,10 +170,14 @@ class Method(ABC):
         """Where the files of stores are made; None: the directory of temporary files."""
         return None
 
-    def candidates(self) -> Sequence[Method]:
-        """The method with other settings that may suit some data better; itself first.
+    def candidates(self, worths: Mapping[str, float] | None = None) -> Sequence[Method]:
+        """The method with other settings that may suit some data better; the best guess first.
 
         Where there is data, short trainings tell which (:mod:`embcompress.planner.trials`).
+
+        Args:
+            worths: by table name, what a model loses without the table; None where that was not
+                measured (:attr:`uses_worths`).
         """
         return (self,)
 

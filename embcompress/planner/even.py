@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from embcompress.methods.base import TableSpec
 from embcompress.planner.frontier import Frontier, Search, expected_loss, frontier
-from embcompress.planner.loss import FLOAT, QUANTIZATION_LOSS, TableValue, table_value
+from embcompress.planner.loss import FLOAT, QUANTIZATION_LOSS, TableValue, table_values
 from embcompress.planner.options import FLOAT_BYTES, Choices, Option, columns_kept
 
 #: Expected losses say nothing if they differ by less than both: a share of the tables' value (on
@@ -22,9 +22,19 @@ _USED = 0.9
 _ALL = Choices()
 
 
-def tables_frontier(tables: Sequence[TableSpec], choices: Choices = _ALL) -> Frontier:
-    """The plans of some tables, by rising bytes."""
-    values = tuple(table_value(table) for table in tables)
+def tables_frontier(
+    tables: Sequence[TableSpec],
+    choices: Choices = _ALL,
+    worths: Mapping[str, float] | None = None,
+) -> Frontier:
+    """The plans of some tables, by rising bytes.
+
+    Args:
+        tables: all that share the bytes.
+        choices: what each may be given.
+        worths: see :func:`embcompress.planner.loss.table_values`.
+    """
+    values = table_values(tables, worths)
     dims = tuple(table.embedding_dim for table in tables)
     return (frontier_or_even if choices.even else frontier)(values, dims, choices)
 

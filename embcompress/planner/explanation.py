@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from embcompress.methods.base import TableSpec
 from embcompress.plan import LookupPlan, total_bytes
 from embcompress.planner.even import tables_frontier
-from embcompress.planner.loss import FLOAT, table_value
+from embcompress.planner.loss import FLOAT, TableValue, table_values
 from embcompress.planner.options import Choices, Option
 from embcompress.text_table import text_table
 
@@ -24,7 +24,8 @@ class TableChoice:
         ids, rows, width, bits: its ids; its rows, their columns, and bits of a number.
         hot: what its most frequent ids have beside that, in words; empty for nothing.
         bytes: of rows, steps, codes and a projection of its own.
-        value: bits an example that its ids tell (entropy).
+        value: what its ids tell: bits an example (entropy), or nats an example where it was
+            measured.
         kept: share of the value that is expected to be left, were all tables as wide.
     """
 
@@ -84,6 +85,7 @@ class Explanation:
             restriction each; those that do not fit are left out.
         curve: (bytes, share lost) of all plans that no other one beats.
         has_counts: whether it is known how often ids occur.
+        is_measured: whether values are measured, not entropies.
         tried: by short trainings, the chosen one first; empty without data.
         examples: number of examples of these.
         quality: how the bytes were found, where a quality was asked for; else empty.
@@ -95,23 +97,31 @@ class Explanation:
     alternatives: tuple[tuple[str, float], ...]
     curve: tuple[tuple[int, float], ...]
     has_counts: bool
+    is_measured: bool = False
     tried: tuple[Tried, ...] = ()
     examples: int = 0
     quality: str = ""
 
     @classmethod
     def of(
-        cls, tables: Sequence[TableSpec], plans: Sequence[LookupPlan], choices: Choices
+        cls,
+        tables: Sequence[TableSpec],
+        plans: Sequence[LookupPlan],
+        choices: Choices,
+        worths: Mapping[str, float] | None = None,
     ) -> Explanation:
         """The explanation of plans that were taken from these choices' frontier."""
         size = total_bytes(plans)
-        whole = max(sum(table_value(table).value for table in tables), 1e-300)
-        best = tables_frontier(tables, choices)
+        values = table_values(tables, worths)
+        whole = max(sum(value.value for value in values), 1e-300)
+        best = tables_frontier(tables, choices, worths)
         point = best.within(size) or 0
-        chosen = [_choice(*each) for each in zip(tables, plans, best.options(point), strict=True)]
+        chosen = [
+            _choice(*each) for each in zip(tables, plans, values, best.options(point), strict=True)
+        ]
         others = []
         for name, restricted in _restrictions(choices):
-            other = tables_frontier(tables, restricted)
+            other = tables_frontier(tables, restricted, worths)
             fitting = other.within(size)
             if fitting is not None:
                 others.append((name, float(other.loss[fitting]) / whole))
@@ -127,6 +137,7 @@ class Explanation:
             alternatives=tuple(others),
             curve=tuple(curve),
             has_counts=any(table.counts is not None for table in tables),
+            is_measured=worths is not None,
         )
 
     def __str__(self) -> str:
@@ -135,6 +146,8 @@ class Explanation:
 
     def _summary(self) -> str:
         known = "known counts" if self.has_counts else "an assumed power law"
+        if self.is_measured:
+            known += " and by what the model lost without each table (nats an example)"
         first = self.tables[0]
         return (
             f"{self.bytes:,} bytes, expected to lose {self.lost:.1%} of what the ids tell, by "
@@ -152,12 +165,13 @@ class Explanation:
                 "float" if choice.bits == FLOAT else choice.bits,
                 choice.hot,
                 f"{choice.bytes:,}",
-                f"{choice.value:.1f}",
+                f"{choice.value:.4f}" if self.is_measured else f"{choice.value:.1f}",
                 f"{choice.kept:.1%}",
             )
             for choice in self.tables
         ]
-        header = ("table", "ids", "rows", "columns", "bits", "and", "bytes", "entropy", "kept")
+        value = "worth" if self.is_measured else "entropy"
+        header = ("table", "ids", "rows", "columns", "bits", "and", "bytes", value, "kept")
         return text_table(header, rows)
 
     def _alternatives(self) -> str:
@@ -210,8 +224,10 @@ class Explanation:
         return target
 
 
-def _choice(table: TableSpec, plan: LookupPlan, option: Option) -> TableChoice:
-    value, hot = table_value(table).value, option.hot
+def _choice(
+    table: TableSpec, plan: LookupPlan, table_value: TableValue, option: Option
+) -> TableChoice:
+    value, hot = table_value.value, option.hot
     more = f"{hot.ids:,} hot ids {_numbers(hot.columns, hot.bits)} more" if hot is not None else ""
     return TableChoice(
         name=table.name,

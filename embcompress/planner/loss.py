@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,8 +62,8 @@ class TableValue:
     """What is known of a table before anything is trained.
 
     Attributes:
-        value: what its ids tell a model, in bits an example: the entropy of the ids, each weighed
-            by how much of it can be learned from its count.
+        value: what its ids tell a model: in bits an example the entropy of the ids, each weighed
+            by how much of it can be learned from its count, or what was measured.
         rows: numbers of rows that ids may share, rising; the last one is one a row each.
         kept: for each, the share of the value that is left where ids share rows by a hash.
         heads: the most frequent ids, 2^c - 1 of them for c = 1, 2, …; none where counts are not
@@ -75,7 +76,36 @@ class TableValue:
     heads: tuple[Head, ...] = ()
 
 
+#: A measured worth is not known better than to this share of the largest: what seems to tell
+#: nothing may tell what another table tells, too.
+_LEAST_WORTH = 0.01
+
 _KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def table_values(
+    tables: Sequence[TableSpec], worths: Mapping[str, float] | None = None
+) -> tuple[TableValue, ...]:
+    """The values of tables: entropies, or what was measured.
+
+    Args:
+        worths: by table name, what a model loses without the table, in any unit
+            (:mod:`embcompress.planner.worth`); None where that is not known.
+
+    Raises:
+        ValueError: a table has no worth where others have.
+    """
+    values = tuple(table_value(table) for table in tables)
+    if worths is None:
+        return values
+    missing = [table.name for table in tables if table.name not in worths]
+    if missing:
+        raise ValueError(f"worths has no table {missing[0]!r}; give one for every table, or none")
+    least = _LEAST_WORTH * max(worths[table.name] for table in tables)
+    return tuple(
+        replace(value, value=max(least, worths[table.name]))
+        for table, value in zip(tables, values, strict=True)
+    )
 
 
 def table_value(table: TableSpec) -> TableValue:

@@ -22,6 +22,7 @@ from embcompress.planner.trials import (
     full_training,
     standard_error,
 )
+from embcompress.planner.worth import measure_worths
 
 #: Shares of the dense bytes at which the loss of AUC is measured first.
 _LADDER = (0.25, 0.06, 0.015, 0.004, 0.001)
@@ -103,10 +104,17 @@ class PlanSearch:
 
     def settings(self, method: Method, budget_bytes: int) -> list[Trial]:
         """The method with one or the other setting, the chosen one first."""
-        methods = distinct(method.candidates(), lambda each: self.plans(each, budget_bytes))
+
+        def plans(each: Method) -> Hashable:
+            return self.plans(each, budget_bytes)
+
+        methods = distinct(method.candidates(), plans)
         if len(methods) == 1:
             return [Trial(methods[0])]
         with torch.random.fork_rng():
+            if method.uses_worths:
+                worths = measure_worths(self._seeded, self.dense_bytes, self.data, self._end)
+                methods = distinct(method.candidates(worths), plans)
             left = self._end - time.monotonic()
             return choose(methods, self._builder(budget_bytes), self.data, left)
 
@@ -135,11 +143,11 @@ class PlanSearch:
         return QualitySearch(found, full, max_auc_loss, standard_error(self.data), tuple(measured))
 
     def _builder(self, budget_bytes: int) -> Callable[[Method], nn.Module]:
-        def build(method: Method) -> nn.Module:
-            torch.manual_seed(TRIAL_SEED)
-            return self.build(method, budget_bytes)
+        return lambda method: self._seeded(method, budget_bytes)
 
-        return build
+    def _seeded(self, method: Method, budget_bytes: int) -> nn.Module:
+        torch.manual_seed(TRIAL_SEED)
+        return self.build(method, budget_bytes)
 
     def _measure(self, method: Method, budget_bytes: int) -> float | None:
         """AUC of a short training, the best after any pass; None if the time ran out."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -135,13 +136,14 @@ class Trial:
         passes: over the training batches, after which it was evaluated last.
         lead: of its AUC over the best guess's on earlier examples, on average; None where it was
             not compared there.
+        model: while it is trained.
     """
 
     method: Method
     auc: float = 0.0
     passes: float = 0.0
     lead: float | None = None
-    _model: nn.Module | None = field(default=None, repr=False)
+    model: nn.Module | None = field(default=None, repr=False)
     _optimizer: torch.optim.Optimizer | None = field(default=None, repr=False)
     _procedure: TrainingProcedure | None = field(default=None, repr=False)
     _shown: Iterator[Example] = field(default=iter(()), repr=False)
@@ -154,9 +156,9 @@ class Trial:
         Where the method has several phases, all but the last are run before the first pass.
         """
         count = len(data.training)
-        if self._model is None:
-            self._model = build(self.method)
-            self._procedure = TrainingProcedure(self._model)
+        if self.model is None:
+            self.model = build(self.method)
+            self._procedure = TrainingProcedure(self.model)
             held_out = data.hold_out()
             while (phase := self._begin_phase(held_out)) != self._procedure.phases[-1]:
                 for batch in range((phase.epochs or 1) * len(held_out.training)):
@@ -164,17 +166,17 @@ class Trial:
                         return
                     self._step(phase, held_out.training[batch % len(held_out.training)])
         assert self._procedure is not None and self._procedure.phase is not None
-        self._model.train()
+        self.model.train()
         for batch in range(round(self.passes * count), round(passes * count)):
             if time.monotonic() > end:
                 return
             self._step(self._procedure.phase, data.training[batch % count])
         self.passes = passes
-        self.auc = max(self.auc, area_under_curve(self._model, data))
+        self.auc = max(self.auc, area_under_curve(self.model, data))
 
     def _begin_phase(self, data: TrialData) -> Phase:
         """The next phase, which chooses by the validation batches of ``data``."""
-        model, procedure = self._model, self._procedure
+        model, procedure = self.model, self._procedure
         assert model is not None and procedure is not None
         phase = procedure.begin_phase(lambda: area_under_curve(model, data))
         assert phase is not None
@@ -185,7 +187,7 @@ class Trial:
         return phase
 
     def _step(self, phase: Phase, batch: Example) -> None:
-        model, procedure = self._model, self._procedure
+        model, procedure = self.model, self._procedure
         assert model is not None and procedure is not None and self._optimizer is not None
         inputs, labels = batch
         binary_step(self._optimizer, call_model(model, inputs).reshape(-1), labels.reshape(-1))
@@ -198,20 +200,31 @@ class Trial:
 
     def end(self) -> None:
         """Let the model go."""
-        self._model = self._optimizer = self._procedure = None
+        self.model = self._optimizer = self._procedure = None
         self._shown = iter(())
 
 
 @torch.no_grad()
+def held_out_logits(model: nn.Module, data: TrialData) -> Tensor:
+    """(N,) float64 outputs for the held-out examples."""
+    model.eval()
+    outputs = [call_model(model, inputs).reshape(-1) for inputs, _ in data.validation]
+    return torch.cat(outputs).double().cpu()
+
+
+def log_loss(model: nn.Module, data: TrialData) -> float:
+    """Nats a held-out example."""
+    logits, labels = held_out_logits(model, data), data.held_out_labels.double()
+    return float(nn.functional.binary_cross_entropy_with_logits(logits, labels))
+
+
 def area_under_curve(model: nn.Module, data: TrialData) -> float:
     """Area under the ROC curve of the held-out outputs; 0 where they are not finite.
 
     It is the share of pairs of a positive and a negative in which the positive has the larger
     output; equal ones count half, as if there were one where all labels are alike.
     """
-    model.eval()
-    outputs = [call_model(model, inputs).reshape(-1) for inputs, _ in data.validation]
-    values = torch.cat(outputs).double().cpu().numpy()
+    values = held_out_logits(model, data).numpy()
     if not np.isfinite(values).all():
         return 0.0
     is_positive = data.held_out_labels.numpy() > 0.5
@@ -303,24 +316,26 @@ def confirm(
 ) -> bool:
     """Whether the challenger beats the first on earlier examples, too; its lead is noted.
 
-    Over up to three earlier parts it must be ahead on average by 2.5 standard errors
-    (:func:`difference_error`), and is given up where it falls behind. Parts for which there was no
-    time do not count; without any, it does not beat the first.
+    Over up to three earlier parts it must be ahead on average by 2.5 standard errors, and is given
+    up where it falls behind. The error of one part is that of its examples
+    (:func:`difference_error`), or what the leads differ by, where trainings differ by more than
+    that. Parts for which there was no time do not count; without any, it does not beat the first.
     """
-    lead, error, parts = 0.0, 0.0, 0
+    leads: list[float] = []
+    lead = error = 0.0
     earlier = data.earlier()
-    while earlier is not None and parts < _CONFIRMATIONS:
+    while earlier is not None and len(leads) < _CONFIRMATIONS:
         aucs = [full_training(each.method, build, earlier, end) for each in (challenger, first)]
         if aucs[0] is None or aucs[1] is None:
             break
-        parts += 1
-        lead += (aucs[0] - aucs[1] - lead) / parts
-        error = difference_error(earlier) / math.sqrt(parts)
-        challenger.lead = lead
+        leads.append(aucs[0] - aucs[1])
+        challenger.lead = lead = statistics.fmean(leads)
+        spread = statistics.stdev(leads) if len(leads) > 1 else 0.0
+        error = max(difference_error(earlier), spread) / math.sqrt(len(leads))
         if lead <= 0:
             break
         earlier = earlier.earlier()
-    return parts > 0 and lead > _ERRORS_AHEAD * error
+    return lead > _ERRORS_AHEAD * error
 
 
 def full_training(

@@ -1,0 +1,92 @@
+"""What each table tells a model, measured: how much is lost where all of its ids are alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from embcompress.compressed_table import CompressedTable
+from embcompress.engine.reference import address_rows
+from embcompress.methods.base import Method
+from embcompress.methods.full import Full
+from embcompress.methods.hash import Hashing
+from embcompress.planner.lookups import count_lookups
+from embcompress.planner.trials import Trial, TrialData, log_loss
+
+#: Full tables are trained where they take no more bytes; else tables of hashed rows that do.
+MOST_BYTES = 1 << 30
+#: Passes over the training examples, at most: fewer where the AUC has fallen after one.
+_PASSES = 4
+_CHUNK = 1 << 16  # ids
+
+
+def measure_worths(
+    build: Callable[[Method, int], nn.Module], dense_bytes: int, data: TrialData, end: float
+) -> dict[str, float] | None:
+    """For each table, the log-loss of held-out examples that a model loses without it.
+
+    A model of full tables is trained as long as its held-out AUC rises. Then one table after the
+    other gives all of its ids their mean vector, as often as they occur: what a table does that is
+    pruned to one row, but for what training would make up for.
+
+    Args:
+        build: makes the model with tables of a method in so many bytes.
+        dense_bytes: of the full tables.
+        data: what is trained on and compared by.
+        end: time after which nothing more is begun (:func:`time.monotonic`).
+
+    Returns:
+        Nats an example by table name, 0 where nothing is lost; None if the time ran out.
+    """
+    is_small = dense_bytes <= MOST_BYTES
+    method, limit = (Full(), dense_bytes) if is_small else (Hashing(), MOST_BYTES)
+    trial, best, worths = Trial(method), -1.0, None
+    while trial.passes < _PASSES and trial.auc > best:
+        best, passes = trial.auc, trial.passes + 1
+        trial.train(lambda method: build(method, limit), data, passes, end)
+        if trial.passes < passes or time.monotonic() > end:
+            return None
+        if trial.auc > best:
+            assert trial.model is not None
+            worths = _lost_without(trial.model, data)
+    trial.end()
+    return worths
+
+
+@torch.no_grad()
+def _lost_without(model: nn.Module, data: TrialData) -> dict[str, float]:
+    whole = log_loss(model, data)
+    tables = [
+        module
+        for module in model.modules()
+        if isinstance(module, CompressedTable)
+        and [store.is_float for store in module.plan.stores] == [True]
+    ]
+    lost: dict[str, float] = {}
+    for table, counts in count_lookups(model, tables, data.validation).items():
+        assert isinstance(table, CompressedTable)
+        if table.table_name not in lost:  # tied modules are one table
+            with _alike(table, counts):
+                lost[table.table_name] = max(0.0, log_loss(model, data) - whole)
+    return lost
+
+
+@contextmanager
+def _alike(table: CompressedTable, counts: Tensor) -> Iterator[None]:
+    """The rows of a table of one store are all their mean, by how often ids occur."""
+    [weight] = table.stores().values()
+    ids = counts.nonzero().flatten()
+    rows, _ = address_rows(table.plan.probes[0].address, ids, table.plan, {})
+    mean = torch.zeros(weight.shape[1], dtype=torch.float64)
+    for part, often in zip(rows.split(_CHUNK), counts[ids].split(_CHUNK), strict=True):
+        mean += often.double() @ weight[part.to(weight.device)].double().cpu()
+    saved = weight.clone()
+    weight.copy_((mean / counts.sum().clamp(min=1)).to(weight).expand_as(weight))
+    try:
+        yield
+    finally:
+        weight.copy_(saved)
