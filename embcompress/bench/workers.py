@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -155,6 +157,7 @@ def _reason(code: int | None) -> str:
 def _work(connection: Connection, settings: WorkerSettings) -> None:
     """What a process does: tasks, until there are no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that shares out
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(settings.threads)
     executor = Executor(settings.cache, settings.plan_seconds)
     while True:
@@ -167,3 +170,15 @@ def _work(connection: Connection, settings: WorkerSettings) -> None:
                 connection.send(record)
             except (BrokenPipeError, ConnectionResetError):
                 return  # the sweep was killed; nobody waits for the rest
+
+
+def _end_with_parent() -> None:
+    """Wait for the process that shares out to end, however that happens, and end this one.
+
+    A process that is killed cannot end its children. Nothing is lost in the middle of a run: its
+    record is written by the parent, once it is whole.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -163,3 +167,41 @@ def test_a_killed_process_costs_the_run_that_it_was_at(cache: Path) -> None:
         "the process was ended by SIGKILL; was there too little memory?"
     ]
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+def test_processes_end_with_the_sweep(cache: Path, tmp_path: Path, name: str) -> None:
+    """They hold the sweep's output open, so it ends when the last of them does."""
+    if not hasattr(signal, name):
+        pytest.skip(f"no {name} on this system")
+    data = "synthetic:rows=200000,ids=300,features=3"  # a run that takes minutes
+    command = [
+        "sweep", "--data", data, "--methods", "qr,hash", "--budgets", "2%", "--workers", "2",
+        "--learning-rates", "0.03", "--out", str(tmp_path), "--cache", str(cache),
+    ]  # fmt: skip
+    sweep = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "from embcompress.cli import main; main()",
+            *command,
+            "--batch-size",
+            "8",
+            "--epochs",
+            "100",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    impossible = tmp_path / "impossible.jsonl"
+    while not (impossible.exists() and impossible.read_text()):  # one is done, the other trains
+        assert sweep.poll() is None
+        time.sleep(0.1)
+    time.sleep(1)
+    sweep.send_signal(getattr(signal, name))
+    sweep.communicate(timeout=20)
+    assert not (tmp_path / "results.jsonl").exists()
+    training = replace(TrainingSettings(learning_rates=(0.03,)), batch_size=8, epochs=100)
+    settings = SweepSettings((data,), ("qr",), ("2%",), (0,), training)
+    again = run_sweep(settings, tmp_path, cache=cache, quiet=True)
+    assert not again.failed and len(again.records.impossible.records) == 1
