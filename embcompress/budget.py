@@ -43,12 +43,12 @@ def parse_budget(budget: Budget, dense_bytes: int) -> int:
     """Bytes of a budget.
 
     Args:
-        budget: bytes (int), ``"16MiB"``, ``"5%"``, or a float in (0, 1]: a fraction.
+        budget: bytes (int), ``"16MiB"``, ``"5%"`` (at most 100), or a float in (0, 1]: a fraction.
         dense_bytes: bytes of the float32 tables that fractions refer to.
 
     Raises:
         TypeError: a budget that is no number or string.
-        ValueError: a budget that is not understood or not positive.
+        ValueError: a budget that is not understood, not positive, or a share above 100 %.
     """
     if isinstance(budget, bool) or not isinstance(budget, int | float | str):
         raise TypeError(f"budget must be an int, a float or a string, got {budget!r}")
@@ -71,6 +71,11 @@ def _parse_text(budget: str, dense_bytes: int) -> tuple[int, float]:
     text = budget.strip()
     if match := _PERCENT.fullmatch(text):
         share = float(match[1])
+        if share > 100:
+            raise ValueError(
+                f"budget {budget!r} is more than the dense float32 table; write at most '100%', or "
+                "a number of bytes such as '16MiB' where a method is to take more"
+            )
         return int(share * dense_bytes / 100), share
     match = _BYTES.fullmatch(text)
     if match is None or match[2].upper() not in _UNITS:

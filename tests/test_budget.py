@@ -55,6 +55,13 @@ def test_budgets_that_are_not(budget: int | float | str) -> None:
         parse_budget(budget, 1_000_000)
 
 
+@pytest.mark.parametrize("budget", ["200%", "100.1%"])
+def test_a_share_is_of_the_table(budget: str) -> None:
+    message = f"budget '{budget}' is more than the dense float32 table; write at most '100%'"
+    with pytest.raises(ValueError, match=message):
+        ec.Embedding(1000, 8, method="hash", budget=budget)
+
+
 @pytest.mark.parametrize("budget", [True, None, [1], b"5%"])
 def test_budgets_of_another_type(budget: object) -> None:
     with pytest.raises(TypeError, match="budget must be"):
