@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from embcompress.budget import format_bytes
 from embcompress.compressed_table import CompressedTable
 from embcompress.file_tensors import is_in_file
+from embcompress.plan import LookupPlan
 from embcompress.text_table import text_table
 
 DENSE_MODULES = (nn.Embedding, nn.EmbeddingBag)
+
+
+@dataclass(frozen=True)
+class HeldTable:
+    """A table whose stores are in modules of another kind.
+
+    Attributes:
+        name: of the table.
+        method: name of its method.
+        plan: that it is looked up by.
+        tensors: those that hold its stores, by store name; they may be larger than these.
+    """
+
+    name: str
+    method: str
+    plan: LookupPlan
+    tensors: dict[str, Tensor]
+
+
+@runtime_checkable
+class HoldsTables(Protocol):
+    """A module that stands for tables, whatever modules their rows are in."""
+
+    def held_tables(self) -> Iterator[HeldTable]: ...
 
 
 @dataclass(frozen=True)
@@ -22,8 +49,8 @@ class TableMemory:
         name: path of its module; further paths of a shared module in ``also``.
         rows, width: shape of the dense table.
         method: name of its method (``"full"`` for torch's modules).
-        bytes: resident bytes at lookup, once the table is deployed; storages that an earlier
-            table counted already add nothing.
+        bytes: resident bytes at lookup, once the table is deployed (one that TorchRec holds, once
+            it is lifted and deployed); storages that an earlier table counted already add nothing.
         dense: bytes of the float32 table.
         training: further bytes that the module holds for training: what the float latents of
             packed or sparse rows and the structures of a search take beyond these, and optimizer
@@ -98,39 +125,61 @@ def memory(module: nn.Module) -> MemoryReport:
         module: any module; a table counts once however many paths lead to it, and tables that
             share a storage count its bytes once.
     """
-    paths: dict[CompressedTable | nn.Embedding | nn.EmbeddingBag, list[str]] = {}
+    paths: dict[nn.Module, list[str]] = {}
+    inner: set[nn.Module] = set()
     for path, child in module.named_modules(remove_duplicate=False):
-        if isinstance(child, (CompressedTable, *DENSE_MODULES)):
+        if isinstance(child, (HoldsTables, CompressedTable, *DENSE_MODULES)):
             paths.setdefault(child, []).append(path)
+        if isinstance(child, HoldsTables):
+            inner.update(each for each in child.modules() if each is not child)
     counted: set[tuple[str, int]] = set()
-    tables = []
+    tables: list[TableMemory] = []
     for child, names in paths.items():
-        tensors = [*child.parameters(), *child.buffers()]
-        offloaded = _new_bytes([tensor for tensor in tensors if is_in_file(tensor)], counted)
-        if isinstance(child, CompressedTable):
-            size, latents = _table_bytes(child, counted)
-            if child.spec is not None:  # what phases will ask for
-                known = (child.spec.counts, child.spec.co_occurrence)
-                latents += _new_bytes([tensor for tensor in known if tensor is not None], counted)
-            method = child.method
+        if child in inner:  # it holds rows of tables, and is none
+            continue
+        if isinstance(child, HoldsTables):
+            tables += [_held_memory(each, names, counted) for each in child.held_tables()]
         else:
-            size, latents, method = _new_bytes([child.weight], counted), 0, "full"
-        training = latents + _new_bytes(tensors, counted)
-        rows, width = child.num_embeddings, child.embedding_dim
-        tables.append(
-            TableMemory(
-                names[0],
-                rows,
-                width,
-                method,
-                size,
-                rows * width * 4,
-                training,
-                tuple(names[1:]),
-                offloaded,
-            )
-        )
+            assert isinstance(child, (CompressedTable, *DENSE_MODULES))
+            tables.append(_module_memory(child, names, counted))
     return MemoryReport(tuple(tables))
+
+
+def _module_memory(
+    module: CompressedTable | nn.Embedding | nn.EmbeddingBag,
+    paths: list[str],
+    counted: set[tuple[str, int]],
+) -> TableMemory:
+    tensors = [*module.parameters(), *module.buffers()]
+    offloaded = _new_bytes([tensor for tensor in tensors if is_in_file(tensor)], counted)
+    if isinstance(module, CompressedTable):
+        size, latents = _table_bytes(module, counted)
+        if module.spec is not None:  # what phases will ask for
+            known = (module.spec.counts, module.spec.co_occurrence)
+            latents += _new_bytes([tensor for tensor in known if tensor is not None], counted)
+        method = module.method
+    else:
+        size, latents, method = _new_bytes([module.weight], counted), 0, "full"
+    training = latents + _new_bytes(tensors, counted)
+    rows, width = module.num_embeddings, module.embedding_dim
+    name, *also = paths
+    return TableMemory(
+        name, rows, width, method, size, rows * width * 4, training, tuple(also), offloaded
+    )
+
+
+def _held_memory(table: HeldTable, paths: list[str], counted: set[tuple[str, int]]) -> TableMemory:
+    """Of a store, what the plan says; what the tensor that holds it takes beyond is training."""
+    deployed = training = 0
+    for store in table.plan.stores:
+        held = _new_bytes([table.tensors[store.name]], counted)
+        deployed += min(held, store.bytes)
+        training += max(0, held - store.bytes)
+    rows, width = table.plan.num_embeddings, table.plan.embedding_dim
+    name, *also = (f"{path}.{table.name}" for path in paths)
+    return TableMemory(
+        name, rows, width, table.method, deployed, rows * width * 4, training, tuple(also)
+    )
 
 
 def _table_bytes(table: CompressedTable, counted: set[tuple[str, int]]) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from embcompress.engine.reference import hash_bucket
 from embcompress.hashing import derive_key
 from embcompress.latents import quantization_parts
 from embcompress.procedure import Observes, TableProcedure, TrainedTable
+from embcompress.step_damping import StepDamping
 
 TOUCHED = "touched"
 _FRACTIONS = 1 << 24  # that a uniform number may have; float32 holds them exactly
@@ -47,17 +48,19 @@ class StochasticRounding(TableProcedure):
     Args:
         store: name of the quantized store, whose row i is id i.
         seed: of the chances.
+        damping: of the store's steps, which comes before the rows become codes of them, or None.
     """
 
     observes: Observes = "ids"
     averaged = (TOUCHED,)
 
-    def __init__(self, store: str, seed: int) -> None:
-        self.store, self.seed = store, seed
+    def __init__(self, store: str, seed: int, damping: StepDamping | None = None) -> None:
+        self.store, self.seed, self.damping = store, seed, damping
 
     def new_tensors(self, table: TrainedTable) -> dict[str, Tensor]:
         device = table.stores()[self.store].device
-        return {TOUCHED: torch.zeros(table.plan.num_embeddings, device=device)}
+        tensors = {} if self.damping is None else self.damping.new_tensors(table)
+        return {TOUCHED: torch.zeros(table.plan.num_embeddings, device=device), **tensors}
 
     def observe(self, table: TrainedTable, ids: Tensor, amounts: Tensor) -> None:
         table.tensor(TOUCHED)[ids] = 1
@@ -66,6 +69,8 @@ class StochasticRounding(TableProcedure):
         return True
 
     def step(self, table: TrainedTable, number: int) -> None:
+        if self.damping is not None:
+            self.damping.step(table, number)
         stores, touched = table.stores(), table.tensor(TOUCHED)
         store, latents = table.plan.store(self.store), stores[self.store]
         rows = touched.nonzero().flatten()

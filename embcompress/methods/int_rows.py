@@ -22,6 +22,7 @@ from embcompress.methods.base import TableSpec
 from embcompress.methods.narrow import NarrowRows
 from embcompress.plan import Digit, Linear, LookupPlan, Probe, Quantization, Store
 from embcompress.procedure import TableProcedure
+from embcompress.step_damping import StepDamping
 from embcompress.stochastic_rounding import StochasticRounding
 
 
@@ -92,9 +93,12 @@ class IntRows(NarrowRows):
         return {**stores, "weight": pack_latents(plan, plan.store("weight"), stores)}
 
     def procedure(self) -> TableProcedure | None:
+        """Learned steps that rows share are damped, and rows rounded where that is wanted."""
+        is_damped = self.trains_steps and self.scale != "row"
+        damping = StepDamping("weight") if is_damped else None
         if self.rounding == "nearest":
-            return None
-        return StochasticRounding("weight", self.rounding_seed)
+            return damping
+        return StochasticRounding("weight", self.rounding_seed, damping)
 
 
 @register
@@ -111,7 +115,10 @@ class Int8(IntRows):
 
     Source: Jacob et al., "Quantization and training of neural networks for efficient
     integer-arithmetic-only inference", CVPR 2018, section 2.1 (steps with a zero point); the step
-    is learned as in Esser et al., "Learned step size quantization", ICLR 2020.
+    is learned as in Esser et al., "Learned step size quantization", ICLR 2020, equation 3. What
+    differs: where there is a :class:`~embcompress.TrainingProcedure`, optimizers that divide
+    gradients by their size move shared steps by less than other numbers
+    (:class:`embcompress.step_damping.StepDamping`).
     """
 
     name: ClassVar[str] = "int8"

@@ -36,6 +36,7 @@ from embcompress.lowering.tables import (
     feature_of,
     replicated_stores,
 )
+from embcompress.memory import HeldTable
 from embcompress.plan import LookupPlan
 
 ConfigType = TypeVar("ConfigType", bound=BaseEmbeddingConfig)
@@ -147,6 +148,25 @@ class LoweredTables(nn.Module):
                         weight.detach()[:, : table.store.width].contiguous() if padded else weight
                     )
         return stores
+
+    def held_tables(self) -> Iterator[HeldTable]:
+        """The tables that the rows belong to, for :func:`embcompress.memory`.
+
+        Raises:
+            ValueError: the tables are sharded, and no process has all their rows.
+        """
+        for table in self.lowering.tables:
+            tensors = dict(self.readers[table.name].replicated())  # type: ignore[operator]
+            for physical, module in self.physical():
+                weight = getattr(module, "weight", None)
+                for owner, store in physical.sources:
+                    if owner != table.name:
+                        continue
+                    if not isinstance(weight, Tensor):
+                        raise ValueError(f"table {physical.name!r} is sharded; ask before that")
+                    tensors[store] = weight
+            method = table.method if isinstance(table.method, str) else table.method.name
+            yield HeldTable(table.name, method, table.plan, tensors)
 
     # -- looking up
 

@@ -150,6 +150,26 @@ def test_traffic_of_small_tables_is_that_of_their_gradients() -> None:
         et.Batch(0, 4)
 
 
+@pytest.mark.parametrize("small", [0, 20_000], ids=["torchrec", "mixed"])
+@pytest.mark.parametrize("method", ["qr", "low_bit", "unified", "pq"])
+def test_memory_is_that_of_the_tables_which_are_lowered(method: str, small: int) -> None:
+    model = _compressed(method)
+    before = ec.memory(model)
+    et.lower(model, PLANNED, data_parallel_bytes=small)
+    after = ec.memory(model)
+    assert (after.total, after.dense) == (before.total, before.dense)
+    assert after.training >= before.training  # columns of padding
+
+    def known(report: ec.MemoryReport) -> list[tuple[object, ...]]:
+        parts = [(t.name.split(".")[-1], t.rows, t.width, t.method) for t in report.tables]
+        return sorted(parts)
+
+    assert known(after) == known(before)
+    assert any("lowered" in t.name and t.method == method for t in after.tables)
+    et.lift(model)
+    assert ec.memory(model) == before
+
+
 def test_what_cannot_be_lowered_is_run_by_the_engine() -> None:
     model = _compressed("unified")  # bags and sequences share one store
     report = et.lower(model, PLANNED, data_parallel_bytes=0)
