@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -34,11 +34,12 @@ class HeldTable:
     tensors: dict[str, Tensor]
 
 
-@runtime_checkable
-class HoldsTables(Protocol):
-    """A module that stands for tables, whatever modules their rows are in."""
+class HoldsTables(nn.Module):
+    """A module that stands for tables, whatever modules inside of it their rows are in."""
 
-    def held_tables(self) -> Iterator[HeldTable]: ...
+    @abstractmethod
+    def held_tables(self) -> Iterator[HeldTable]:
+        """Every table."""
 
 
 @dataclass(frozen=True)

@@ -36,14 +36,14 @@ from embcompress.lowering.tables import (
     feature_of,
     replicated_stores,
 )
-from embcompress.memory import HeldTable
+from embcompress.memory import HeldTable, HoldsTables
 from embcompress.plan import LookupPlan
 
 ConfigType = TypeVar("ConfigType", bound=BaseEmbeddingConfig)
 _DATA_TYPES = {"float32": DataType.FP32, "float16": DataType.FP16}
 
 
-class LoweredTables(nn.Module):
+class LoweredTables(HoldsTables):
     """The tables of a collection, their rows in TorchRec's collections.
 
     Args:
