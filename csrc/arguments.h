@@ -127,24 +127,31 @@ inline void check_sparsity(const Lookup& lookup, const Probe& probe, int64_t row
     check_packed_store(index, s.stored, 1, s.index_bits);
 }
 
-// Largest row that the address or its code can give, plus 1.
-inline int64_t check_address(const Lookup& lookup, const Address& address, const Code& code) {
+// Largest row that the address or its code in a table can give, plus 1.
+inline int64_t check_table(const Lookup& lookup, const Address& address, const CodeTable& table) {
     const int64_t rows = address_size(address);
-    if (code.store < 0) return rows;
-    STD_TORCH_CHECK(code.width >= 1 && code.column >= 0 && code.column < code.width &&
-                        code.size >= 1 && code.first >= 0,
+    if (table.store < 0) return rows;
+    STD_TORCH_CHECK(table.width >= 1 && table.column >= 0 && table.column < table.width &&
+                        table.size >= 1 && table.first >= 0,
                     "encoding: codes of no column or no size");
-    check_packed_store(store_at(lookup, code.store), rows, code.width, code.bits);
-    STD_TORCH_CHECK(code.is_slot == 0 || code.is_slot == 1, "encoding: neither codes nor slots");
-    if (code.is_slot) {
-        STD_TORCH_CHECK(address_size(code.tag) < (1LL << code.bits), "encoding: ", code.tag.b,
-                        " tags of ", code.bits, " bits");
-        STD_TORCH_CHECK(code.first <= kMostBits - rows * code.width, "encoding: first of slots");
+    check_packed_store(store_at(lookup, table.store), rows, table.width, table.bits);
+    STD_TORCH_CHECK(table.is_slot == 0 || table.is_slot == 1, "encoding: neither codes nor slots");
+    if (table.is_slot) {
+        STD_TORCH_CHECK(address_size(table.tag) < (1LL << table.bits), "encoding: ", table.tag.b,
+                        " tags of ", table.bits, " bits");
+        STD_TORCH_CHECK(table.first <= kMostBits - rows * table.width, "encoding: first of slots");
     }
-    if (code.has_otherwise) {
-        STD_TORCH_CHECK(address_size(code.otherwise) <= code.size, "encoding: otherwise");
+    return table.size;
+}
+
+// The same for an address that goes on to another where the code is absent.
+inline int64_t check_address(const Lookup& lookup, const Address& address, const Code& code) {
+    const int64_t rows = check_table(lookup, address, code.table);
+    if (code.table.store >= 0 && code.has_otherwise) {
+        STD_TORCH_CHECK(check_table(lookup, code.otherwise, code.other) <= rows,
+                        "encoding: otherwise");
     }
-    return code.size;
+    return rows;
 }
 
 // Rows of a float store are its tensor's, or overlap: then they begin and end where rows of the

@@ -18,7 +18,7 @@
 
 namespace embcompress {
 
-constexpr int64_t kFormat = 8;
+constexpr int64_t kFormat = 9;
 
 enum class Pool : int64_t { kNone = 0, kSum = 1, kMean = 2 };
 // Rows are added up or multiplied, all of the feature's width; or each is added to its columns.
@@ -57,17 +57,23 @@ struct Address {
 
 // Codes of `bits` bits that give the row, code - first; all bits set is "absent". Or slots: the row
 // is first + the number of the slot that holds the id's tag, in the bucket that is the code's row.
-struct Code {
+struct CodeTable {
     int64_t store;  // -1: the address itself is the row
     int64_t bits;
     int64_t width;
     int64_t column;
     int64_t first;
     int64_t size;
-    int64_t has_otherwise;
-    Address otherwise;
     int64_t is_slot;
     Address tag;  // of a slot
+};
+
+// Where absent ids go: to the row of another address, or to that of its code in another table.
+struct Code {
+    CodeTable table;
+    int64_t has_otherwise;
+    Address otherwise;
+    CodeTable other;
 };
 
 struct Scale {
@@ -117,7 +123,7 @@ struct Probe {
 constexpr int64_t kHeaderFields = sizeof(Header) / sizeof(int64_t);
 constexpr int64_t kFeatureFields = sizeof(Feature) / sizeof(int64_t);
 constexpr int64_t kProbeFields = sizeof(Probe) / sizeof(int64_t);
-static_assert(kHeaderFields == 4 && kFeatureFields == 10 && kProbeFields == 56,
+static_assert(kHeaderFields == 4 && kFeatureFields == 10 && kProbeFields == 76,
               "change embcompress/engine/encoding.py too");
 
 // ------------------------------------------------------------------------------------ hashing
@@ -209,7 +215,7 @@ constexpr int64_t kOtherwise = -2;
 
 // The row that the code in a row of a table of codes stands for. Codes may be damaged: one past its
 // bound is absent, and never a row out of bounds.
-EMBCOMPRESS_INLINE int64_t code_row(const Code& code, const uint8_t* stream, int64_t bytes,
+EMBCOMPRESS_INLINE int64_t code_row(const CodeTable& code, const uint8_t* stream, int64_t bytes,
                                     int64_t row) {
     const uint32_t absent = static_cast<uint32_t>((1ULL << code.bits) - 1);
     const uint32_t value = unpack_bits(stream, bytes, row * code.width + code.column, code.bits);
@@ -219,7 +225,7 @@ EMBCOMPRESS_INLINE int64_t code_row(const Code& code, const uint8_t* stream, int
 }
 
 // The row of the first slot of a bucket that holds the id's tag.
-EMBCOMPRESS_INLINE int64_t slot_row(const Code& code, const uint8_t* stream, int64_t bytes,
+EMBCOMPRESS_INLINE int64_t slot_row(const CodeTable& code, const uint8_t* stream, int64_t bytes,
                                     int64_t bucket, int64_t id) {
     // Mostly the tag is the id itself, which takes no division.
     const bool is_id = code.tag.kind == AddressKind::kDigit && code.tag.a == 1 && id < code.tag.b;
@@ -231,7 +237,7 @@ EMBCOMPRESS_INLINE int64_t slot_row(const Code& code, const uint8_t* stream, int
     return kOtherwise;
 }
 
-EMBCOMPRESS_INLINE int64_t find_row(const Code& code, const void* stream, int64_t bytes,
+EMBCOMPRESS_INLINE int64_t find_row(const CodeTable& code, const void* stream, int64_t bytes,
                                     int64_t row, int64_t id) {
     const uint8_t* numbers = static_cast<const uint8_t*>(stream);
     return code.is_slot ? slot_row(code, numbers, bytes, row, id)

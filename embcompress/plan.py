@@ -308,14 +308,16 @@ class Code:
 
     Where that is not in ``[0, size)`` the probe's vector is zero: several probes can share one
     table of codes, each with its own range. A code with all bits set is *absent*: the vector is
-    zero, or takes ``otherwise``.
+    zero, or takes ``otherwise``, which may be the code of another table, with more bits or fewer.
 
     Attributes:
         store: name of an unsigned store without quantization.
-        size: number of codes of this probe.
+        size: number of codes of this probe; where ``otherwise`` is a code or a slot, number of
+            rows that may be read, which can be more than the codes.
         row: address of the row in the table of codes.
         column: column of the table of codes.
-        otherwise: address to use where the code is absent; its rows follow the same bound.
+        otherwise: address to use where the code is absent; its rows follow the same bound. A code
+            or a slot here has no ``otherwise`` of its own: at most two tables are read.
         first: smallest code of this probe.
     """
 
@@ -324,14 +326,13 @@ class Code:
     size: int
     row: DirectAddress
     column: int = 0
-    otherwise: DirectAddress | None = None
+    otherwise: Address | None = None
     first: int = 0
 
     def __post_init__(self) -> None:
         require(self.size >= 1 and self.column >= 0, "a code's size must be ≥ 1, its column ≥ 0")
         require(self.first >= 0, "a code's first must be ≥ 0")
-        if self.otherwise is not None:
-            require(self.otherwise.size <= self.size, "a code's otherwise reaches past its size")
+        _check_otherwise(self.otherwise, self.size, "a code's")
 
 
 @dataclass(frozen=True)
@@ -351,7 +352,8 @@ class Slot:
         size: number of rows that may be read, see above.
         bucket: address of the row in the table of slots.
         tag: what the slots hold of an id; less than "all bits set".
-        otherwise: address to use where the id is absent; its rows follow the same bound.
+        otherwise: address to use where the id is absent; its rows follow the same bound. A code
+            or a slot here has no ``otherwise`` of its own.
         first: the address of the first slot of the first bucket.
     """
 
@@ -360,17 +362,26 @@ class Slot:
     size: int
     bucket: DirectAddress
     tag: DirectAddress
-    otherwise: DirectAddress | None = None
+    otherwise: Address | None = None
     first: int = 0
 
     def __post_init__(self) -> None:
         require(1 <= self.size < INT64_END, "a slot's size must be in [1, 2**63)")
         require(0 <= self.first < INT64_END, "a slot's first must be in [0, 2**63)")
-        if self.otherwise is not None:
-            require(self.otherwise.size <= self.size, "a slot's otherwise reaches past its size")
+        _check_otherwise(self.otherwise, self.size, "a slot's")
 
 
 Address: TypeAlias = DirectAddress | Code | Slot
+
+
+def _check_otherwise(otherwise: Address | None, size: int, what: str) -> None:
+    if otherwise is None:
+        return
+    require(otherwise.size <= size, f"{what} otherwise reaches past its size")
+    require(
+        not isinstance(otherwise, Code | Slot) or otherwise.otherwise is None,
+        f"{what} otherwise goes on to a third address; at most two tables may be read",
+    )
 
 
 # ------------------------------------------------------------------------------------ scales
@@ -730,8 +741,10 @@ class LookupPlan:
                 not codes.is_float and codes.quantization is None and address.column < codes.width,
                 f"{what} reads codes from {codes.name!r}, column {address.column}",
             )
+            # Where absent ids have codes in another table, these few bits may be enough here.
             require(
-                address.first + address.size < 2**codes.bits,
+                address.first + address.size < 2**codes.bits
+                or isinstance(address.otherwise, Code | Slot),
                 f"{what}: {codes.bits} bits cannot hold {address.first + address.size} codes "
                 "and 'absent'",
             )
@@ -747,6 +760,8 @@ class LookupPlan:
                 f"{what}: {slots.bits} bits cannot hold {address.tag.size} tags and 'empty'",
             )
             self._check_address(address.bucket, slots.rows, f"bucket of {what}")
+        if isinstance(address, Code | Slot) and address.otherwise is not None:
+            self._check_address(address.otherwise, rows, f"otherwise of {what}")
 
     def _check_probe(self, probe: Probe) -> None:
         store = self.store(probe.store)

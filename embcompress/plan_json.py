@@ -100,7 +100,7 @@ def _decode_kind(data: Any, *allowed: type, optional: bool = False) -> Any:
         bucket=lambda value: _decode_kind(value, *_DIRECT),
         tag=lambda value: _decode_kind(value, *_DIRECT),
         address=lambda value: _decode_kind(value, *_DIRECT, Code, Slot),
-        otherwise=lambda value: _decode_kind(value, *_DIRECT, optional=True),
+        otherwise=lambda value: _decode_kind(value, *_DIRECT, Code, Slot, optional=True),
         widths=lambda value: _decode_scalars(value, int),
         ranks=lambda value: _decode_scalars(value, int),
         weights=lambda value: _decode_scalars(value, str),

@@ -13,6 +13,7 @@ from embcompress.packing import absent_code, unpack_codes, write_codes
 from embcompress.plan import Address, Code, Digit, LookupPlan, Probe, Scale, Store, Weight
 
 CODES, NORM_CODES, NORMS = "codes", "norm_codes", "norms"
+HOT_CODES = "hot_codes"
 _TURNS = 2
 _TINY = 1e-20
 
@@ -147,11 +148,14 @@ class ProductLayout:
             directions = torch.where(norms.abs() > _TINY, vectors / norms, directions)
         return torch.cat([codes, norm_codes[:, None]], dim=1)
 
+    def codes_for(self, stores: Mapping[str, Tensor], ids: Tensor, vectors: Tensor) -> Tensor:
+        """(N, columns) the nearest codewords that the ids may have, here all."""
+        return self.encode(stores, vectors)
+
     def _encode_parts(self, books: Mapping[str, Tensor], vectors: Tensor) -> Tensor:
         pieces = zip(self.codebooks, self.pieces(vectors), strict=True)
-        return torch.cat(
-            [nearest(piece, books[name]).view(len(vectors), -1) for name, piece in pieces], dim=1
-        )
+        shape = (len(vectors), self.parts // len(self.codebooks))
+        return torch.cat([nearest(piece, books[name]).view(shape) for name, piece in pieces], 1)
 
     def pieces(self, vectors: Tensor) -> list[Tensor]:
         """For each codebook (M, width) what of (N, embedding_dim) vectors its codewords stand for.

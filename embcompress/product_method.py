@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,8 +18,18 @@ from embcompress.methods.base import JointMethod, TableSpec
 from embcompress.methods.full import Full
 from embcompress.packing import absent_code, pack_codes
 from embcompress.plan import LookupPlan, total_bytes
-from embcompress.product_layout import CODES, NORM_CODES, NORMS, ProductLayout, codebook, unit_norm
+from embcompress.product_layout import (
+    CODES,
+    HOT_CODES,
+    NORM_CODES,
+    NORMS,
+    ProductLayout,
+    codebook,
+    unit_norm,
+)
 
+#: Bits of a code; of methods whose ids have codes of several lengths, of each kind.
+Lengths: TypeAlias = tuple[int, ...]
 #: Bits of a code that are tried where the settings leave them open.
 _BITS = range(4, 13)
 _CHUNK = 1 << 18  # ids
@@ -42,20 +53,29 @@ class ProductMethod(JointMethod):
         if self.bits is not None and not 1 <= self.bits <= 16:
             raise ValueError(f"bits must be in [1, 16], got {self.bits}")
 
-    def layout(self, table: TableSpec, parts: int, bits: int) -> ProductLayout:
-        """The layout of a table in codes of this shape."""
+    def layout(self, table: TableSpec, parts: int, lengths: Lengths) -> ProductLayout:
+        """The layout of a table in so many codes an id, of these lengths."""
+        (bits,) = lengths
         return ProductLayout(table.num_embeddings, table.embedding_dim, parts, bits)
 
     def bits_tried(self) -> range:
         """Bits of a code that the dial goes through where the settings leave them open."""
         return _BITS
 
+    def lengths_tried(self) -> Sequence[Lengths]:
+        """Lengths of codes that the dial goes through."""
+        return [(bits,) for bits in ([self.bits] if self.bits else self.bits_tried())]
+
+    def mean_bits(self, lengths: Lengths) -> float:
+        """Bits of a code of these lengths, on average of the ids."""
+        return lengths[0]
+
     def dropped(self, table: TableSpec, weight: Tensor) -> Tensor:
         """The ids that :meth:`fit` makes absent."""
         return torch.empty(0, dtype=torch.int64)
 
-    def _shapes(self, tables: Sequence[TableSpec]) -> tuple[tuple[int, int], ...]:
-        """(parts, bits) in rising order of bytes, each with more bits a vector than the last."""
+    def _shapes(self, tables: Sequence[TableSpec]) -> tuple[tuple[int, Lengths], ...]:
+        """Parts and lengths of their codes, in rising order of bytes and of bits a vector."""
         return _shapes(self, tuple((t.num_embeddings, t.embedding_dim, t.dtype) for t in tables))
 
     def group_sizes(self, tables: Sequence[TableSpec]) -> range:
@@ -64,9 +84,11 @@ class ProductMethod(JointMethod):
     def group_plans(self, tables: Sequence[TableSpec], size: int) -> list[LookupPlan]:
         return self.shaped_plans(tables, *self._shapes(tables)[size])
 
-    def shaped_plans(self, tables: Sequence[TableSpec], parts: int, bits: int) -> list[LookupPlan]:
+    def shaped_plans(
+        self, tables: Sequence[TableSpec], parts: int, lengths: Lengths
+    ) -> list[LookupPlan]:
         """Every table in the same codes; one that they would not make smaller stays full."""
-        plans = [self.layout(table, parts, bits).plan(table.dtype) for table in tables]
+        plans = [self.layout(table, parts, lengths).plan(table.dtype) for table in tables]
         if len(tables) == 1:
             return plans
         return [
@@ -76,8 +98,8 @@ class ProductMethod(JointMethod):
 
     def fill(self, table: TableSpec, plan: LookupPlan, stores: Mapping[str, Tensor]) -> None:
         """Hashed codes."""
-        key = 0
-        for codes in (store for store in plan.stores if store.name in (CODES, NORM_CODES)):
+        key, names = 0, (CODES, HOT_CODES, NORM_CODES)
+        for codes in (store for store in plan.stores if store.name in names):
             words, width = absent_code(codes.bits), codes.width
             for start in range(0, codes.rows, _CHUNK):  # a multiple of 8 codes begins at a byte
                 ids = torch.arange(start, min(start + _CHUNK, codes.rows))
@@ -127,7 +149,7 @@ class ProductMethod(JointMethod):
 @functools.lru_cache(maxsize=64)
 def _shapes(
     method: ProductMethod, sizes: tuple[tuple[int, int, str], ...]
-) -> tuple[tuple[int, int], ...]:
+) -> tuple[tuple[int, Lengths], ...]:
     """See the method of that name; budgets ask for it again and again."""
     tables = [TableSpec(rows, width, dtype=dtype) for rows, width, dtype in sizes]
     width = math.gcd(*(table.embedding_dim for table in tables))
@@ -135,12 +157,19 @@ def _shapes(
         raise ValueError(f"parts = {method.parts} does not divide the tables' width, {width}")
     divisors = [parts for parts in range(1, width + 1) if width % parts == 0]
     sized = sorted(
-        (total_bytes(method.shaped_plans(tables, parts, bits)), -parts * bits, parts, bits)
+        (
+            total_bytes(method.shaped_plans(tables, parts, lengths)),
+            -parts * method.mean_bits(lengths),
+            parts,
+            lengths,
+        )
         for parts in ([method.parts] if method.parts else divisors)
-        for bits in ([method.bits] if method.bits else method.bits_tried())
+        for lengths in method.lengths_tried()
     )
-    shapes: list[tuple[int, int]] = []
-    for _, _, parts, bits in sized:
-        if not shapes or parts * bits > shapes[-1][0] * shapes[-1][1]:
-            shapes.append((parts, bits))
+    shapes: list[tuple[int, Lengths]] = []
+    most = 0.0
+    for _, less_bits, parts, lengths in sized:
+        if -less_bits > most:
+            shapes.append((parts, lengths))
+            most = -less_bits
     return tuple(shapes)

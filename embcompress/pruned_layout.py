@@ -13,7 +13,7 @@ from torch import Tensor
 
 from embcompress.engine.reference import address_rows
 from embcompress.packing import absent_code, pack_codes, unpack_codes, write_codes
-from embcompress.plan import Code, Digit, DirectAddress, LookupPlan, Probe, Store
+from embcompress.plan import Code, Digit, DirectAddress, LookupPlan, Probe, Slot, Store
 
 #: Codes have 32 bits at most, and one of them is "absent".
 MOST_ROWS = 2**32 - 1
@@ -45,7 +45,7 @@ class PrunedLayout:
             ValueError: another kind of plan.
         """
         address = plan.probes[0].address
-        if isinstance(address, Code):
+        if isinstance(address, Code) and not isinstance(address.otherwise, Code | Slot):
             fallback = address.otherwise
             kept = address.size - (0 if fallback is None else fallback.size)
             layout = cls(plan.num_embeddings, plan.embedding_dim, kept, fallback)

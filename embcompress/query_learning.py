@@ -51,20 +51,23 @@ class QueryLearning(TableProcedure):
     observes: Observes = "gradients of vectors"
     averaged = (QUERIES, SQUARES, TOUCHED)
 
-    def __init__(self, settings: QuerySettings) -> None:
+    def __init__(
+        self, settings: QuerySettings, layout_type: type[ProductLayout] = ProductLayout
+    ) -> None:
         self.settings = settings
+        self._layout_type = layout_type
         self._known: tuple[LookupPlan, ProductLayout] | None = None
 
     def _layout(self, table: TrainedTable) -> ProductLayout:
         """The layout of the table's plan, read once for a plan: that takes longer than a step."""
         plan = table.plan
         if self._known is None or self._known[0] is not plan:
-            self._known = plan, ProductLayout.of(plan)
+            self._known = plan, self._layout_type.of(plan)
         return self._known[1]
 
     def new_tensors(self, table: TrainedTable) -> dict[str, Tensor]:
         plan, stores = table.plan, table.stores()
-        layout, device = ProductLayout.of(plan), stores[codebook(0)].device
+        layout, device = self._layout(table), stores[codebook(0)].device
         queries = torch.empty(plan.num_embeddings, plan.embedding_dim, device=device)
         for first in range(0, plan.num_embeddings, _CHUNK):
             last = min(first + _CHUNK, plan.num_embeddings)
@@ -104,11 +107,10 @@ class QueryLearning(TableProcedure):
             return
         own = queries[ids]
         if self.settings.commitment > 0:
-            own = own.lerp(
-                layout.decode(stores, layout.encode(stores, own)), self.settings.commitment
-            )
+            chosen = layout.codes_for(stores, ids, own)
+            own = own.lerp(layout.decode(stores, chosen), self.settings.commitment)
             queries[ids] = own
-        codes = layout.encode(stores, own)
+        codes = layout.codes_for(stores, ids, own)
         layout.write_codes(stores, ids, codes)
         if self.settings.pull > 0:
             self._pull(layout, stores, codes, own)

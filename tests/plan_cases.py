@@ -266,19 +266,31 @@ class PlanMaker:
     def address(self, reach: int) -> Address:
         if self.choice.random() < 0.65:
             return self.simple_address(reach)
+        return self.table_address(reach, goes_on=True)
+
+    def table_address(self, reach: int, *, goes_on: bool) -> Address:
+        """A code or a slot, which may go on to another address."""
         if self.choice.random() < 0.3:
-            return self.slot(reach)
+            return self.slot(reach, goes_on)
         size = self.choice.choice((1, reach, self.choice.randint(1, reach)))
         first = self.choice.choice((0, 0, self.choice.randint(0, 20)))
-        store = self.code_store(first + size)
-        otherwise = self.simple_address(size) if self.choice.random() < 0.5 else None
+        otherwise = self.otherwise(size) if goes_on else None
+        fewer = isinstance(otherwise, Code | Slot) and self.choice.random() < 0.5
+        store = self.code_store(first + (self.choice.randint(1, size) if fewer else size))
         column = self.choice.randrange(store.width)
         return Code(store.name, size, self.simple_address(store.rows), column, otherwise, first)
 
-    def slot(self, reach: int) -> Slot:
+    def otherwise(self, size: int) -> Address | None:
+        """Where ids go that a table has no row for."""
+        drawn = self.choice.random()
+        if drawn < 0.4:
+            return None
+        return self.simple_address(size) if drawn < 0.7 else self.table_address(size, goes_on=False)
+
+    def slot(self, reach: int, goes_on: bool) -> Slot:
         """Few tags, so that they are found as often as not, some of them past the size."""
         size = self.choice.randint(1, reach)
-        otherwise = self.simple_address(size) if self.choice.random() < 0.5 else None
+        otherwise = self.otherwise(size) if goes_on else None
         tag = self.simple_address(self.choice.choice((1, 4, 9)))
         store = self.code_store(tag.size)
         first = self.choice.choice((0, self.choice.randint(0, size)))
@@ -326,12 +338,12 @@ def unpack_bits(packed: Tensor, bits: int) -> list[int]:
 def make_stores(plan: LookupPlan, generator: torch.Generator, *, whole: bool) -> dict[str, Tensor]:
     """Tensors for every store of a plan, codes within bounds, absent, now and then damaged."""
     bounds: dict[str, int] = {}
-    for probe in plan.probes:
-        if isinstance(probe.address, Code | Slot):
-            slots = isinstance(probe.address, Slot)
-            size = probe.address.tag.size if slots else probe.address.size
-            name = probe.address.store
-            bounds[name] = min(size, bounds.get(name, size))
+    tables = [p.address for p in plan.probes if isinstance(p.address, Code | Slot)]
+    for address in (*tables, *(table.otherwise for table in tables)):
+        if isinstance(address, Code | Slot):
+            size = address.tag.size if isinstance(address, Slot) else address.size
+            size = min(size, 2 ** plan.store(address.store).bits)
+            bounds[address.store] = min(size, bounds.get(address.store, size))
     scales = {s.quantization.scale for s in plan.stores if s.quantization is not None}
     tensors = {}
     for store in plan.stores:

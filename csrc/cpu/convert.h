@@ -20,19 +20,30 @@
 
 namespace embcompress {
 
-// The row that a row of the table of codes, or a bucket of slots, leads to; -1: absent.
-EMBCOMPRESS_INLINE int64_t decode_row(const Lookup& lookup, const Code& code, int64_t id,
-                                      int64_t code_row) {
-    const StoreView& store = lookup.stores[code.store];
-    const int64_t row = find_row(code, store.data, store.bytes, code_row, id);
-    if (row != kOtherwise) return row;
-    return code.has_otherwise ? address_row(code.otherwise, id) : -1;
+EMBCOMPRESS_INLINE int64_t table_row(const Lookup& lookup, const CodeTable& table, int64_t id,
+                                     int64_t code_row) {
+    const StoreView& store = lookup.stores[table.store];
+    return find_row(table, store.data, store.bytes, code_row, id);
 }
 
-// Row of a learned scale; -1 where absent.
+// The row that an absent id goes to; negative: none. Not inlined: few ids come here.
+inline int64_t otherwise_row(const Lookup& lookup, const Code& code, int64_t id) {
+    if (!code.has_otherwise) return kNowhere;
+    const int64_t row = address_row(code.otherwise, id);
+    return code.other.store < 0 ? row : table_row(lookup, code.other, id, row);
+}
+
+// The row that a row of the table of codes, or a bucket of slots, leads to; negative: none.
+EMBCOMPRESS_INLINE int64_t decode_row(const Lookup& lookup, const Code& code, int64_t id,
+                                      int64_t code_row) {
+    const int64_t row = table_row(lookup, code.table, id, code_row);
+    return row != kOtherwise ? row : otherwise_row(lookup, code, id);
+}
+
+// Row of a learned scale; negative where absent.
 EMBCOMPRESS_INLINE int64_t scale_row(const Lookup& lookup, const Scale& scale, int64_t id) {
     const int64_t row = address_row(scale.address, id);
-    return scale.code.store < 0 ? row : decode_row(lookup, scale.code, id, row);
+    return scale.code.table.store < 0 ? row : decode_row(lookup, scale.code, id, row);
 }
 
 EMBCOMPRESS_INLINE float scale_of(const Lookup& lookup, const Scale& scale, int64_t id) {

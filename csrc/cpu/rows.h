@@ -86,8 +86,8 @@ class RowBlock {
         int64_t* rows = rows_.data() + t * kBlock;
         const Probe& probe = probes_[t];
         addresses(probe.address, n, rows);
-        if (probe.code.store >= 0) decode(probe.code, n, rows);
-        if (probe.code.store < 0 && probe.offset == 0 && !has_skipped_) return;
+        if (probe.code.table.store >= 0) decode(probe.code, n, rows);
+        if (probe.code.table.store < 0 && probe.offset == 0 && !has_skipped_) return;
         for (int i = 0; i < n; ++i) {
             rows[i] = ids_[i] < 0 || rows[i] < 0 ? -1 : rows[i] + probe.offset;
         }

@@ -16,6 +16,14 @@ inline StoreView store_or_none(const Lookup& lookup, int64_t number) {
     return number < 0 ? StoreView{} : lookup.stores[number];
 }
 
+// Whether absent ids have an address, in another table or not; what was not checked is not read.
+inline bool goes_on(const Code& code) { return code.table.store >= 0 && code.has_otherwise; }
+
+inline CodeBytes codes_or_none(const Lookup& lookup, bool is_read, const CodeTable& table) {
+    const StoreView store = store_or_none(lookup, is_read ? table.store : -1);
+    return {store.data, store.bytes};
+}
+
 // How many columns of a probe's rows are one aligned access: 8, 4 or 1.
 inline int32_t vector_columns(const StoreView& store, const Probe& probe) {
     if (reinterpret_cast<uintptr_t>(store.data) % 16 != 0) return 1;
@@ -31,10 +39,14 @@ inline std::vector<BoundProbe> bind_probes(const Lookup& lookup) {
         BoundProbe& each = bound[number];
         each.probe = probe;
         each.store = lookup.stores[probe.store];
-        each.codes = store_or_none(lookup, probe.code.store);
-        const bool weighted = probe.scale.kind == ScaleKind::kWeight;
-        each.scale = store_or_none(lookup, weighted ? probe.scale.store : -1);
-        each.scale_codes = store_or_none(lookup, weighted ? probe.scale.code.store : -1);
+        each.codes = codes_or_none(lookup, true, probe.code.table);
+        each.other_codes = codes_or_none(lookup, goes_on(probe.code), probe.code.other);
+        const Scale& scale = probe.scale;
+        const bool weighted = scale.kind == ScaleKind::kWeight;
+        each.scale = store_or_none(lookup, weighted ? scale.store : -1);
+        each.scale_codes = codes_or_none(lookup, weighted, scale.code.table);
+        each.other_scale_codes =
+            codes_or_none(lookup, weighted && goes_on(scale.code), scale.code.other);
         each.step = store_or_none(lookup, packed ? probe.quantization.scale_store : -1);
         each.bias = store_or_none(lookup, packed ? probe.quantization.bias_store : -1);
         each.vector_columns = vector_columns(each.store, probe);

@@ -15,12 +15,20 @@
 namespace embcompress {
 namespace cuda {
 
+// A store of codes or slots.
+struct CodeBytes {
+    const void* data;
+    int64_t bytes;
+};
+
 struct BoundProbe {
     Probe probe;
     StoreView store;
-    StoreView codes;
     StoreView scale;
-    StoreView scale_codes;
+    CodeBytes codes;
+    CodeBytes other_codes;
+    CodeBytes scale_codes;
+    CodeBytes other_scale_codes;
     StoreView step;
     StoreView bias;
     int32_t vector_columns;  // 8 or 4 columns of a row can be read at once; 1: one by one
@@ -63,7 +71,7 @@ struct PlanLayout {
 };
 
 constexpr int kThreads = 256;  // of a block, at most
-constexpr int kInlineWords = 440;
+constexpr int kInlineWords = 464;
 
 struct PlanArgument {
     const int64_t* memory;  // nullptr: the words below

@@ -45,26 +45,33 @@ EMBCOMPRESS_DEVICE int64_t row_of(const Address& address, int64_t id) {
     return address_row(address, id);
 }
 
-// The row that a row of the table of codes, or a bucket of slots, leads to; -1: absent.
-EMBCOMPRESS_DEVICE int64_t decode(const Code& code, const StoreView& codes, int64_t id,
-                                  int64_t code_row) {
-    const int64_t row = find_row(code, codes.data, codes.bytes, code_row, id);
+// The row that a row of the table of codes, or a bucket of slots, leads to; negative: none.
+EMBCOMPRESS_DEVICE int64_t decode(const Code& code, const CodeBytes& codes,
+                                  const CodeBytes& other_codes, int64_t id, int64_t code_row) {
+    int64_t row = find_row(code.table, codes.data, codes.bytes, code_row, id);
     if (row != kOtherwise) return row;
-    return code.has_otherwise ? row_of(code.otherwise, id) : -1;
+    if (!code.has_otherwise) return kNowhere;
+    row = row_of(code.otherwise, id);
+    if (code.other.store < 0) return row;
+    return find_row(code.other, other_codes.data, other_codes.bytes, row, id);
 }
 
 // Row of a checked id in the store of a probe; -1: absent.
 EMBCOMPRESS_DEVICE int64_t probe_row(const BoundProbe& bound, int64_t id) {
-    int64_t row = row_of(bound.probe.address, id);
-    if (bound.probe.code.store >= 0) row = decode(bound.probe.code, bound.codes, id, row);
-    return row < 0 ? -1 : row + bound.probe.offset;
+    const Probe& probe = bound.probe;
+    int64_t row = row_of(probe.address, id);
+    if (probe.code.table.store >= 0) {
+        row = decode(probe.code, bound.codes, bound.other_codes, id, row);
+    }
+    return row < 0 ? -1 : row + probe.offset;
 }
 
-// Row of the learned scale of a checked id; -1: absent.
+// Row of the learned scale of a checked id; negative: absent.
 EMBCOMPRESS_DEVICE int64_t scale_row(const BoundProbe& bound, int64_t id) {
     const Scale& scale = bound.probe.scale;
     const int64_t row = row_of(scale.address, id);
-    return scale.code.store < 0 ? row : decode(scale.code, bound.scale_codes, id, row);
+    if (scale.code.table.store < 0) return row;
+    return decode(scale.code, bound.scale_codes, bound.other_scale_codes, id, row);
 }
 
 EMBCOMPRESS_DEVICE float probe_scale(const BoundProbe& bound, int64_t id) {

@@ -20,7 +20,7 @@ struct DeviceLimits {
 constexpr int64_t kBlocksPerMultiprocessor = 8;
 // Shared memory for hot stores; the rest of the 48 KiB is for rows found and the plan.
 constexpr int64_t kStagedBytes = 24 << 10;
-constexpr int64_t kPlanBytes = 6 << 10;
+constexpr int64_t kPlanBytes = 7 << 10;
 constexpr int64_t kTileBytes = 16 << 10;
 constexpr int64_t kMostBags = 8;  // that a group pools one after the other
 constexpr int64_t kSmallestTile = 4;

@@ -27,7 +27,7 @@ from embcompress.plan import (
     Weight,
 )
 
-FORMAT = 8
+FORMAT = 9
 HEADER_FIELDS, FEATURE_FIELDS, HEAD_STORE_FIELD = 4, 10, 8
 #: Pools that the kernels run; maxima pool the kernels' vectors in torch.
 POOLS = {"none": 0, "sum": 1, "mean": 2}
@@ -36,7 +36,8 @@ _SUM, _MULTIPLY, _PLACE = 0, 1, 2
 _KERNEL_FLOATS = ("float32", "float16", "bfloat16")
 _NO_ADDRESS = [0, 1, 1]
 _NO_SLOT = [0, *_NO_ADDRESS]
-_NO_CODE = [-1, 0, 0, 0, 0, 0, 0, *_NO_ADDRESS, *_NO_SLOT]
+_NO_TABLE = [-1, 0, 0, 0, 0, 0, *_NO_SLOT]
+_NO_CODE = [*_NO_TABLE, 0, *_NO_ADDRESS, *_NO_TABLE]
 _NO_SCALE = [0, 0, -1, 0, *_NO_ADDRESS, *_NO_CODE]
 _NO_QUANTIZATION = [0, -1, -1, 0, 0]
 _NO_SPARSITY = [0, 0, 0, 0, -1, 0, -1, 0]
@@ -156,42 +157,23 @@ def _encode_direct(address: DirectAddress) -> list[int]:
 
 def _encode_address(plan: LookupPlan, address: Address, numbers: dict[str, int]) -> list[int]:
     """An address and a code: that of the row among the codes, where there is a code."""
-    if isinstance(address, Slot):
-        return _encode_slot(plan, address, numbers)
-    if not isinstance(address, Code):
-        return [*_encode_direct(address), *_NO_CODE]
-    codes = plan.store(address.store)
-    otherwise = address.otherwise
-    return [
-        *_encode_direct(address.row),
-        numbers[codes.name],
-        codes.bits,
-        codes.width,
-        address.column,
-        address.first,
-        address.size,
-        int(otherwise is not None),
-        *(_NO_ADDRESS if otherwise is None else _encode_direct(otherwise)),
-        *_NO_SLOT,
-    ]
+    first = _encode_table(plan, address, numbers)
+    if not isinstance(address, Code | Slot) or address.otherwise is None:
+        return [*first, 0, *_NO_ADDRESS, *_NO_TABLE]
+    return [*first, 1, *_encode_table(plan, address.otherwise, numbers)]
 
 
-def _encode_slot(plan: LookupPlan, address: Slot, numbers: dict[str, int]) -> list[int]:
-    """The address of the bucket, and a code that is a search for the tag."""
-    slots, otherwise = plan.store(address.store), address.otherwise
-    return [
-        *_encode_direct(address.bucket),
-        numbers[slots.name],
-        slots.bits,
-        slots.width,
-        0,
-        address.first,
-        address.size,
-        int(otherwise is not None),
-        *(_NO_ADDRESS if otherwise is None else _encode_direct(otherwise)),
-        1,
-        *_encode_direct(address.tag),
-    ]
+def _encode_table(plan: LookupPlan, address: Address, numbers: dict[str, int]) -> list[int]:
+    """An address, and the table of codes or slots in which it is the row, if it is."""
+    if isinstance(address, Code):
+        column, inside, tag = address.column, address.row, _NO_SLOT
+    elif isinstance(address, Slot):
+        column, inside, tag = 0, address.bucket, [1, *_encode_direct(address.tag)]
+    else:
+        return [*_encode_direct(address), *_NO_TABLE]
+    store = plan.store(address.store)
+    table = [numbers[store.name], store.bits, store.width, column, address.first, address.size]
+    return [*_encode_direct(inside), *table, *tag]
 
 
 def _encode_scale(plan: LookupPlan, probe: Probe, numbers: dict[str, int]) -> list[int]:

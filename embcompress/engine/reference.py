@@ -157,13 +157,12 @@ def _code_rows(
     positions = code_row * codes.width + address.column
     codes_read = unpack_bits(stores[codes.name], positions, codes.bits)
     rows = codes_read - address.first
-    present = (rows >= 0) & (rows < address.size)  # neither absent nor another probe's
+    absent = codes_read == (1 << codes.bits) - 1
+    present = ~absent & (rows >= 0) & (rows < address.size)  # nor another probe's
     rows = torch.where(present, rows, 0)
     if address.otherwise is None:
         return rows, present
-    otherwise, _ = address_rows(address.otherwise, ids, plan, stores)
-    absent = codes_read == (1 << codes.bits) - 1
-    return torch.where(absent, otherwise, rows), present | absent
+    return _or_otherwise(address.otherwise, rows, present, absent, ids, plan, stores)
 
 
 def _slot_rows(
@@ -182,8 +181,22 @@ def _slot_rows(
     rows = torch.where(present, rows, 0)
     if address.otherwise is None:
         return rows, present
-    otherwise, _ = address_rows(address.otherwise, ids, plan, stores)
-    return torch.where(found, rows, otherwise), present | ~found
+    return _or_otherwise(address.otherwise, rows, present, ~found, ids, plan, stores)
+
+
+def _or_otherwise(
+    otherwise: Address,
+    rows: Tensor,
+    present: Tensor,
+    absent: Tensor,
+    ids: Tensor,
+    plan: LookupPlan,
+    stores: Stores,
+) -> tuple[Tensor, Tensor]:
+    """The rows, and where these are; for absent ids those of another address."""
+    others, there = address_rows(otherwise, ids, plan, stores)
+    has_other = absent if there is None else absent & there
+    return torch.where(absent, others, rows), present | has_other
 
 
 def gather_rows(

@@ -208,6 +208,7 @@ def code_stores(plan: LookupPlan) -> tuple[Store, ...]:
     """The tables of codes and slots of a plan."""
     addresses = [probe.address for probe in plan.probes]
     addresses += [p.scale.address for p in plan.probes if isinstance(p.scale, Weight)]
+    addresses += [a.otherwise for a in addresses if isinstance(a, Code | Slot) and a.otherwise]
     names = {address.store for address in addresses if isinstance(address, Code | Slot)}
     return tuple(store for store in plan.stores if store.name in names)
 

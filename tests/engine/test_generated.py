@@ -13,7 +13,16 @@ from torch import Tensor
 import embcompress.engine
 from embcompress.engine import Bags, GradientOptions, lookup, lookup_features, ops
 from embcompress.engine.encoding import needs_cpu_kernels
-from embcompress.plan import Code, Digit, Hash, LookupPlan, Probe, Quantization, Store
+from embcompress.plan import (
+    Address,
+    Code,
+    Digit,
+    Hash,
+    LookupPlan,
+    Probe,
+    Quantization,
+    Store,
+)
 from tests.engine.devices import DEVICES, to_device
 from tests.engine.judging import WEIGHTS, Judge, Result, output_gradient, quantization_steps, run
 from tests.plan_cases import Case, make_case, make_feature_cases, pack_bits, with_leaves
@@ -229,11 +238,13 @@ def test_a_number_that_is_none_is_not_hidden(pool: str) -> None:
 
 
 @pytest.mark.parametrize("quantized", [False, True])
-@pytest.mark.parametrize("otherwise", [None, Digit(1, 5)])
+@pytest.mark.parametrize(
+    "otherwise", [None, Digit(1, 5), Code("codes", 5, Digit(1, 1)), Code("codes", 5, Digit(1, 10))]
+)
 @pytest.mark.parametrize("pool", ["none", "sum", "mean", "max"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_damaged_codes_read_nothing(
-    device: str, pool: str, otherwise: Digit | None, quantized: bool
+    device: str, pool: str, otherwise: Address | None, quantized: bool
 ) -> None:
     """A code past its bound gives a zero vector, and never a row outside the store."""
     steps = Store("steps", 1, 1)
@@ -253,5 +264,6 @@ def test_damaged_codes_read_nothing(
     judge = Judge(case)
     judge.check(run(case, judge.gradient, partial(engine, device=device)))
     zero = [not row.any() for row in engine(case, device=device)]
-    absent = otherwise is None
+    # An absent id reads its own code again, which is absent, or the code of id 0, which is not.
+    absent = otherwise is None or otherwise == Code("codes", 5, Digit(1, 10))
     assert zero == [False] * 5 + [True] * 3 + [absent, False]

@@ -40,14 +40,20 @@ FEATURE = [
 PROBE = [
     "store", "offset", "column", "width", "stride", "address.kind", "address.a", "address.b",
     "code.store", "code.bits", "code.width", "code.column", "code.first", "code.size",
-    "code.has_otherwise",
-    "otherwise.kind", "otherwise.a", "otherwise.b",
-    "code.is_slot", "tag.kind", "tag.a", "tag.b", "scale.kind", "scale.key", "scale.store",
-    "scale.column", "scale.address.kind", "scale.address.a", "scale.address.b",
+    "code.is_slot", "tag.kind", "tag.a", "tag.b",
+    "code.has_otherwise", "otherwise.kind", "otherwise.a", "otherwise.b",
+    "other.store", "other.bits", "other.width", "other.column", "other.first", "other.size",
+    "other.is_slot", "other.tag.kind", "other.tag.a", "other.tag.b",
+    "scale.kind", "scale.key", "scale.store", "scale.column",
+    "scale.address.kind", "scale.address.a", "scale.address.b",
     "scale.code.store", "scale.code.bits", "scale.code.width", "scale.code.column",
-    "scale.code.first", "scale.code.size", "scale.code.has_otherwise",
-    "scale.otherwise.kind", "scale.otherwise.a", "scale.otherwise.b",
+    "scale.code.first", "scale.code.size",
     "scale.code.is_slot", "scale.tag.kind", "scale.tag.a", "scale.tag.b",
+    "scale.code.has_otherwise",
+    "scale.otherwise.kind", "scale.otherwise.a", "scale.otherwise.b",
+    "scale.other.store", "scale.other.bits", "scale.other.width", "scale.other.column",
+    "scale.other.first", "scale.other.size", "scale.other.is_slot",
+    "scale.other.tag.kind", "scale.other.tag.a", "scale.other.tag.b",
     "quantization.bits", "quantization.scale_store", "quantization.bias_store",
     "quantization.per_row", "quantization.per_column",
     "sparsity.form", "sparsity.stored", "sparsity.rows", "sparsity.block",
@@ -65,13 +71,14 @@ PLAN = LookupPlan(
         Store("scales", 9, 2),
         Store("packed", 40, 7, "uint4", Quantization("steps", "lows")),
         Store("codes", 100, 3, "uint6"),
+        Store("others", 30, 2, "uint7"),
     ),
     probes=(
         Probe("rows", Hash(5, 45), Weight("scales", Digit(3, 9), column=1), offset=5),
         Probe(
             "packed",
-            Code("codes", 40, Digit(10, 100), 1, Hash(6, 40)),
-            Weight("scales", Code("codes", 9, Digit(10, 100), 2, Hash(4, 9))),
+            Code("codes", 40, Digit(10, 100), 1, Code("others", 40, Hash(6, 30))),
+            Weight("scales", Code("codes", 9, Digit(10, 100), 2, Code("others", 9, Hash(4, 30)))),
         ),
     ),
     combine="concat",
@@ -219,13 +226,13 @@ DAMAGE = {
     "another first probe": ("feature.first_probe", 1),
     "a negative probe": ("feature.first_probe", -1),
     "too many probes": ("feature.num_probes", HUGE),
-    "a head that is not there": ("feature.head_store", 6),
+    "a head that is not there": ("feature.head_store", 7),
     "a head of another shape": ("feature.head_store", 0),
     "a head that is packed": ("feature.head_store", 4),
     "an output of another width": ("feature.out_width", 12),
     "an output of no width": ("feature.out_width", 0),
     "an output wider than memory": ("feature.out_width", HUGE),
-    "a store that is not there": ("store", 6),
+    "a store that is not there": ("store", 7),
     "a negative store": ("store", -1),
     "a narrower store": ("store", 1),
     "a packed store as floats": ("store", 4),
@@ -241,7 +248,7 @@ DAMAGE = {
     "no buckets": ("address.b", 0),
     "the most buckets": ("address.b", HUGE),
     "an unknown scale": ("scale.kind", 3),
-    "a scale's store": ("scale.store", 6),
+    "a scale's store": ("scale.store", 7),
     "a scale's negative store": ("scale.store", -1),
     "a scale's column": ("scale.column", 2),
     "a scale's last column": ("scale.column", HUGE),
@@ -268,8 +275,17 @@ DAMAGE_OF_CODES = {
     "the largest codes": ("code.size", HUGE),
     "rows of codes": ("address.b", 101),
     "all rows of codes": ("address.b", HUGE),
-    "otherwise past the codes": ("otherwise.b", 41),
     "otherwise of no kind": ("otherwise.kind", -1),
+    "rows past the other codes": ("otherwise.b", 31),
+    "other codes that are not there": ("other.store", 7),
+    "other codes that are floats": ("other.store", 0),
+    "other codes of too many bits": ("other.bits", 33),
+    "a wider table of other codes": ("other.width", 3),
+    "a column of other codes": ("other.column", 2),
+    "a negative first of other codes": ("other.first", -1),
+    "other codes past the codes": ("other.size", 41),
+    "other codes of no size": ("other.size", 0),
+    "neither other codes nor slots": ("other.is_slot", 2),
     "a scale's codes that are not there": ("scale.code.store", 9),
     "a scale's codes that are floats": ("scale.code.store", 0),
     "a scale's codes of too many bits": ("scale.code.bits", 7),
@@ -277,7 +293,9 @@ DAMAGE_OF_CODES = {
     "a scale's negative first code": ("scale.code.first", -1),
     "a scale's codes past the store": ("scale.code.size", 10),
     "a scale's rows of codes": ("scale.address.b", 101),
-    "a scale's otherwise past the codes": ("scale.otherwise.b", 10),
+    "a scale's rows past the other codes": ("scale.otherwise.b", 31),
+    "a scale's other codes that are not there": ("scale.other.store", 7),
+    "a scale's other codes past the codes": ("scale.other.size", 10),
     "neither codes nor slots": ("code.is_slot", 2),
     "values of more bits": ("quantization.bits", 5),
     "values of too many bits": ("quantization.bits", 32),
@@ -302,6 +320,16 @@ def test_damaged_codes_and_steps_are_refused(what: str) -> None:
     with_field(make_call(), field(name, feature=1, probe=1), value).refused("encoding")
 
 
+def test_rows_that_absent_ids_go_to_are_checked_without_another_table() -> None:
+    def direct(call: Call, name: str, size: int) -> Call:
+        call = with_field(call, field(f"{name}other.store", feature=1, probe=1), -1)
+        return with_field(call, field(f"{name}otherwise.b", feature=1, probe=1), size)
+
+    for name, most in (("", 40), ("scale.", 9)):
+        run_everything(direct(make_call(), name, most))
+        direct(make_call(), name, most + 1).refused("encoding: otherwise")
+
+
 DAMAGE_OF_SLOTS = {
     "tags of more bits": ("tag.b", 64),
     "tags of no kind": ("tag.kind", 3),
@@ -311,6 +339,13 @@ DAMAGE_OF_SLOTS = {
     "a first row that overflows": ("code.first", HUGE),
     "rows past the store": ("code.size", 42),
 }
+DAMAGE_OF_OTHER_SLOTS = {
+    "tags of more bits": ("other.tag.b", 128),
+    "tags of no kind": ("other.tag.kind", 3),
+    "a wider bucket": ("other.width", 3),
+    "a first row that overflows": ("other.first", HUGE),
+    "rows past the codes": ("other.size", 41),
+}
 
 
 @pytest.mark.parametrize("what", sorted(DAMAGE_OF_SLOTS))
@@ -319,6 +354,15 @@ def test_damaged_slots_are_refused(what: str) -> None:
     call = with_field(make_call(), field("code.is_slot", feature=1, probe=1), 1)
     call = with_field(call, field("tag.b", feature=1, probe=1), 63)
     call.forward()  # these are slots
+    with_field(call, field(name, feature=1, probe=1), value).refused("encoding")
+
+
+@pytest.mark.parametrize("what", sorted(DAMAGE_OF_OTHER_SLOTS))
+def test_damaged_slots_of_absent_ids_are_refused(what: str) -> None:
+    name, value = DAMAGE_OF_OTHER_SLOTS[what]
+    call = with_field(make_call(), field("other.is_slot", feature=1, probe=1), 1)
+    call = with_field(call, field("other.tag.b", feature=1, probe=1), 127)
+    run_everything(call)
     with_field(call, field(name, feature=1, probe=1), value).refused("encoding")
 
 
@@ -518,9 +562,9 @@ def test_bad_gradients_are_refused() -> None:
 @pytest.mark.parametrize(
     ("wanted", "match"),
     [
-        ([6], "store 6 of 6"),
-        ([-1], "store -1 of 6"),
-        ([2**62], "of 6"),
+        ([7], "store 7 of 7"),
+        ([-1], "store -1 of 7"),
+        ([2**62], "of 7"),
         ([4], "packed stores have no gradient"),
         ([0, 0], "wanted twice"),
     ],

@@ -195,6 +195,26 @@ BROKEN: dict[str, tuple[Callable[[], object], str]] = {
         lambda: Code("codes", 5, Digit(1, 10), otherwise=Digit(1, 6)),
         "otherwise reaches past its size",
     ),
+    "otherwise in another table past the size": (
+        lambda: Code("codes", 5, Digit(1, 10), otherwise=Code("codes", 6, Digit(1, 10))),
+        "otherwise reaches past its size",
+    ),
+    "a third address": (
+        lambda: Code("codes", 5, DIGIT_5, 0, Code("codes", 5, DIGIT_5, 0, DIGIT_5)),
+        "a code's otherwise goes on to a third address",
+    ),
+    "a third address of a slot": (
+        lambda: Slot("codes", 5, DIGIT_5, DIGIT_5, Code("codes", 5, DIGIT_5, 0, DIGIT_5)),
+        "a slot's otherwise goes on to a third address",
+    ),
+    "codes of too few bits in another table": (
+        lambda: coded(Code("codes", 8, Digit(1, 10), 0, Code("codes", 8, Digit(1, 10), 1))),
+        "otherwise of probe of 'rows': 3 bits cannot hold",
+    ),
+    "another table that is no store": (
+        lambda: coded(Code("codes", 3, Digit(1, 10), 0, Code("other", 3, Digit(1, 10)))),
+        "no store 'other'",
+    ),
     "slots of size 0": (lambda: Slot("codes", 0, DIGIT_5, DIGIT_5), "size must be in"),
     "negative first slot": (lambda: Slot("codes", 1, DIGIT_5, DIGIT_5, first=-1), "first must be"),
     "a slot's otherwise past the size": (

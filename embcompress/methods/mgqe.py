@@ -1,0 +1,137 @@
+"""Multi-granular quantized embeddings: more codewords for frequent ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from embcompress.calibration import check_finite
+from embcompress.clustering import cluster, nearest
+from embcompress.granular_layout import GranularLayout, hot_ids
+from embcompress.methods import register
+from embcompress.methods.base import TableSpec
+from embcompress.methods.dpq import DifferentiableProductQuantization
+from embcompress.packing import pack_codes
+from embcompress.plan import LookupPlan
+from embcompress.procedure import TableProcedure
+from embcompress.product_layout import CODES, HOT_CODES, codebook
+from embcompress.product_method import Lengths
+from embcompress.query_learning import QueryLearning
+
+#: So many bits fewer than codes of hot ids have those of others, where the settings leave it open.
+_FEWER = (2, 3, 4)
+
+
+@register
+@dataclass(frozen=True)
+class MultiGranularQuantization(DifferentiableProductQuantization):
+    """Multi-granular quantized embeddings, `dpq` whose frequent ids choose among more codewords.
+
+    Codes of ids that occur often have b bits, those of all others b' < b, which name the first
+    2^b' − 1 codewords of the same codebooks. Codes are learned as in
+    :class:`~embcompress.DifferentiableProductQuantization`: every id has a query in training, which
+    gets the gradient of its vector, and its codes name the nearest codewords that it may choose.
+
+    The codes of b bits are in a table of their own, with ``hot`` · n rows that ids find by a hash.
+    Each row belongs to the most frequent id that hashes to it, whose codes in the table of all ids
+    say "absent", and so lead there. (Without counts a hash draws that id.) Of m rows the id of
+    frequency rank r gets one with probability e^(−r/m).
+
+    Tables that share a budget get codes of the same shape.
+
+    Memory: n·s·(b' + hot·b) bits, and (2^b − 1)·d numbers. While it trains, with a
+    :class:`~embcompress.TrainingProcedure`, the full table of queries and 2·n numbers more; without
+    one, codes stay as they are, hashed.
+
+    Source: Kang et al., "Learning multi-granular quantized embeddings for large-vocab categorical
+    features in recommender systems", WWW 2020 companion, section 3 (the variant of fewer centroids
+    for infrequent items, shared with the frequent ones; 256 and 64 centroids, the frequent tenth).
+    What differs: there are two groups; the frequent one is made of the most frequent ids of the
+    buckets of a hash, where the paper sorts ids by frequency, so that no map of the ids is stored;
+    and all that is said of `dpq`.
+
+    Attributes:
+        parts: s, a divisor of the width. None: follows from the budget.
+        bits: b, 1 to 16. None: 4 to 12, follows from the budget.
+        tail_bits: b', 1 to b. None: 2 to 4 fewer than b but 2 at least,
+            follows from the budget.
+        hot: rows for codes of b bits, by the number of ids, in (0, 1).
+        query_rate: learning rate of the queries, by that of the codebooks.
+        commitment: share of the way to its codewords that a query goes in a step, in [0, 1).
+        pull: share of the way to the mean of its queries in a batch that a codeword goes, in
+            [0, 1).
+    """
+
+    name: ClassVar[str] = "mgqe"
+    tail_bits: int | None = None
+    hot: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tail_bits is not None and not 1 <= self.tail_bits <= (self.bits or 12):
+            raise ValueError(
+                f"tail_bits must be in [1, bits = {self.bits or 12}], got {self.tail_bits}"
+            )
+        if isinstance(self.hot, bool) or not 0 < self.hot < 1:
+            raise ValueError(f"hot must be a share of the ids in (0, 1), got {self.hot!r}")
+
+    def lengths_tried(self) -> Sequence[Lengths]:
+        """Bits of a code of a hot id, and of another one."""
+        lengths = []
+        for bits in [self.bits] if self.bits else self.bits_tried():
+            if self.tail_bits is not None:
+                lengths += [(bits, self.tail_bits)] if self.tail_bits <= bits else []
+            else:
+                lengths += [(bits, max(min(2, bits), bits - fewer)) for fewer in _FEWER]
+        return lengths
+
+    def mean_bits(self, lengths: Lengths) -> float:
+        bits, tail_bits = lengths
+        return tail_bits + self.hot * bits
+
+    def layout(self, table: TableSpec, parts: int, lengths: Lengths) -> GranularLayout:
+        bits, tail_bits = lengths
+        hot = max(1, int(self.hot * table.num_embeddings))
+        return GranularLayout.of_size(table, parts, bits, tail_bits, hot)
+
+    def procedure(self) -> TableProcedure | None:
+        return QueryLearning(self, GranularLayout)
+
+    def fill(self, table: TableSpec, plan: LookupPlan, stores: Mapping[str, Tensor]) -> None:
+        """Hashed codes of both lengths, and which ids are hot."""
+        super().fill(table, plan, stores)
+        if HOT_CODES in stores and stores[HOT_CODES].device.type != "meta":
+            layout = GranularLayout.of(plan)
+            ids = hot_ids(layout, table, plan.padding_idx)
+            layout.make_hot(stores, ids.to(stores[CODES].device))
+
+    def fit(self, table: TableSpec, plan: LookupPlan, weight: Tensor) -> dict[str, Tensor]:
+        """K-means of every part: of all ids for the first codewords, of hot ids for the others.
+
+        Raises:
+            ValueError: numbers that are NaN or infinite.
+        """
+        check_finite(weight)
+        layout, stores = GranularLayout.of(plan), dict[str, Tensor]()
+        hot, counts = hot_ids(layout, table, plan.padding_idx), table.counts
+        hot_counts = None if counts is None else counts[hot.to(counts.device)]
+        columns, hot_columns = [], []
+        for t, part in enumerate(weight.detach().float().cpu().chunk(layout.parts, dim=1)):
+            seed, more = table.seed + t, layout.words - layout.tail_words
+            book, codes = cluster(part, layout.tail_words, counts, seed)
+            if more and hot.numel():
+                book = torch.cat([book, cluster(part[hot], more, hot_counts, seed)[0]])
+            stores[codebook(t)] = book.new_zeros(layout.words, part.shape[1])
+            stores[codebook(t)][: len(book)] = book
+            columns.append(codes)
+            hot_columns.append(nearest(part[hot], book))
+        hot_codes = torch.zeros(layout.bucket.buckets, layout.parts, dtype=torch.int64)
+        hot_codes[layout.rows(hot)] = torch.stack(hot_columns, 1)
+        stores[HOT_CODES] = pack_codes(hot_codes.reshape(-1), layout.bits)
+        stores[CODES] = pack_codes(torch.stack(columns, 1).reshape(-1), layout.tail_bits)
+        layout.make_hot(stores, hot)
+        return stores
