@@ -142,4 +142,3 @@ def hot_ids(layout: GranularLayout, table: TableSpec, padding_idx: int | None = 
     first = torch.full((layout.bucket.buckets,), order.numel())
     first.scatter_reduce_(0, layout.rows(order), place, "amin")
     return order[first[first < order.numel()]]
-

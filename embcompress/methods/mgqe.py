@@ -23,43 +23,43 @@ from embcompress.product_method import Lengths
 from embcompress.query_learning import QueryLearning
 
 #: So many bits fewer than codes of hot ids have those of others, where the settings leave it open.
-_FEWER = (2, 3, 4)
+_FEWER = (1, 2, 3, 4)
 
 
 @register
 @dataclass(frozen=True)
 class MultiGranularQuantization(DifferentiableProductQuantization):
-    """Multi-granular quantized embeddings, `dpq` whose frequent ids choose among more codewords.
+    """Multi-granular codes, C₁[c₁(x)] ‖ … ‖ C_s[c_s(x)]: frequent ids choose among more codewords.
 
     Codes of ids that occur often have b bits, those of all others b' < b, which name the first
-    2^b' − 1 codewords of the same codebooks. Codes are learned as in
+    2^b' − 1 codewords of the same codebooks. They are learned as in
     :class:`~embcompress.DifferentiableProductQuantization`: every id has a query in training, which
-    gets the gradient of its vector, and its codes name the nearest codewords that it may choose.
+    gets the gradient of its vector, and its codes name the nearest of the codewords that it may
+    choose.
 
-    The codes of b bits are in a table of their own, with ``hot`` · n rows that ids find by a hash.
-    Each row belongs to the most frequent id that hashes to it, whose codes in the table of all ids
-    say "absent", and so lead there. (Without counts a hash draws that id.) Of m rows the id of
-    frequency rank r gets one with probability e^(−r/m).
+    The codes of b bits are in a table of their own, whose m rows ids find by a hash. Each row
+    belongs to the most frequent id that hashes to it (without counts, to one that another hash
+    draws). That id's codes of b' bits say "absent", and so lead there. The id of frequency rank r
+    gets a row with probability e^(−r/m).
 
-    Tables that share a budget get codes of the same shape.
+    Tables that share a budget get codes of the same lengths.
 
-    Memory: n·s·(b' + hot·b) bits, and (2^b − 1)·d numbers. While it trains, with a
-    :class:`~embcompress.TrainingProcedure`, the full table of queries and 2·n numbers more; without
-    one, codes stay as they are, hashed.
+    Memory: s·(n·b' + m·b) bits, and (2^b − 1)·d numbers (the last code stands for "absent"). While
+    it trains, with a :class:`~embcompress.TrainingProcedure`, the full table of queries and 2·n
+    numbers more; without one, codes stay as they are, hashed.
 
     Source: Kang et al., "Learning multi-granular quantized embeddings for large-vocab categorical
-    features in recommender systems", WWW 2020 companion, section 3 (the variant of fewer centroids
-    for infrequent items, shared with the frequent ones; 256 and 64 centroids, the frequent tenth).
-    What differs: there are two groups; the frequent one is made of the most frequent ids of the
-    buckets of a hash, where the paper sorts ids by frequency, so that no map of the ids is stored;
-    and all that is said of `dpq`.
+    features in recommender systems", WWW 2020 (companion), the form in which groups of ids differ
+    in the number of centroids and share these. What differs: there are two groups; ids are not
+    sorted by frequency, but the most frequent one of every bucket is in the first, so that no map
+    of the ids is stored; what differs in :class:`~embcompress.DifferentiableProductQuantization`.
 
     Attributes:
         parts: s, a divisor of the width. None: follows from the budget.
         bits: b, 1 to 16. None: 4 to 12, follows from the budget.
-        tail_bits: b', 1 to b. None: 2 to 4 fewer than b but 2 at least,
+        tail_bits: b', 1 to b. None: 1 to 4 fewer than b but 2 at least,
             follows from the budget.
-        hot: rows for codes of b bits, by the number of ids, in (0, 1).
+        hot: m by the number of ids, in (0, 1).
         query_rate: learning rate of the queries, by that of the codebooks.
         commitment: share of the way to its codewords that a query goes in a step, in [0, 1).
         pull: share of the way to the mean of its queries in a batch that a codeword goes, in
