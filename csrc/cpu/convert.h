@@ -26,7 +26,7 @@ EMBCOMPRESS_INLINE int64_t table_row(const Lookup& lookup, const CodeTable& tabl
     return find_row(table, store.data, store.bytes, code_row, id);
 }
 
-// The row that an absent id goes to; negative: none. Not inlined: few ids come here.
+// The row that an absent id goes to; negative: none. Few ids come here, so it need not be inlined.
 inline int64_t otherwise_row(const Lookup& lookup, const Code& code, int64_t id) {
     if (!code.has_otherwise) return kNowhere;
     const int64_t row = address_row(code.otherwise, id);

@@ -109,7 +109,7 @@ EMBCOMPRESS_DEVICE bool is_scalar(const Use& use, const BoundProbe& bound) {
     return use.role == Role::kScale || !bound.probe.quantization.per_column;
 }
 
-// Row of a wanted store that a checked id touches; -1: none.
+// Row of a wanted store that a checked id touches; negative: none.
 EMBCOMPRESS_DEVICE int64_t touched_row(const Use& use, const BoundProbe& bound, int64_t id) {
     if (use.role == Role::kScale) return scale_row(bound, id);
     const int64_t row = probe_row(bound, id);
