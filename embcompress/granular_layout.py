@@ -17,7 +17,7 @@ from torch import Tensor
 from embcompress.engine.reference import hash_bucket, unpack_bits
 from embcompress.methods.base import TableSpec
 from embcompress.packing import absent_code, unpack_codes, write_codes
-from embcompress.plan import Address, Code, Digit, Hash, LookupPlan, Probe, Store
+from embcompress.plan import Address, Code, Digit, Hash, LookupPlan, Store
 from embcompress.product_layout import CODES, HOT_CODES, ProductLayout, codebook
 
 #: Keys of a table are probes of these numbers: past those of its codes.
@@ -63,17 +63,15 @@ class GranularLayout(ProductLayout):
         """Codewords of a part that codes of few bits name: the first ones of its book."""
         return absent_code(self.tail_bits)
 
-    def plan(self, dtype: str) -> LookupPlan:
-        n, width = self.num_embeddings, self.embedding_dim // self.parts
-        stores = [Store(CODES, n, self.parts, f"uint{self.tail_bits}")]
-        stores.append(Store(HOT_CODES, self.bucket.buckets, self.parts, f"uint{self.bits}"))
-        stores += [Store(name, self.words, width, dtype) for name in self.codebooks]
-        probes = tuple(Probe(self.book(t), self._address(t)) for t in range(self.parts))
-        return LookupPlan(n, self.embedding_dim, tuple(stores), probes, combine="concat")
-
-    def _address(self, part: int) -> Address:
+    def address(self, part: int) -> Address:
         hot = Code(HOT_CODES, self.words, self.bucket, part)
         return Code(CODES, self.words, Digit(1, self.num_embeddings), part, otherwise=hot)
+
+    def code_stores(self) -> list[Store]:
+        return [
+            Store(CODES, self.num_embeddings, self.parts, f"uint{self.tail_bits}"),
+            Store(HOT_CODES, self.bucket.buckets, self.parts, f"uint{self.bits}"),
+        ]
 
     # -- codes
 

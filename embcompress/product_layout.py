@@ -67,19 +67,43 @@ class ProductLayout:
 
     def plan(self, dtype: str) -> LookupPlan:
         """The plan, without pooling, with codewords in this dtype."""
-        n, width = self.num_embeddings, self.embedding_dim // self.parts
-        every = Digit(1, n)
-        stores = [Store(CODES, n, self.parts, f"uint{self.bits}")]
-        stores += [Store(name, self.words, width, dtype) for name in self.codebooks]
-        scale: Scale | None = None
+        probes = tuple(
+            Probe(self.book(t), self.address(t), self._norm()) for t in range(self.parts)
+        )
+        stores = (*self.code_stores(), *self._book_stores(dtype))
+        shape = (self.num_embeddings, self.embedding_dim)
+        return LookupPlan(*shape, stores, probes, combine="concat")
+
+    def bytes(self, dtype: str) -> int:
+        """Bytes of the plan, without its probes, of which there are as many as parts."""
+        one, *others = (store.bytes for store in self._book_stores(dtype, books=1))
+        codes = sum(store.bytes for store in self.code_stores())
+        return codes + len(self.codebooks) * one + sum(others)
+
+    def address(self, part: int) -> Address:
+        """Address of the codeword of a part."""
+        return Code(CODES, self.words, Digit(1, self.num_embeddings), part)
+
+    def code_stores(self) -> list[Store]:
+        """The stores of codes."""
+        stores = [Store(CODES, self.num_embeddings, self.parts, f"uint{self.bits}")]
         if self.norm_bits is not None:
-            norms = absent_code(self.norm_bits)
-            stores.append(Store(NORM_CODES, n, 1, f"uint{self.norm_bits}"))
-            stores.append(Store(NORMS, norms, 1, dtype))
-            scale = Weight(NORMS, Code(NORM_CODES, norms, every))
-        addresses: list[Address] = [Code(CODES, self.words, every, t) for t in range(self.parts)]
-        probes = tuple(Probe(self.book(t), address, scale) for t, address in enumerate(addresses))
-        return LookupPlan(n, self.embedding_dim, tuple(stores), probes, combine="concat")
+            stores.append(Store(NORM_CODES, self.num_embeddings, 1, f"uint{self.norm_bits}"))
+        return stores
+
+    def _book_stores(self, dtype: str, books: int | None = None) -> list[Store]:
+        """The stores that codes point into, or the first of the codebooks and the norms."""
+        width = self.embedding_dim // self.parts
+        stores = [Store(name, self.words, width, dtype) for name in self.codebooks[:books]]
+        if self.norm_bits is not None:
+            stores.append(Store(NORMS, absent_code(self.norm_bits), 1, dtype))
+        return stores
+
+    def _norm(self) -> Scale | None:
+        if self.norm_bits is None:
+            return None
+        norms = Code(NORM_CODES, absent_code(self.norm_bits), Digit(1, self.num_embeddings))
+        return Weight(NORMS, norms)
 
     @property
     def books(self) -> tuple[str, ...]:

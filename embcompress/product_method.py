@@ -17,7 +17,7 @@ from embcompress.engine.reference import hash_bucket
 from embcompress.methods.base import JointMethod, TableSpec
 from embcompress.methods.full import Full
 from embcompress.packing import absent_code, pack_codes
-from embcompress.plan import LookupPlan, total_bytes
+from embcompress.plan import LookupPlan
 from embcompress.product_layout import (
     CODES,
     HOT_CODES,
@@ -28,8 +28,8 @@ from embcompress.product_layout import (
     unit_norm,
 )
 
-#: Bits of a code; of methods whose ids have codes of several lengths, of each kind.
-Lengths: TypeAlias = tuple[int, ...]
+#: Bits of a code, and what else a method's dial chooses of codes beside how many an id has.
+CodeShape: TypeAlias = tuple[int, ...]
 #: Bits of a code that are tried where the settings leave them open.
 _BITS = range(4, 13)
 _CHUNK = 1 << 18  # ids
@@ -53,29 +53,29 @@ class ProductMethod(JointMethod):
         if self.bits is not None and not 1 <= self.bits <= 16:
             raise ValueError(f"bits must be in [1, 16], got {self.bits}")
 
-    def layout(self, table: TableSpec, parts: int, lengths: Lengths) -> ProductLayout:
-        """The layout of a table in so many codes an id, of these lengths."""
-        (bits,) = lengths
+    def layout(self, table: TableSpec, parts: int, code: CodeShape) -> ProductLayout:
+        """The layout of a table in so many such codes an id."""
+        (bits,) = code
         return ProductLayout(table.num_embeddings, table.embedding_dim, parts, bits)
 
     def bits_tried(self) -> range:
         """Bits of a code that the dial goes through where the settings leave them open."""
         return _BITS
 
-    def lengths_tried(self) -> Sequence[Lengths]:
-        """Lengths of codes that the dial goes through."""
+    def codes_tried(self) -> Sequence[CodeShape]:
+        """Codes that the dial goes through."""
         return [(bits,) for bits in ([self.bits] if self.bits else self.bits_tried())]
 
-    def mean_bits(self, lengths: Lengths) -> float:
-        """Bits of a code of these lengths, on average of the ids."""
-        return lengths[0]
+    def mean_bits(self, code: CodeShape) -> float:
+        """Bits of a code, on average of the ids."""
+        return code[0]
 
     def dropped(self, table: TableSpec, weight: Tensor) -> Tensor:
         """The ids that :meth:`fit` makes absent."""
         return torch.empty(0, dtype=torch.int64)
 
-    def _shapes(self, tables: Sequence[TableSpec]) -> tuple[tuple[int, Lengths], ...]:
-        """Parts and lengths of their codes, in rising order of bytes and of bits a vector."""
+    def _shapes(self, tables: Sequence[TableSpec]) -> tuple[tuple[int, CodeShape], ...]:
+        """Parts and their codes, in rising order of bytes and of bits a vector."""
         return _shapes(self, tuple((t.num_embeddings, t.embedding_dim, t.dtype) for t in tables))
 
     def group_sizes(self, tables: Sequence[TableSpec]) -> range:
@@ -85,16 +85,22 @@ class ProductMethod(JointMethod):
         return self.shaped_plans(tables, *self._shapes(tables)[size])
 
     def shaped_plans(
-        self, tables: Sequence[TableSpec], parts: int, lengths: Lengths
+        self, tables: Sequence[TableSpec], parts: int, code: CodeShape
     ) -> list[LookupPlan]:
         """Every table in the same codes; one that they would not make smaller stays full."""
-        plans = [self.layout(table, parts, lengths).plan(table.dtype) for table in tables]
+        plans = [self.layout(table, parts, code).plan(table.dtype) for table in tables]
         if len(tables) == 1:
             return plans
         return [
-            Full().plan(table, table.num_embeddings) if plan.bytes >= table.dense_bytes else plan
-            for table, plan in zip(tables, plans, strict=True)
+            min(_full(table), plan, key=_bytes) for table, plan in zip(tables, plans, strict=True)
         ]
+
+    def shaped_bytes(self, tables: Sequence[TableSpec], parts: int, code: CodeShape) -> int:
+        """Bytes of :meth:`shaped_plans`, which are many to make when all shapes are compared."""
+        sizes = [self.layout(table, parts, code).bytes(table.dtype) for table in tables]
+        if len(tables) == 1:
+            return sizes[0]
+        return sum(min(size, _full(t).bytes) for t, size in zip(tables, sizes, strict=True))
 
     def fill(self, table: TableSpec, plan: LookupPlan, stores: Mapping[str, Tensor]) -> None:
         """Hashed codes."""
@@ -146,10 +152,18 @@ class ProductMethod(JointMethod):
         return torch.stack(columns, 1)
 
 
+def _full(table: TableSpec) -> LookupPlan:
+    return Full().plan(table, table.num_embeddings)
+
+
+def _bytes(plan: LookupPlan) -> int:
+    return plan.bytes
+
+
 @functools.lru_cache(maxsize=64)
 def _shapes(
     method: ProductMethod, sizes: tuple[tuple[int, int, str], ...]
-) -> tuple[tuple[int, Lengths], ...]:
+) -> tuple[tuple[int, CodeShape], ...]:
     """See the method of that name; budgets ask for it again and again."""
     tables = [TableSpec(rows, width, dtype=dtype) for rows, width, dtype in sizes]
     width = math.gcd(*(table.embedding_dim for table in tables))
@@ -158,18 +172,18 @@ def _shapes(
     divisors = [parts for parts in range(1, width + 1) if width % parts == 0]
     sized = sorted(
         (
-            total_bytes(method.shaped_plans(tables, parts, lengths)),
-            -parts * method.mean_bits(lengths),
+            method.shaped_bytes(tables, parts, code),
+            -parts * method.mean_bits(code),
             parts,
-            lengths,
+            code,
         )
         for parts in ([method.parts] if method.parts else divisors)
-        for lengths in method.lengths_tried()
+        for code in method.codes_tried()
     )
-    shapes: list[tuple[int, Lengths]] = []
+    shapes: list[tuple[int, CodeShape]] = []
     most = 0.0
-    for _, less_bits, parts, lengths in sized:
+    for _, less_bits, parts, code in sized:
         if -less_bits > most:
-            shapes.append((parts, lengths))
+            shapes.append((parts, code))
             most = -less_bits
     return tuple(shapes)

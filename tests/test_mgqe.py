@@ -18,7 +18,7 @@ from tests.plan_cases import unpack_bits
 ROWS, WIDTH, PARTS, BITS, TAIL_BITS = 200, 8, 2, 4, 2
 WORDS, TAIL_WORDS = 15, 3
 MGQE = ec.MultiGranularQuantization
-METHOD = MGQE(parts=PARTS, bits=BITS, tail_bits=TAIL_BITS)
+METHOD = MGQE(parts=PARTS, bits=BITS, tail_bits=TAIL_BITS, hot=10)
 IDS = torch.arange(ROWS)
 
 
@@ -101,7 +101,7 @@ def test_of_ids_by_rank_the_first_ones_are_hot() -> None:
     assert len(hot) == 2000 - int(2000 * 2.718281828**-10)
 
 
-@pytest.mark.parametrize("share", [0.2, 0.1, 0.05, 0.03, 0.02, 0.01])
+@pytest.mark.parametrize("share", [0.5, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01])
 def test_at_least_nine_tenths_of_a_budget_are_used(share: float) -> None:
     spec = TableSpec(1_000_000, 16)
     budget = int(share * spec.dense_bytes)
@@ -123,7 +123,7 @@ def target() -> Tensor:
 
 
 def test_a_query_takes_a_step_of_adagrad_and_names_the_nearest_of_its_codewords() -> None:
-    module = table(MGQE(parts=PARTS, bits=BITS, tail_bits=TAIL_BITS, query_rate=2.0))
+    module = table(MGQE(parts=PARTS, bits=BITS, tail_bits=TAIL_BITS, hot=10, query_rate=2.0))
     optimizer = torch.optim.SGD(module.parameters(), lr=0.25)
     procedure = ec.TrainingProcedure(module, optimizer)
     queries = procedure.tables[""].tensor("queries")
@@ -148,7 +148,7 @@ def test_a_query_takes_a_step_of_adagrad_and_names_the_nearest_of_its_codewords(
 
 @pytest.mark.parametrize("settings", [{}, {"commitment": 0.1, "pull": 0.1}])
 def test_training_goes_on_from_a_saved_state(settings: dict[str, float]) -> None:
-    method = MGQE(parts=PARTS, bits=BITS, tail_bits=TAIL_BITS, **settings)
+    method = MGQE(parts=PARTS, bits=BITS, tail_bits=TAIL_BITS, hot=10, **settings)
     straight, resumed = table(method), table(method)
     procedure = ec.TrainingProcedure(straight)
     ec.fuse_optimizer(straight, "adagrad", lr=0.1)
@@ -219,8 +219,9 @@ def test_a_trained_table_is_clustered(known: bool) -> None:
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"hot": 0.0}, "hot must be a share"),
-        ({"hot": 1}, "hot must be a share"),
+        ({"hot": 0}, "hot must be a whole percentage"),
+        ({"hot": 100}, "hot must be a whole percentage"),
+        ({"hot": 0.1}, "hot must be a whole percentage from 1 to 99, got 0.1"),
         ({"tail_bits": 0}, "tail_bits must be in"),
         ({"bits": 4, "tail_bits": 5}, "tail_bits must be in \\[1, bits = 4\\], got 5"),
         ({"tail_bits": 13}, "tail_bits must be in \\[1, bits = 12\\]"),

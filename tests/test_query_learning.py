@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 import embcompress as ec
+from embcompress.methods import TableSpec
+from embcompress.plan import total_bytes
 from embcompress.product_layout import ProductLayout
+from embcompress.product_method import ProductMethod
 from embcompress.query_learning import _spacing, soft_gradients
 
 ROWS, WIDTH = 200, 8
@@ -59,6 +62,28 @@ def test_parts_of_one_book_share_its_codewords() -> None:
     layout = ProductLayout.of(module.plan)
     torch.testing.assert_close(layout.decode(module.stores(), codes).detach(), by_hand)
     assert torch.equal(layout.encode(module.stores(), by_hand), codes)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [DPQ(), CLUSTERED(), ec.ProductQuantization(norm_bits=3), ec.MultiGranularQuantization()],
+    ids=str,
+)
+@pytest.mark.parametrize("rows", [(9_000,), (9_000, 40, 3), (1,)])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_bytes_of_shapes_are_those_of_their_plans(
+    method: ProductMethod, rows: tuple[int, ...], dtype: str
+) -> None:
+    tables = [TableSpec(count, WIDTH, str(count), dtype=dtype) for count in rows]
+    bits = 0.0
+    for parts in (1, 2, 8):
+        for code in method.codes_tried():
+            plans = method.shaped_plans(tables, parts, code)
+            assert method.shaped_bytes(tables, parts, code) == total_bytes(plans)
+    for size in method.group_sizes(tables):
+        parts, code = method._shapes(tables)[size]
+        before, bits = bits, parts * method.mean_bits(code)
+        assert bits > before
 
 
 @pytest.mark.parametrize("method", [DPQ(parts=2, bits=4), CLUSTERED(parts=4, bits=3)], ids=str)

@@ -46,22 +46,25 @@ EMBCOMPRESS_DEVICE int64_t row_of(const Address& address, int64_t id) {
 }
 
 // The row that a row of the table of codes, or a bucket of slots, leads to; negative: none.
+// Kernels of plain probes, which are short of registers, leave out the second table.
+template <bool kTwoTables = true>
 EMBCOMPRESS_DEVICE int64_t decode(const Code& code, const CodeBytes& codes,
                                   const CodeBytes& other_codes, int64_t id, int64_t code_row) {
     int64_t row = find_row(code.table, codes.data, codes.bytes, code_row, id);
     if (row != kOtherwise) return row;
     if (!code.has_otherwise) return kNowhere;
     row = row_of(code.otherwise, id);
-    if (code.other.store < 0) return row;
+    if (!kTwoTables || code.other.store < 0) return row;
     return find_row(code.other, other_codes.data, other_codes.bytes, row, id);
 }
 
 // Row of a checked id in the store of a probe; -1: absent.
+template <bool kTwoTables = true>
 EMBCOMPRESS_DEVICE int64_t probe_row(const BoundProbe& bound, int64_t id) {
     const Probe& probe = bound.probe;
     int64_t row = row_of(probe.address, id);
     if (probe.code.table.store >= 0) {
-        row = decode(probe.code, bound.codes, bound.other_codes, id, row);
+        row = decode<kTwoTables>(probe.code, bound.codes, bound.other_codes, id, row);
     }
     return row < 0 ? -1 : row + probe.offset;
 }

@@ -43,7 +43,7 @@ EMBCOMPRESS_DEVICE Found<kProbes> find_rows(const Inputs& inputs, const Feature&
     Found<kProbes> found;
 #pragma unroll
     for (int t = 0; t < kProbes; ++t) {
-        const int64_t row = id < 0 ? -1 : probe_row(bound[t], id);
+        const int64_t row = id < 0 ? -1 : probe_row<false>(bound[t], id);
         found.rows[t] = row < 0 ? kNoRow : static_cast<uint32_t>(row);
     }
     found.weight = id < 0 ? 0.0f : inputs.weight(position);

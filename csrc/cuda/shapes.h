@@ -59,8 +59,8 @@ struct FeatureClass {
 
 inline bool is_plain(const BoundProbe& bound) {
     return bound.store.dtype == Dtype::kFloat32 && bound.probe.quantization.bits == 0 &&
-           bound.probe.scale.kind == ScaleKind::kNone && bound.vector_columns >= 4 &&
-           bound.store.rows < kMostPlainRows;
+           bound.probe.scale.kind == ScaleKind::kNone && bound.probe.code.other.store < 0 &&
+           bound.vector_columns >= 4 && bound.store.rows < kMostPlainRows;
 }
 
 inline FeatureClass classify(const Feature& feature, const BoundProbe* bound) {

@@ -11,7 +11,7 @@ from embcompress.methods.base import TableSpec
 from embcompress.phases import Phase, PhasedTable, Score, TableForm
 from embcompress.procedure import TableProcedure
 from embcompress.product_layout import ProductLayout
-from embcompress.product_method import Lengths, ProductMethod
+from embcompress.product_method import CodeShape, ProductMethod
 from embcompress.query_learning import QueryLearning
 from embcompress.train_then_fit import GO_ON, form_of, train_then_fit
 
@@ -67,8 +67,8 @@ class Clustered(ProductMethod):
         if not 0 <= self.pull < 1:
             raise ValueError(f"pull must be in [0, 1), got {self.pull}")
 
-    def layout(self, table: TableSpec, parts: int, lengths: Lengths) -> ProductLayout:
-        (bits,), shape = lengths, (table.num_embeddings, table.embedding_dim)
+    def layout(self, table: TableSpec, parts: int, code: CodeShape) -> ProductLayout:
+        (bits,), shape = code, (table.num_embeddings, table.embedding_dim)
         return ProductLayout(*shape, parts, bits, one_book=parts > 1)
 
     def bits_tried(self) -> range:

@@ -19,11 +19,13 @@ from embcompress.packing import pack_codes
 from embcompress.plan import LookupPlan
 from embcompress.procedure import TableProcedure
 from embcompress.product_layout import CODES, HOT_CODES, codebook
-from embcompress.product_method import Lengths
+from embcompress.product_method import CodeShape
 from embcompress.query_learning import QueryLearning
 
-#: So many bits fewer than codes of hot ids have those of others, where the settings leave it open.
+#: What is tried where settings leave it open: so many bits fewer than codes of hot ids have those
+#: of others, and so many percent of the ids have rows for codes of hot ids.
 _FEWER = (1, 2, 3, 4)
+_HOT = (10, 15, 20, 25, 30)
 
 
 @register
@@ -42,7 +44,7 @@ class MultiGranularQuantization(DifferentiableProductQuantization):
     draws). That id's codes of b' bits say "absent", and so lead there. The id of frequency rank r
     gets a row with probability e^(−r/m).
 
-    Tables that share a budget get codes of the same lengths.
+    Tables that share a budget get codes of the same shape.
 
     Memory: s·(n·b' + m·b) bits, and (2^b − 1)·d numbers (the last code stands for "absent"). While
     it trains, with a :class:`~embcompress.TrainingProcedure`, the full table of queries and 2·n
@@ -57,9 +59,8 @@ class MultiGranularQuantization(DifferentiableProductQuantization):
     Attributes:
         parts: s, a divisor of the width. None: follows from the budget.
         bits: b, 1 to 16. None: 4 to 12, follows from the budget.
-        tail_bits: b', 1 to b. None: 1 to 4 fewer than b but 2 at least,
-            follows from the budget.
-        hot: m by the number of ids, in (0, 1).
+        tail_bits: b', 1 to b. None: 1 to 4 fewer than b, at least 2, follows from the budget.
+        hot: m in percent of the ids, 1 to 99. None: 10 to 30, follows from the budget.
         query_rate: learning rate of the queries, by that of the codebooks.
         commitment: share of the way to its codewords that a query goes in a step, in [0, 1).
         pull: share of the way to the mean of its queries in a batch that a codeword goes, in
@@ -68,7 +69,7 @@ class MultiGranularQuantization(DifferentiableProductQuantization):
 
     name: ClassVar[str] = "mgqe"
     tail_bits: int | None = None
-    hot: float = 0.1
+    hot: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,27 +77,29 @@ class MultiGranularQuantization(DifferentiableProductQuantization):
             raise ValueError(
                 f"tail_bits must be in [1, bits = {self.bits or 12}], got {self.tail_bits}"
             )
-        if isinstance(self.hot, bool) or not 0 < self.hot < 1:
-            raise ValueError(f"hot must be a share of the ids in (0, 1), got {self.hot!r}")
+        hot = 1 if self.hot is None else self.hot
+        if not isinstance(hot, int) or isinstance(hot, bool) or not 1 <= hot <= 99:
+            raise ValueError(f"hot must be a whole percentage from 1 to 99, got {self.hot!r}")
 
-    def lengths_tried(self) -> Sequence[Lengths]:
-        """Bits of a code of a hot id, and of another one."""
-        lengths = []
+    def codes_tried(self) -> Sequence[CodeShape]:
+        """Bits of a code of a hot id and of another one, and percent of the ids that m is."""
+        lengths: list[tuple[int, int]] = []
         for bits in [self.bits] if self.bits else self.bits_tried():
-            if self.tail_bits is not None:
-                lengths += [(bits, self.tail_bits)] if self.tail_bits <= bits else []
-            else:
+            if self.tail_bits is None:
                 lengths += [(bits, max(min(2, bits), bits - fewer)) for fewer in _FEWER]
-        return lengths
+            elif self.tail_bits <= bits:
+                lengths.append((bits, self.tail_bits))
+        shares = _HOT if self.hot is None else (self.hot,)
+        return [(bits, tail_bits, hot) for bits, tail_bits in lengths for hot in shares]
 
-    def mean_bits(self, lengths: Lengths) -> float:
-        bits, tail_bits = lengths
-        return tail_bits + self.hot * bits
+    def mean_bits(self, code: CodeShape) -> float:
+        bits, tail_bits, hot = code
+        return tail_bits + hot / 100 * bits
 
-    def layout(self, table: TableSpec, parts: int, lengths: Lengths) -> GranularLayout:
-        bits, tail_bits = lengths
-        hot = max(1, int(self.hot * table.num_embeddings))
-        return GranularLayout.of_size(table, parts, bits, tail_bits, hot)
+    def layout(self, table: TableSpec, parts: int, code: CodeShape) -> GranularLayout:
+        bits, tail_bits, hot = code
+        rows = max(1, hot * table.num_embeddings // 100)
+        return GranularLayout.of_size(table, parts, bits, tail_bits, rows)
 
     def procedure(self) -> TableProcedure | None:
         return QueryLearning(self, GranularLayout)

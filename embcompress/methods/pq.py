@@ -12,7 +12,7 @@ from embcompress.methods import register
 from embcompress.methods.base import TableSpec
 from embcompress.procedure import TableProcedure
 from embcompress.product_layout import ProductLayout
-from embcompress.product_method import Lengths, ProductMethod
+from embcompress.product_method import CodeShape, ProductMethod
 
 
 @register
@@ -70,8 +70,8 @@ class ProductQuantization(ProductMethod):
         if not self.code_rate > 0:
             raise ValueError(f"code_rate must be positive, got {self.code_rate}")
 
-    def layout(self, table: TableSpec, parts: int, lengths: Lengths) -> ProductLayout:
-        (bits,), shape = lengths, (table.num_embeddings, table.embedding_dim)
+    def layout(self, table: TableSpec, parts: int, code: CodeShape) -> ProductLayout:
+        (bits,), shape = code, (table.num_embeddings, table.embedding_dim)
         return ProductLayout(*shape, parts, bits, self.norm_bits)
 
     def procedure(self) -> TableProcedure | None:
