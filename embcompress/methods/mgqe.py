@@ -94,7 +94,7 @@ class MultiGranularQuantization(DifferentiableProductQuantization):
 
     def mean_bits(self, code: CodeShape) -> float:
         bits, tail_bits, hot = code
-        return tail_bits + hot / 100 * bits
+        return tail_bits + hot / 100 * (bits - tail_bits)
 
     def layout(self, table: TableSpec, parts: int, code: CodeShape) -> GranularLayout:
         bits, tail_bits, hot = code
