@@ -38,6 +38,7 @@ def compress(
     plan_seconds: float = 60.0,
     seed: int = 0,
     counts: Mapping[str, Tensor] | None = None,
+    co_occurrence: Mapping[str, Tensor] | None = None,
     keep_weights: bool = False,
 ) -> CompressionReport:
     """Swap the embedding tables of a model for compressed ones, in place.
@@ -69,6 +70,10 @@ def compress(
             are its own: the same data give the same plan.
         counts: for any of the tables, by path, (rows,) how often each id occurs in the training
             data; for methods that treat frequent ids better.
+        co_occurrence: for any of the tables, by path, (rows, k) what each id occurs with, as
+            :class:`embcompress.co_occurrence.CoOccurrence` samples it in one pass and bounded
+            memory; for methods that address by likeness (``lma``, ``anchors``). The report names
+            the tables that miss it.
         keep_weights: start from the trained tables: each new table approximates the old one as
             well as its method can (:meth:`embcompress.Method.fit`), and the report says how well.
 
@@ -96,9 +101,14 @@ def compress(
     if not candidates:
         raise ValueError("the model contains no nn.Embedding or nn.EmbeddingBag")
     choose_methods(candidates, method)
-    _check_counts(candidates, counts or {})
+    for argument, known in (("counts", counts), ("co_occurrence", co_occurrence)):
+        _check_paths(argument, candidates, known or {})
     tables = [
-        Table(candidate, candidate.method, _table_spec(candidate, seed, counts or {}))
+        Table(
+            candidate,
+            candidate.method,
+            _table_spec(candidate, seed, counts or {}, co_occurrence or {}),
+        )
         for candidate in candidates
         if not candidate.refusal and candidate.method is not None
     ]
@@ -180,18 +190,26 @@ def _explain(
     return tuple(explanations)
 
 
-def _check_counts(candidates: list[Candidate], counts: Mapping[str, Tensor]) -> None:
+def _check_paths(argument: str, candidates: list[Candidate], known: Mapping[str, Tensor]) -> None:
     paths = [path for candidate in candidates for path in candidate.paths]
-    unknown = sorted(set(counts) - set(paths))
+    unknown = sorted(set(known) - set(paths))
     if unknown:
-        raise ValueError(f"counts name {unknown}, which are no tables; tables: {paths}")
+        raise ValueError(f"{argument} name {unknown}, which are no tables; tables: {paths}")
 
 
-def _table_spec(candidate: Candidate, seed: int, counts: Mapping[str, Tensor]) -> TableSpec:
+def _table_spec(
+    candidate: Candidate,
+    seed: int,
+    counts: Mapping[str, Tensor],
+    co_occurrence: Mapping[str, Tensor],
+) -> TableSpec:
     rows, width = candidate.weight.shape
-    own = next((counts[path] for path in candidate.paths if path in counts), None)
+    own, company = (
+        next((known[path] for path in candidate.paths if path in known), None)
+        for known in (counts, co_occurrence)
+    )
     dtype = dtype_name(candidate.weight.dtype)
-    return TableSpec(rows, width, candidate.paths[0], seed, dtype, own)
+    return TableSpec(rows, width, candidate.paths[0], seed, dtype, own, co_occurrence=company)
 
 
 def _left_alone(candidate: Candidate) -> TableChange:
@@ -211,6 +229,8 @@ def _changed(table: Table, plan: LookupPlan, shared: set[str], error: float | No
     after = sum(s.bytes for s in plan.stores if s.shared not in shared and not s.is_in_file)
     shared.update(store.shared for store in plan.stores if store.shared)
     notes = ["tied tables stay tied"] if len(candidate.modules) > 1 else []
+    if table.method.uses_co_occurrence and table.spec.co_occurrence is None:
+        notes.append("no likeness is known: give co_occurrence=")
     if plan.offloaded:
         notes.append(f"{format_bytes(plan.offloaded)} in a file")
     return TableChange(

@@ -253,3 +253,27 @@ def test_settings_are_checked() -> None:
         ec.Anchors(nearest=0)
     with pytest.raises(ValueError, match="parts must be at least 1, got 0"):
         ec.Lma(parts=0)
+
+
+@pytest.mark.parametrize("method", ["lma", "anchors"])
+def test_compress_takes_co_occurrence_and_says_where_it_is_missing(method: str) -> None:
+    def compressed(**known: object) -> tuple[torch.nn.ModuleDict, str]:
+        bag = torch.nn.EmbeddingBag(ROWS, WIDTH, mode="sum")
+        model = torch.nn.ModuleDict({"item": bag})
+        report = ec.compress(model, method=method, budget="60%", seed=3, **known)
+        return model, str(report)
+
+    model, text = compressed(co_occurrence={"item": samples()})
+    spec = ec.TableConfig("item", ROWS, WIDTH, co_occurrence=samples())
+    expected = ec.EmbeddingBagCollection([spec], method=method, budget="60%", seed=3)
+    assert torch.equal(model["item"].codes, expected.embedding_bags["item"].codes)
+    assert "co_occurrence" not in text
+    plain, text = compressed()
+    assert "no likeness is known: give co_occurrence=" in text
+    assert plain["item"].plan != model["item"].plan or not torch.equal(
+        plain["item"].codes, model["item"].codes
+    )
+    with pytest.raises(ValueError, match=r"co_occurrence name \['other'\], which are no tables"):
+        compressed(co_occurrence={"other": samples()})
+    with pytest.raises(ValueError, match="co_occurrence of table 'item' must be int64 of shape"):
+        compressed(co_occurrence={"item": samples()[:5]})

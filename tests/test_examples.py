@@ -36,3 +36,10 @@ def test_dlrm_criteo(tmp_path: Path) -> None:
     options = ("--cache", str(tmp_path), "--epochs", "1", "--budget", "50%")
     printed = run("dlrm_criteo.py", "--data", str(data), *options)
     assert "bytes of the tables" in printed and "test: AUC" in printed
+
+
+def test_prune_vocabulary() -> None:
+    printed = run("prune_vocabulary.py")
+    losses = [float(line.split()[-1]) for line in printed.splitlines() if line.startswith("step")]
+    assert len(losses) == 4 and losses[-1] < losses[0] - 1
+    assert "restored to 50000 tokens, the trained ones exactly: True" in printed
