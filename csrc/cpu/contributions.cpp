@@ -85,6 +85,7 @@ EMBCOMPRESS_INLINE bool add_contributions_inline(const OutputGradient& gradient,
         const int n = static_cast<int>(std::min<int64_t>(kBlock, end - position));
         valid &= touched_rows(lookup, use, first + position, n, block, touched);
         block.find_all(n);
+        block.fetch(n);
         for (int i = 0; i < n; ++i) {
             if (touched[i] < 0) continue;
             const int64_t at = first + position + i, sample = gradient.sample(use.feature, at);
@@ -121,6 +122,7 @@ EMBCOMPRESS_CLONES bool weights_range(const OutputGradient& gradient, int64_t nu
         const int n = static_cast<int>(std::min<int64_t>(kBlock, end - position));
         valid &= block.load_ids(position, n);
         block.find_all(n);
+        block.fetch(n);
         for (int i = 0; i < n; ++i) {
             const int64_t sample = gradient.sample(number, position + i);
             const float* mine = gradient.of_sample(number, sample);

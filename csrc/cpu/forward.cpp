@@ -13,7 +13,6 @@ namespace {
 // and added up in order: the result does not depend on the number of threads.
 constexpr int64_t kHugeBag = 16384;
 constexpr int64_t kPiece = 4096;
-constexpr int64_t kPrefetchedFloats = 8192;
 // Below this many floats gathered a thread costs more than it gives.
 constexpr int64_t kFloatsPerThread = 16384;
 
@@ -121,11 +120,15 @@ EMBCOMPRESS_INLINE bool are_single(const Pieces& pieces, int64_t piece, int64_t 
     return true;
 }
 
-// Ids of a block: as many as have their rows in the first-level cache between prefetch and use.
-EMBCOMPRESS_INLINE int64_t ids_at_once(const RowBlock& rows) {
-    int64_t floats = 0;
-    for (int t = 0; t < rows.num_probes(); ++t) floats += rows.probe(t).width;
-    return std::clamp<int64_t>(kPrefetchedFloats / floats, 16, kBlock);
+// Writes the vectors of the first n ids, each to a row of its own. Rows are fetched some ids ahead.
+EMBCOMPRESS_INLINE void write_ids(RowBlock& rows, int n, const float* weights, int64_t stride,
+                                  float* out) {
+    const int ahead = rows.ids_ahead(), step = ahead / 2;
+    for (int begin = 0; begin < n; begin += step) {
+        const int end = std::min(begin + step, n);
+        rows.fetch(end + ahead);
+        pool_ids(rows, rows.feature(), {begin, end, weights, true, stride, out});
+    }
 }
 
 EMBCOMPRESS_INLINE bool pool_pieces_inline(const Pieces& pieces) {
@@ -139,9 +142,8 @@ EMBCOMPRESS_INLINE bool pool_pieces_inline(const Pieces& pieces) {
     const int64_t last_position = pieces.bound(pieces.last);
     float* acc = pieces.out;
     int64_t position = piece_begin;
-    const int64_t most = ids_at_once(rows);
     while (piece < pieces.last) {
-        const int n = static_cast<int>(std::min(most, last_position - position));
+        const int n = static_cast<int>(std::min<int64_t>(kBlock, last_position - position));
         if (n > 0) {
             valid &= rows.load_ids(position, n);
             rows.find_all(n);
@@ -149,7 +151,7 @@ EMBCOMPRESS_INLINE bool pool_pieces_inline(const Pieces& pieces) {
         }
         const int64_t block_end = position + n;
         if (n > 0 && pieces.counts == nullptr && are_single(pieces, piece, position, n)) {
-            pool_ids(rows, feature, {0, n, weighted ? weights : nullptr, true, pieces.stride, acc});
+            write_ids(rows, n, weighted ? weights : nullptr, pieces.stride, acc);
             piece += n;
             acc += n * pieces.stride;
             piece_begin = position = block_end;
@@ -160,6 +162,7 @@ EMBCOMPRESS_INLINE bool pool_pieces_inline(const Pieces& pieces) {
             const int begin = static_cast<int>(std::max(piece_begin, position) - position);
             const int end = static_cast<int>(std::min(piece_end, block_end) - position);
             const bool start = piece_begin >= position;
+            rows.fetch(std::max(begin, end) + rows.ids_ahead());
             pool_ids(rows, feature,
                      {begin, std::max(begin, end), weighted ? weights : nullptr, start, 0, acc});
             if (feature.pool == Pool::kMean && end > begin) count += counted(rows, begin, end);

@@ -245,6 +245,7 @@ class Reducer {
             factors += kBlock;
             block_.find_rows(u, count);
             block_.find_pointers(u, count);
+            block_.fetch_rows(u, 0, count);
             for (int i = 0; i < count; ++i) {
                 factors[i] = block_.pointers(u)[i] + source.first_column;
             }

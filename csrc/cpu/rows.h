@@ -12,6 +12,9 @@ namespace embcompress {
 constexpr int kBlock = 128;
 // Lines of a row that are prefetched; the hardware follows a longer row by itself.
 constexpr int64_t kPrefetchFloats = 64;
+constexpr int64_t kLineFloats = 16;
+constexpr int64_t kLinesAhead = 64;
+constexpr int64_t kFewestAhead = 16;  // ids
 constexpr int64_t kSmallStore = 32 << 10;
 
 // The rows that a block of ids reads through every probe of a feature. One is made for a thread
@@ -38,6 +41,7 @@ class RowBlock {
         buffer_.resize(converted);
         steps_.resize(2 * steps_room(widest));
         buffers_.resize(most);
+        lines_.resize(most);
     }
 
     RowBlock(const Lookup& lookup, const Feature& feature) : RowBlock(lookup) { use(feature); }
@@ -50,11 +54,16 @@ class RowBlock {
         if (scaled_) std::fill(scales_.begin(), scales_.end(), 1.0f);
         scaled_ = false;
         float* buffer = buffer_.data();
+        int64_t lines = 0;
         for (int t = 0; t < count_; ++t) {
             buffers_[t] = buffer;
             if (is_converted(probes_[t])) buffer += room_for(probes_[t]);
             scaled_ |= probes_[t].scale.kind != ScaleKind::kNone;
+            lines_[t] = fetched_lines(probes_[t]);
+            lines += lines_[t];
         }
+        ids_ahead_ = static_cast<int>(
+            std::clamp<int64_t>(kLinesAhead / std::max<int64_t>(lines, 1), kFewestAhead, kBlock));
     }
 
     const Feature& feature() const { return *feature_; }
@@ -102,14 +111,9 @@ class RowBlock {
         if (!is_converted(probe)) {
             const float* data = static_cast<const float*>(store.data);
             const float* zeros = zeros_.data();
-            const int64_t width = probe.width, stride = probe.stride;
-            // A small store is in the first-level cache by itself.
-            const int64_t lines = store.bytes <= kSmallStore ? 0 : std::min(width, kPrefetchFloats);
+            const int64_t stride = probe.stride;
             for (int i = 0; i < n; ++i) {
-                const float* row = rows[i] < 0 ? zeros : data + rows[i] * stride;
-                pointers[i] = row;
-                if (lines > 0) __builtin_prefetch(row);
-                for (int64_t c = 16; c < lines; c += 16) __builtin_prefetch(row + c);
+                pointers[i] = rows[i] < 0 ? zeros : data + rows[i] * stride;
             }
         } else {
             float* buffer = buffers_[t];
@@ -121,17 +125,57 @@ class RowBlock {
         if (probe.scale.kind != ScaleKind::kNone) find_scales(t, n);
     }
 
+    // Pointers to the rows of every probe; `fetch` has then fetched nothing.
     EMBCOMPRESS_INLINE void find_all(int n) {
         for (int t = 0; t < count_; ++t) {
             find_rows(t, n);
             find_pointers(t, n);
         }
+        found_ = n;
+        fetched_ = 0;
     }
+
+    // Prefetches the rows of the ids before `end`, each once.
+    EMBCOMPRESS_INLINE void fetch(int end) {
+        end = std::min(end, found_);
+        if (end <= fetched_) return;
+        for (int t = 0; t < count_; ++t) fetch_rows(t, fetched_, end);
+        fetched_ = end;
+    }
+
+    // Prefetches rows of probe t, after find_pointers.
+    EMBCOMPRESS_INLINE void fetch_rows(int t, int begin, int end) const {
+        const int64_t lines = lines_[t];
+        const float* const* pointers = pointers_.data() + t * kBlock;
+        if (lines == 0) return;
+        if (lines == 4) {
+            for (int i = begin; i < end; ++i) {
+                for (int64_t line = 0; line < 4; ++line) {
+                    __builtin_prefetch(pointers[i] + line * kLineFloats);
+                }
+            }
+            return;
+        }
+        for (int i = begin; i < end; ++i) {
+            for (int64_t line = 0; line < lines; ++line) {
+                __builtin_prefetch(pointers[i] + line * kLineFloats);
+            }
+        }
+    }
+
+    // How many ids ahead of their use rows are fetched: as many as the processor has under way.
+    int ids_ahead() const { return ids_ahead_; }
 
   private:
     bool is_converted(const Probe& probe) const {
         return lookup_.stores[probe.store].dtype != Dtype::kFloat32 ||
                probe.quantization.bits > 0 || is_sparse(probe);
+    }
+
+    // Lines of a row that are prefetched. A small store is in the first-level cache by itself.
+    int64_t fetched_lines(const Probe& probe) const {
+        if (is_converted(probe) || lookup_.stores[probe.store].bytes <= kSmallStore) return 0;
+        return (std::min(probe.width, kPrefetchFloats) + kLineFloats - 1) / kLineFloats;
     }
 
     static int64_t room_for(const Probe& probe) { return probe.width * kBlock + kUnpacked; }
@@ -218,13 +262,17 @@ class RowBlock {
     int count_ = 0;
     bool scaled_ = false;
     bool has_skipped_ = false;
+    int found_ = 0;
+    int fetched_ = 0;
+    int ids_ahead_ = kBlock;
     int64_t ids_[kBlock];
     std::vector<int64_t> rows_;
     std::vector<const float*> pointers_;
     std::vector<float> scales_;
     std::vector<float> buffer_;  // rows that are not float32, converted
     std::vector<float*> buffers_;
-    std::vector<float> steps_;  // and biases, of a row
+    std::vector<int64_t> lines_;  // of a row of each probe that are prefetched
+    std::vector<float> steps_;    // and biases, of a row
     std::vector<float> zeros_;
 };
 
