@@ -87,7 +87,7 @@ std::vector<Tensor> lookup_backward(Tensor grad, std::vector<Tensor> stores, Ten
     const Lookup what = check_lookup(stores, ids, offsets, weights, encoding, ends_are_given);
     const Tensor gradient = check_gradient(grad, ids, what);
     check_wanted(what, wanted);
-    StoreGradients gradients(what, floats(gradient), wanted, threads());
+    StoreGradients gradients(what, floats(gradient), wanted, Touches::kUncounted, threads());
     check_ids(gradients.prepare());
     std::vector<Tensor> results;
     std::vector<GradientSink> sinks;
@@ -110,7 +110,7 @@ std::vector<Tensor> lookup_backward_sparse(Tensor grad, std::vector<Tensor> stor
     const Lookup what = check_lookup(stores, ids, offsets, weights, encoding, ends_are_given);
     const Tensor gradient = check_gradient(grad, ids, what);
     check_wanted(what, wanted);
-    StoreGradients gradients(what, floats(gradient), wanted, threads());
+    StoreGradients gradients(what, floats(gradient), wanted, Touches::kCounted, threads());
     check_ids(gradients.prepare());
     std::vector<Tensor> results;
     std::vector<GradientSink> sinks;
@@ -176,7 +176,7 @@ void lookup_backward_update(Tensor grad, std::vector<Tensor> stores, Tensor ids,
         updated.push_back(
             read_updated(what, optimizer, stores[wanted[k]], wanted[k], k, first, second, steps));
     }
-    StoreGradients gradients(what, floats(gradient), wanted, threads());
+    StoreGradients gradients(what, floats(gradient), wanted, Touches::kUncounted, threads());
     check_ids(gradients.prepare());
     // Rows that other gradients are read from must not move before those are complete.
     std::vector<GradientSink> sinks;

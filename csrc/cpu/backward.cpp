@@ -20,13 +20,13 @@ constexpr int64_t kSmallGradient = 16384;  // numbers
 constexpr int64_t kUpdatesPerThread = 512;
 
 EMBCOMPRESS_CLONES void reduce_rows(Reducer& reducer, const StoreGradient& gradient, int64_t begin,
-                                    int64_t end, Destination& destination) {
-    reducer.reduce_inline(gradient, begin, end, destination);
+                                    int64_t end, Destination& destination, Sums* joint) {
+    reducer.reduce_inline(gradient, begin, end, destination, joint);
 }
 
 EMBCOMPRESS_CLONES void add_entries(Reducer& reducer, const StoreGradient& gradient, int64_t begin,
-                                    int64_t end, float* target) {
-    reducer.add_inline(gradient, begin, end, target);
+                                    int64_t end, float* target, Sums* joint) {
+    reducer.add_inline(gradient, begin, end, target, joint);
 }
 
 EMBCOMPRESS_CLONES bool add_batch(Reducer& reducer, const StoreGradient& gradient,
@@ -56,26 +56,37 @@ bool reads(const Lookup& lookup, const Source& source, int64_t store) {
     return false;
 }
 
+// Whether a probe reads rows as they are, one for every id but padding.
+bool is_plain(const Lookup& lookup, const Probe& probe) {
+    return probe.code.store < 0 && probe.quantization.bits == 0 && !is_sparse(probe) &&
+           probe.stride == probe.width && lookup.stores[probe.store].dtype == Dtype::kFloat32;
+}
+
 // A piece of the batch of one use, and what it adds to the whole store.
 struct Piece {
     StoreGradient* gradient;
     const Source* source;
     int64_t begin;
     int64_t end;
-    std::vector<float> sums;
-    std::vector<uint8_t> touched;
+    Sums sums;
 };
 
-void add_sums(const Piece& piece) {
-    std::vector<float>& sums = piece.gradient->sums;
-    const int64_t rows = piece.gradient->store.rows, width = piece.gradient->store.width;
-    const bool is_transposed = piece.source->use.role == Role::kHead;
+void add_sums(StoreGradient& gradient, const Sums& sums, bool is_transposed) {
+    const int64_t rows = gradient.store.rows, width = gradient.store.width;
     for (int64_t r = 0; r < rows; ++r) {
-        if (!piece.touched[r]) continue;
-        piece.gradient->touched[r] = 1;
+        if (!sums.touched[r]) continue;
+        gradient.touched[r] = 1;
         for (int64_t c = 0; c < width; ++c) {
-            sums[r * width + c] += piece.sums[is_transposed ? c * rows + r : r * width + c];
+            gradient.sums[r * width + c] +=
+                sums.values[is_transposed ? c * rows + r : r * width + c];
         }
+    }
+}
+
+void add_joint_sums(const StoreGradient& gradient, const std::vector<Sums>& joint) {
+    for (size_t k = 0; k < joint.size(); ++k) {
+        StoreGradient* other = gradient.sources[k].joint;
+        if (other != nullptr) add_sums(*other, joint[k], false);
     }
 }
 
@@ -92,6 +103,8 @@ struct StoreGradients::State {
         : lookup(lookup), output(lookup, grad, num_threads), num_threads(num_threads) {}
 
     void add_store(int64_t number);
+    void join_factors();
+    bool shares_memory() const;
     Source source_of(const Use& use, bool is_summed) const;
     bool add_piece(Piece& piece, RowBlock& block, Reducer& reducer) const;
     void add_pieces();
@@ -159,6 +172,41 @@ void StoreGradients::State::add_store(int64_t number) {
     }
 }
 
+// Whether tables hold one tensor as two of the wanted stores.
+bool StoreGradients::State::shares_memory() const {
+    for (const StoreGradient& one : stores) {
+        for (const StoreGradient& other : stores) {
+            if (&one != &other && one.store.data == other.store.data) return true;
+        }
+    }
+    return false;
+}
+
+// Where rows of a large store are multiplied by rows of a small one, the entries of the large one
+// have all that the gradient of the small one takes: it is added up along, not in a pass of its
+// own.
+void StoreGradients::State::join_factors() {
+    for (StoreGradient& gradient : stores) {
+        for (Source& source : gradient.sources) {
+            if (!source.is_product || source.feature->num_probes != 2) continue;
+            const int factor = 1 - source.use.probe;
+            const Probe& other = lookup.probes[source.feature->first_probe + factor];
+            if (!is_plain(lookup, *source.probe) || !is_plain(lookup, other)) continue;
+            for (StoreGradient& small : stores) {
+                if (small.number != other.store) continue;
+                const auto is_same = [&](const Source& each) {
+                    return each.use.role == Role::kRows && each.use.feature == source.use.feature &&
+                           each.use.probe == factor;
+                };
+                const auto found = std::find_if(small.summed.begin(), small.summed.end(), is_same);
+                if (found == small.summed.end()) continue;
+                small.summed.erase(found);
+                source.joint = &small;
+            }
+        }
+    }
+}
+
 int64_t StoreGradients::State::most_probes() const {
     int64_t most = 1;
     for (int64_t f = 0; f < lookup.header.num_features; ++f) {
@@ -168,15 +216,15 @@ int64_t StoreGradients::State::most_probes() const {
 }
 
 bool StoreGradients::State::add_piece(Piece& piece, RowBlock& block, Reducer& reducer) const {
-    piece.sums.assign(piece.gradient->sums.size(), 0.0f);
-    piece.touched.assign(piece.gradient->touched.size(), 0);
+    piece.sums.values.assign(piece.gradient->sums.size(), 0.0f);
+    piece.sums.touched.assign(piece.gradient->touched.size(), 0);
     const Source& source = *piece.source;
-    float* sums = piece.sums.data();
+    float* sums = piece.sums.values.data();
     if (source.use.role == Role::kRows) {
         return add_batch(reducer, *piece.gradient, source, piece.begin, piece.end, sums,
-                         piece.touched.data());
+                         piece.sums.touched.data());
     }
-    std::fill(piece.touched.begin(), piece.touched.end(), uint8_t{1});
+    std::fill(piece.sums.touched.begin(), piece.sums.touched.end(), uint8_t{1});
     if (source.use.role == Role::kHead) {
         return add_head_gradient(output, source.use.feature, piece.begin, piece.end, sums);
     }
@@ -195,7 +243,7 @@ void StoreGradients::State::add_pieces() {
             const int64_t length =
                 std::max(kShortestPiece, (count + kMostPieces - 1) / kMostPieces);
             for (int64_t at = 0; at < count; at += length) {
-                pieces.push_back({&gradient, &source, at, std::min(at + length, count), {}, {}});
+                pieces.push_back({&gradient, &source, at, std::min(at + length, count), {}});
             }
         }
     }
@@ -207,7 +255,9 @@ void StoreGradients::State::add_pieces() {
             if (!add_piece(pieces[number], block, reducer)) valid = false;
         }
     });
-    for (const Piece& piece : pieces) add_sums(piece);
+    for (const Piece& piece : pieces) {
+        add_sums(*piece.gradient, piece.sums, piece.source->use.role == Role::kHead);
+    }
 }
 
 // What every id adds to the row it touches, where that is no gathered row.
@@ -285,13 +335,19 @@ void StoreGradients::State::sort() {
 // A row of very many entries: pieces in parallel, then their sum in order.
 void StoreGradients::State::reduce_huge(const StoreGradient& gradient, const SortedRows::Task& task,
                                         Destination& destination, Reducer& reducer) {
-    const int64_t pieces = (task.end - task.begin + kPiece - 1) / kPiece, width = gradient.width();
+    const int64_t count = task.end - task.begin, width = gradient.width();
+    // Each piece may have a gradient of a whole small store.
+    const int64_t length =
+        gradient.has_joint() ? std::max(kPiece, (count + kMostPieces - 1) / kMostPieces) : kPiece;
+    const int64_t pieces = (count + length - 1) / length;
     std::vector<float> partial(pieces * width);
+    std::vector<std::vector<Sums>> joint(pieces);
     const int parts = static_cast<int>(std::min<int64_t>(num_threads, pieces));
     const auto add_piece = [&](Reducer& own, int64_t piece) {
-        const int64_t begin = task.begin + piece * kPiece;
-        add_entries(own, gradient, begin, std::min(begin + kPiece, task.end),
-                    partial.data() + piece * width);
+        const int64_t begin = task.begin + piece * length;
+        joint[piece] = joint_sums(gradient);
+        add_entries(own, gradient, begin, std::min(begin + length, task.end),
+                    partial.data() + piece * width, joint[piece].data());
     };
     std::atomic<int64_t> next{0};
     if (parts == 1) {
@@ -306,33 +362,57 @@ void StoreGradients::State::reduce_huge(const StoreGradient& gradient, const Sor
     if (destination.starts_from_nothing()) std::fill(target, target + width, 0.0f);
     for (int64_t piece = 0; piece < pieces; ++piece) {
         for (int64_t c = 0; c < width; ++c) target[c] += partial[piece * width + c];
+        add_joint_sums(gradient, joint[piece]);
     }
     destination.finish(target);
 }
 
 void StoreGradients::State::reduce_tasks(const std::vector<GradientSink>& sinks) {
+    // Tasks of one store, one after another, and what they add to other factors.
     struct Item {
         size_t k;
-        const SortedRows::Task* task;
+        std::vector<const SortedRows::Task*> tasks;
+        std::vector<Sums> joint;
     };
-    std::vector<Item> items, huge;
+    std::vector<Item> items;
+    std::vector<std::pair<size_t, const SortedRows::Task*>> huge;
     for (size_t k = 0; k < stores.size(); ++k) {
         const SortedRows& sorted = stores[k].sorted;
+        std::vector<const SortedRows::Task*> tasks;
         for (const SortedRows::Task& task : sorted.tasks()) {
             const bool is_huge = task.end - task.begin > kHugeRow &&
                                  sorted.row(task.begin) == sorted.row(task.end - 1);
-            (is_huge ? huge : items).push_back({k, &task});
+            if (is_huge) {
+                huge.push_back({k, &task});
+            } else {
+                tasks.push_back(&task);
+            }
+        }
+        // As with pieces: few of them where each has a gradient of a whole small store.
+        const size_t count = tasks.size();
+        const size_t groups = stores[k].has_joint() ? std::min<size_t>(count, kMostPieces) : count;
+        for (size_t g = 0; g < groups; ++g) {
+            items.push_back(
+                {k,
+                 {tasks.begin() + count * g / groups, tasks.begin() + count * (g + 1) / groups},
+                 {}});
         }
     }
     std::atomic<size_t> next{0};
     parallel(static_cast<int>(std::min<int64_t>(num_threads, items.size())), [&](int) {
         Reducer reducer(output, most_probes());
         for (size_t number = next++; number < items.size(); number = next++) {
-            const auto [k, task] = items[number];
-            Destination destination(lookup, stores[k], sinks[k], task->first_row);
-            reduce_rows(reducer, stores[k], task->begin, task->end, destination);
+            Item& item = items[number];
+            const StoreGradient& gradient = stores[item.k];
+            item.joint = joint_sums(gradient);
+            for (const SortedRows::Task* task : item.tasks) {
+                Destination destination(lookup, gradient, sinks[item.k], task->first_row);
+                reduce_rows(reducer, gradient, task->begin, task->end, destination,
+                            item.joint.data());
+            }
         }
     });
+    for (const Item& item : items) add_joint_sums(stores[item.k], item.joint);
     if (huge.empty()) return;
     Reducer reducer(output, most_probes());
     for (const auto& [k, task] : huge) {
@@ -360,10 +440,11 @@ void StoreGradients::State::deliver_sums(StoreGradient& gradient, const Gradient
 }
 
 StoreGradients::StoreGradients(const Lookup& lookup, const float* grad,
-                               const std::vector<int64_t>& wanted, int num_threads)
+                               const std::vector<int64_t>& wanted, Touches touches, int num_threads)
     : state_(new State(lookup, grad, num_threads)) {
     state_->stores.reserve(wanted.size());
     for (const int64_t number : wanted) state_->add_store(number);
+    if (touches == Touches::kUncounted && !state_->shares_memory()) state_->join_factors();
 }
 
 StoreGradients::~StoreGradients() = default;

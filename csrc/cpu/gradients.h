@@ -17,19 +17,23 @@ struct GradientSink {
     const Updated* updated = nullptr;  // the touched rows are updated
 };
 
+// Whether the touched rows of every store are counted before `reduce`. Those of a store that must
+// wait for its update are counted in any case.
+enum class Touches { kCounted, kUncounted };
+
 // Gradients of some stores.
 class StoreGradients {
   public:
     // `grad` is float32 of the output's shape; `wanted` are numbers of stores.
     StoreGradients(const Lookup& lookup, const float* grad, const std::vector<int64_t>& wanted,
-                   int num_threads);
+                   Touches touches, int num_threads);
     ~StoreGradients();
 
     // Finds the touched rows. False if an id was outside the vocabulary: nothing else may be
     // called then.
     bool prepare();
 
-    // Rows of wanted store number k that have a gradient.
+    // Rows of wanted store number k that have a gradient, where they are counted.
     int64_t num_touched(size_t k) const;
 
     // Whether wanted store number k may be updated by `reduce`, because what else is added up there

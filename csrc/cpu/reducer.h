@@ -12,6 +12,8 @@
 
 namespace embcompress {
 
+struct StoreGradient;
+
 // How the entries of a use become what is added to a row.
 struct Source {
     Use use;
@@ -25,6 +27,13 @@ struct Source {
     int64_t pieces;        // how many rows of the store's tensor the width fills
     bool is_product;
     bool has_coefficients;
+    StoreGradient* joint;  // of the other factor, where its gradient is added up along; or nullptr
+};
+
+// What some ids add to a whole store: the sums, and which rows they touch.
+struct Sums {
+    std::vector<float> values;
+    std::vector<uint8_t> touched;
 };
 
 struct StoreGradient {
@@ -32,14 +41,30 @@ struct StoreGradient {
     int64_t number;
     std::vector<Source> sources;   // uses whose rows are sorted
     std::vector<Source> summed;    // uses that are added up in pieces of the batch
-    std::vector<float> sums;       // (rows, width) where there are any
+    std::vector<float> sums;       // (rows, width) where there are any, or it is another's joint
     std::vector<uint8_t> touched;  // (rows,) likewise
     SortedRows sorted;
     const Probe* latents = nullptr;  // a probe of the store, where it is held as latents
     bool has_products = false;
 
     int64_t width() const { return store.width; }
+    bool has_joint() const {
+        return std::any_of(sources.begin(), sources.end(),
+                           [](const Source& source) { return source.joint != nullptr; });
+    }
 };
+
+// Room for what the entries of each source of a gradient add to its joint.
+inline std::vector<Sums> joint_sums(const StoreGradient& gradient) {
+    std::vector<Sums> joint(gradient.sources.size());
+    for (size_t k = 0; k < joint.size(); ++k) {
+        const StoreGradient* other = gradient.sources[k].joint;
+        if (other == nullptr) continue;
+        joint[k].values.assign(other->sums.size(), 0.0f);
+        joint[k].touched.assign(other->touched.size(), 0);
+    }
+    return joint;
+}
 
 // Gradients of latents go straight through, inside the codes' range, or where a mask keeps them.
 EMBCOMPRESS_INLINE void mask_row(const Lookup& lookup, const StoreGradient& gradient, int64_t row,
@@ -93,6 +118,9 @@ class Destination {
     std::vector<float> own_;
 };
 
+// What the entries read and write is fetched so many entries ahead.
+constexpr int kEntriesAhead = 16;
+
 // Some entries: what each adds to its row, as factors of a product, and the number before it.
 struct Entries {
     int count;
@@ -101,6 +129,10 @@ struct Entries {
     int64_t positions[kBlock];
     float coefficients[kBlock];
     std::vector<const float*> factors;  // kBlock of each
+    std::vector<int64_t> lines;         // of each, that are fetched
+    const int64_t* factor_rows;         // of the last factor
+    int num_factors;
+    int fetched;
 };
 
 class Reducer {
@@ -108,25 +140,30 @@ class Reducer {
     Reducer(const OutputGradient& output, int64_t most_probes)
         : output_(output), lookup_(output.lookup()), block_(output.lookup()) {
         entries_.factors.resize(kBlock * most_probes);
+        entries_.lines.resize(most_probes);
     }
 
-    // Adds up entries [begin, end), whole rows.
+    // Adds up entries [begin, end), whole rows. What they add to other factors goes to `joint`, by
+    // the number of the source.
     EMBCOMPRESS_INLINE void reduce_inline(const StoreGradient& gradient, int64_t begin, int64_t end,
-                                          Destination& destination) {
+                                          Destination& destination, Sums* joint) {
         float* target = nullptr;
         int64_t row = -1;
         bool start = false;
         for (int64_t at = begin; at < end; at += entries_.count) {
-            load(gradient, at, end, &destination);
+            load(gradient, at, end);
             for (int i = 0; i < entries_.count;) {
                 const int last = end_of_run(gradient, i);
+                fetch(last + kEntriesAhead, &destination);
                 if (entries_.rows[i] != row) {
                     if (target != nullptr) destination.finish(target);
                     row = entries_.rows[i];
                     target = destination.start(row);
                     start = destination.starts_from_nothing();
                 }
-                pool_run(gradient.sources[entries_.sources[i]], i, last, start, target);
+                const int32_t use = entries_.sources[i];
+                pool_run(gradient.sources[use], i, last, start, target);
+                add_joint(gradient, use, i, last, joint);
                 start = false;
                 i = last;
             }
@@ -136,12 +173,15 @@ class Reducer {
 
     // Adds up entries [begin, end) of one row.
     EMBCOMPRESS_INLINE void add_inline(const StoreGradient& gradient, int64_t begin, int64_t end,
-                                       float* target) {
+                                       float* target, Sums* joint) {
         for (int64_t at = begin; at < end; at += entries_.count) {
-            load(gradient, at, end, nullptr);
+            load(gradient, at, end);
             for (int i = 0; i < entries_.count;) {
                 const int last = end_of_run(gradient, i);
-                pool_run(gradient.sources[entries_.sources[i]], i, last, false, target);
+                fetch(last + kEntriesAhead, nullptr);
+                const int32_t use = entries_.sources[i];
+                pool_run(gradient.sources[use], i, last, false, target);
+                add_joint(gradient, use, i, last, joint);
                 i = last;
             }
         }
@@ -166,8 +206,9 @@ class Reducer {
             }
             entries_.count = count;
             for (int i = 0; i < count; ++i) load_entry(source, i);
-            if (source.is_product) load_factors(source);
+            load_factors(source);
             for (int i = 0; i < count; ++i) {
+                fetch(i + kEntriesAhead, nullptr);
                 std::fill_n(touched + entries_.rows[i], source.pieces, uint8_t{1});
                 pool_run(source, i, i + 1, false, sums + entries_.rows[i] * gradient.width());
             }
@@ -176,11 +217,12 @@ class Reducer {
     }
 
   private:
-    // Entries of one row and one use.
+    // Entries of one row and one use; few enough to be fetched ahead of their use.
     EMBCOMPRESS_INLINE int end_of_run(const StoreGradient& gradient, int begin) const {
         int end = begin + 1;
         const bool alike = gradient.sources.size() == 1;
-        while (end < entries_.count && entries_.rows[end] == entries_.rows[begin] &&
+        const int last = std::min(begin + kEntriesAhead, entries_.count);
+        while (end < last && entries_.rows[end] == entries_.rows[begin] &&
                (alike || entries_.sources[end] == entries_.sources[begin])) {
             ++end;
         }
@@ -188,8 +230,7 @@ class Reducer {
     }
 
     // Loads entries from `begin` on: a block, or fewer where the uses of a product change.
-    EMBCOMPRESS_INLINE void load(const StoreGradient& gradient, int64_t begin, int64_t end,
-                                 const Destination* destination) {
+    EMBCOMPRESS_INLINE void load(const StoreGradient& gradient, int64_t begin, int64_t end) {
         const int most = static_cast<int>(std::min<int64_t>(kBlock, end - begin));
         int count = 0;
         for (; count < most; ++count) {
@@ -201,13 +242,26 @@ class Reducer {
             entries_.sources[count] = use;
             entries_.positions[count] = source.first + gradient.sorted.position(begin + count);
             output_.prefetch_sample(entries_.positions[count]);
-            const bool is_new = count == 0 || row != entries_.rows[count - 1];
-            if (destination != nullptr && is_new) destination->prefetch(row);
         }
         entries_.count = count;
         for (int i = 0; i < count; ++i) load_entry(gradient.sources[entries_.sources[i]], i);
-        const Source& source = gradient.sources[entries_.sources[0]];
-        if (source.is_product) load_factors(source);
+        load_factors(gradient.sources[entries_.sources[0]]);
+    }
+
+    // Prefetches what the entries before `end` read and write, each once.
+    EMBCOMPRESS_INLINE void fetch(int end, const Destination* destination) {
+        end = std::min(end, entries_.count);
+        for (int i = entries_.fetched; i < end; ++i) {
+            for (int k = 0; k < entries_.num_factors; ++k) {
+                const float* factor = entries_.factors[k * kBlock + i];
+                for (int64_t line = 0; line < entries_.lines[k]; ++line) {
+                    __builtin_prefetch(factor + line * kLineFloats);
+                }
+            }
+            const bool is_new = i == 0 || entries_.rows[i] != entries_.rows[i - 1];
+            if (destination != nullptr && is_new) destination->prefetch(entries_.rows[i]);
+        }
+        entries_.fetched = std::max(entries_.fetched, end);
     }
 
     EMBCOMPRESS_INLINE void load_entry(const Source& source, int i) {
@@ -218,12 +272,8 @@ class Reducer {
             return;
         }
         const int64_t feature = source.use.feature, sample = output_.sample(feature, position);
-        const float* mine =
+        entries_.factors[i] =
             output_.of_sample(feature, sample) + source.probe->column + source.first_column;
-        for (int64_t c = 0; c < std::min(source.width, kPrefetchFloats); c += 16) {
-            __builtin_prefetch(mine + c);
-        }
-        entries_.factors[i] = mine;
         if (!source.has_coefficients) return;
         float coefficient = output_.coefficient(feature, position, sample);
         if (source.probe->scale.kind != ScaleKind::kNone) {
@@ -232,8 +282,13 @@ class Reducer {
         entries_.coefficients[i] = coefficient;
     }
 
-    // The rows that the entries' rows are multiplied by, and their scales.
+    // The rows that the entries' rows are multiplied by, where there are any, and their scales.
     EMBCOMPRESS_INLINE void load_factors(const Source& source) {
+        entries_.fetched = 0;
+        entries_.num_factors = 1;
+        entries_.lines[0] =
+            (std::min(source.width, kPrefetchFloats) + kLineFloats - 1) / kLineFloats;
+        if (!source.is_product) return;
         const int count = entries_.count;
         int64_t ids[kBlock];
         for (int i = 0; i < count; ++i) ids[i] = lookup_.id(entries_.positions[i]);
@@ -245,10 +300,11 @@ class Reducer {
             factors += kBlock;
             block_.find_rows(u, count);
             block_.find_pointers(u, count);
-            block_.fetch_rows(u, 0, count);
+            entries_.lines[entries_.num_factors++] = block_.fetched_lines(u);
             for (int i = 0; i < count; ++i) {
                 factors[i] = block_.pointers(u)[i] + source.first_column;
             }
+            entries_.factor_rows = block_.rows(u);
             if (!block_.scaled()) continue;
             for (int i = 0; i < count; ++i) entries_.coefficients[i] *= block_.scales(u)[i];
         }
@@ -261,6 +317,27 @@ class Reducer {
         const float* weights = source.has_coefficients ? entries_.coefficients : nullptr;
         pool_probes<true>(rows, {begin, end, weights, start, 0, target + source.column},
                           source.width);
+    }
+
+    // Adds what entries of one row and one use, of a product of two, add to the other factor.
+    EMBCOMPRESS_INLINE void add_joint(const StoreGradient& gradient, int32_t use, int begin,
+                                      int end, Sums* joint) const {
+        const Source& source = gradient.sources[use];
+        if (source.joint == nullptr) return;
+        const int64_t width = gradient.width();
+        const float* row =
+            static_cast<const float*>(gradient.store.data) + entries_.rows[begin] * width;
+        const float* weights = source.has_coefficients ? entries_.coefficients : nullptr;
+        const float* factors[2 * kBlock];
+        for (int i = begin; i < end; ++i) {
+            const int64_t other = entries_.factor_rows[i];
+            factors[i] = entries_.factors[i];
+            factors[kBlock + i] = row;
+            joint[use].touched[other] = 1;
+            pool_probes<true>(
+                {factors, nullptr, 2},
+                {i, i + 1, weights, false, 0, joint[use].values.data() + other * width}, width);
+        }
     }
 
     const OutputGradient& output_;

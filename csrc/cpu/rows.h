@@ -163,6 +163,9 @@ class RowBlock {
         }
     }
 
+    // Lines of a row of probe t that are worth to be prefetched.
+    int64_t fetched_lines(int t) const { return lines_[t]; }
+
     // How many ids ahead of their use rows are fetched: as many as the processor has under way.
     int ids_ahead() const { return ids_ahead_; }
 
