@@ -12,6 +12,7 @@
 #include "arguments.h"
 #include "cpu/gradients.h"
 #include "cpu/hot_sketch.h"
+#include "cpu/large_pages.h"
 
 namespace embcompress {
 
@@ -76,7 +77,8 @@ Tensor lookup(std::vector<Tensor> stores, Tensor ids, std::optional<Tensor> offs
         num_features == what.header.num_features && num_columns == what.header.num_columns,
         "num_features and num_columns are not the encoding's");
     Tensor out = torch::stable::empty({what.batch, num_columns}, ScalarType::Float);
-    check_ids(lookup_forward(what, static_cast<float*>(out.mutable_data_ptr()), threads()));
+    advise_large_pages(out.mutable_data_ptr(), what.batch * num_columns * 4);
+    check_ids(lookup_forward(what, mutable_floats(out), threads()));
     return out;
 }
 

@@ -33,17 +33,20 @@ def fused_stores(program: Program, tables: Sequence[CompressedTable]) -> FusedSt
     rule = tables[0].fused_rule
     if rule is None or not torch.is_grad_enabled():
         return None
-    wanted, states, steps = [], [], []
+    wanted: list[int] = []
+    steps: list[Tensor] = []
+    states: list[list[Tensor]] = [[] for _ in range(2)]
+    num_states = rule.num_states
     for position, (owner, name) in enumerate(program.stores):
         table = tables[owner]
         if name in table.updated_in_kernel:
             wanted.append(position)
-            states.append(table.optimizer_states(name))
             steps.append(table.optimizer_step(name))
+            for number in range(num_states):
+                states[number].append(table.optimizer_state(name, number))
     if not wanted:
         return None
-    first = [state[0] for state in states if len(state) > 0]
-    second = [state[1] for state in states if len(state) > 1]
+    first, second = states
     return FusedStores(rule, wanted, first, second, steps)
 
 
@@ -167,10 +170,16 @@ class CompressedTable(nn.Module):
 
     def stores(self) -> dict[str, Tensor]:
         """The physical tables by store name."""
-        known: dict[str, Any] = {**self._buffers, **self._parameters}
+        # Directly, because a module's own lookup costs a small batch more than the kernel does.
+        parameters: dict[str, Any] = self._parameters
+        buffers: dict[str, Any] = self._buffers
         # A parametrized store is neither, and computed by an attribute.
         return {
-            name: known[name] if name in known else getattr(self, name)
+            name: parameters[name]
+            if name in parameters
+            else buffers[name]
+            if name in buffers
+            else getattr(self, name)
             for name in self._store_names
         }
 
@@ -523,12 +532,15 @@ class CompressedTable(nn.Module):
         rule = self.fused_rule
         if rule is None or f"optimizer_{name}_step" not in self._buffers:
             return []
-        return [getattr(self, f"optimizer_{name}_{k}") for k in range(rule.num_states)]
+        return [self.optimizer_state(name, number) for number in range(rule.num_states)]
+
+    def optimizer_state(self, name: str, number: int) -> Tensor:
+        """One tensor of the state of one store's fused optimizer."""
+        return cast(Tensor, self._buffers[f"optimizer_{name}_{number}"])
 
     def optimizer_step(self, name: str) -> Tensor:
         """(1,) int64: how often one store was updated."""
-        step: Tensor = getattr(self, f"optimizer_{name}_step")
-        return step
+        return cast(Tensor, self._buffers[f"optimizer_{name}_step"])
 
     # -- state
 

@@ -305,10 +305,11 @@ void StoreGradients::State::sort() {
         }
         total += work[k];
     }
-    const auto sort_one = [&](size_t k, int threads) {
+    const auto sort_one = [&](size_t k, int threads, RowBlock& block) {
         if (uses[k].empty()) return;
         StoreGradient& gradient = stores[k];
-        if (!gradient.sorted.sort(lookup, uses[k], gradient.store.rows, threads)) valid = false;
+        if (!gradient.sorted.sort(lookup, uses[k], gradient.store.rows, threads, block))
+            valid = false;
         if (!valid || gradient.sums.empty()) return;
         for (const SortedRows::Task& task : gradient.sorted.tasks()) {
             for (int64_t at = task.begin; at < task.end; ++at) {
@@ -317,17 +318,19 @@ void StoreGradients::State::sort() {
         }
     };
     std::vector<size_t> small;
+    RowBlock block(lookup);
     for (size_t k = 0; k < stores.size(); ++k) {
         if (2 * work[k] * num_threads > total) {
-            sort_one(k, num_threads);
+            sort_one(k, num_threads, block);
         } else {
             small.push_back(k);
         }
     }
     std::atomic<size_t> next{0};
     parallel(static_cast<int>(std::min<int64_t>(num_threads, small.size())), [&](int) {
+        RowBlock own(lookup);
         for (size_t number = next++; number < small.size(); number = next++) {
-            sort_one(small[number], 1);
+            sort_one(small[number], 1, own);
         }
     });
 }

@@ -97,6 +97,16 @@ struct SortedRows::Chunks {
     int64_t total;
     int count;
 
+    // Calls f(number of the chunk, block) for every chunk, in parallel where there are several.
+    template <typename F>
+    void for_each(RowBlock& block, const F& f) const {
+        if (count == 1) return f(0, block);
+        parallel(count, [&](int chunk) {
+            RowBlock own(lookup);
+            f(chunk, own);
+        });
+    }
+
     // Calls f(number of the use, use, begin, end) for the ids of a chunk.
     template <typename F>
     void visit(int chunk, const F& f) const {
@@ -134,7 +144,7 @@ void SortedRows::choose_bits(const Lookup& lookup, const std::vector<Use>& uses,
 }
 
 bool SortedRows::sort(const Lookup& lookup, const std::vector<Use>& uses, int64_t num_rows,
-                      int num_threads) {
+                      int num_threads, RowBlock& block) {
     choose_bits(lookup, uses, num_rows);
     const Chunks chunks{
         lookup, uses, total_,
@@ -143,8 +153,7 @@ bool SortedRows::sort(const Lookup& lookup, const std::vector<Use>& uses, int64_
     const int shift = row_bits_ - bucket_bits_;
     std::vector<int64_t> places(chunks.count * buckets);
     std::atomic<bool> valid{true};
-    parallel(chunks.count, [&](int chunk) {
-        RowBlock block(lookup);
+    chunks.for_each(block, [&](int chunk, RowBlock& block) {
         chunks.visit(chunk, [&](size_t, const Use& use, int64_t begin, int64_t end) {
             int64_t* counts = places.data() + chunk * buckets;
             if (!count_rows(lookup, use, begin, end, block, shift, counts)) valid = false;
@@ -163,8 +172,7 @@ bool SortedRows::sort(const Lookup& lookup, const std::vector<Use>& uses, int64_
     }
     bounds[buckets] = sum;
     keys_.reset(new uint64_t[sum]);
-    parallel(chunks.count, [&](int chunk) {
-        RowBlock block(lookup);
+    chunks.for_each(block, [&](int chunk, RowBlock& block) {
         chunks.visit(chunk, [&](size_t u, const Use& use, int64_t begin, int64_t end) {
             const KeyBits bits{static_cast<uint64_t>(u) << position_bits_, row_shift_, shift};
             scatter_rows(lookup, use, begin, end, block, bits, places.data() + chunk * buckets,

@@ -21,9 +21,9 @@ class SortedRows {
     };
 
     // Sorts what the uses touch of a store of so many rows. False for an id outside the
-    // vocabulary.
-    bool sort(const Lookup& lookup, const std::vector<Use>& uses, int64_t num_rows,
-              int num_threads);
+    // vocabulary. `block` is the caller's own.
+    bool sort(const Lookup& lookup, const std::vector<Use>& uses, int64_t num_rows, int num_threads,
+              RowBlock& block);
 
     int64_t num_touched() const { return num_touched_; }
     const std::vector<Task>& tasks() const { return tasks_; }
