@@ -36,6 +36,7 @@ from torch import Tensor, nn
 import embcompress as ec
 
 NO_CONCATENATION = "26 nn.EmbeddingBag, not concatenated"
+FILL = "a fill of the output"
 
 
 def arguments() -> argparse.Namespace:
@@ -75,7 +76,13 @@ def table_contestants(
     def run_full(batch: Batch) -> Tensor:
         return full(batch.ids, batch.starts)
 
-    contestants = [Contestant(FULL, run_full, bytes=size, plan=plan)]
+    def run_fill(batch: Batch) -> Tensor:
+        return torch.full((len(batch.starts), full.embedding_dim), 1.0)
+
+    contestants = [
+        Contestant(FULL, run_full, bytes=size, plan=plan),
+        Contestant(FILL, run_fill, bytes=4.0 * setting.batch_size * setting.width),
+    ]
     if fbgemm is not None:
 
         def run_fbgemm(batch: Batch) -> Tensor:
@@ -147,6 +154,7 @@ def collection_contestants(options: argparse.Namespace, width: int) -> list[Cont
     contestants = [
         Contestant(FULL, lambda batch: torch.cat(each(batch), dim=1)),
         Contestant(NO_CONCATENATION, each),
+        Contestant(FILL, lambda batch: torch.full((len(batch.starts), width * len(shapes)), 1.0)),
     ]
     if fbgemm is not None:
         contestants.append(Contestant(FBGEMM, lambda batch: fbgemm(batch.ids, batch.offsets)))

@@ -43,6 +43,7 @@ from embcompress.optimizers import fuse_optimizer
 LEARNING_RATE = 0.01
 WIDTH = 16  # of the DLRM
 DENSE_FEATURES = 13
+LAYERS = "the layers alone"
 
 
 def arguments() -> argparse.Namespace:
@@ -204,6 +205,24 @@ class Batched(nn.Module):
         return self.tables(ids, offsets)
 
 
+class NoTables(nn.Module):
+    """Vectors that are there already: what is left of a step are the layers. The time of no table
+    at all, and the bound of what any table can gain."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.embedding_dims = (WIDTH,) * num_features
+        self.vectors: dict[int, Tensor] = {}
+
+    def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
+        size = ids.numel() // len(self.embedding_dims)
+        if size not in self.vectors:
+            shape = (size, WIDTH * len(self.embedding_dims))
+            self.vectors[size] = torch.randn(shape).requires_grad_()
+        self.vectors[size].grad = None
+        return self.vectors[size]
+
+
 @dataclass(frozen=True)
 class Click:
     """Numbers, ids and labels of one batch."""
@@ -238,6 +257,8 @@ def dlrm_contestants(options: argparse.Namespace) -> list[Contestant]:
     full = SeparateBags([full_weight(*s) for s in shapes] if weights is None else weights)
     step = step_of(list(full.parameters()))
     contestants.insert(0, Contestant(FULL, training_step(full, step)))
+    layers = training_step(NoTables(len(shapes)), lambda: None)
+    contestants.append(Contestant(LAYERS, layers))
     configs = [ec.TableConfig(f"C{i + 1}", *shape) for i, shape in enumerate(shapes)]
     for budget in options.budgets:
         for method in options.methods:
