@@ -58,7 +58,7 @@ bool reads(const Lookup& lookup, const Source& source, int64_t store) {
 
 // Whether a probe reads rows as they are, one for every id but padding.
 bool is_plain(const Lookup& lookup, const Probe& probe) {
-    return probe.code.store < 0 && probe.quantization.bits == 0 && !is_sparse(probe) &&
+    return probe.code.table.store < 0 && probe.quantization.bits == 0 && !is_sparse(probe) &&
            probe.stride == probe.width && lookup.stores[probe.store].dtype == Dtype::kFloat32;
 }
 
