@@ -20,48 +20,41 @@ EMBCOMPRESS_INLINE ProbeRows rows_of(const RowBlock& rows, int first, int count)
     return {rows.pointers(first), rows.scaled() ? rows.scales(first) : nullptr, count};
 }
 
-// Adds the rows of some probes to columns of which the first `filled` have values already.
-EMBCOMPRESS_INLINE void add_over(const ProbeRows& rows, const Target& target, int64_t filled,
-                                 int64_t width) {
-    if (target.start && target.stride == 0) {
-        std::fill(target.out + filled, target.out + width, 0.0f);
+// Vectors of the ids [begin, end) of a block, `width` apart: its probes added in their order.
+EMBCOMPRESS_INLINE void add_overlapping(const RowBlock& rows, int begin, int end, int64_t width,
+                                        float* vectors) {
+    std::fill(vectors + begin * width, vectors + end * width, 0.0f);
+    for (int t = 0; t < rows.num_probes(); ++t) {
+        const Probe& probe = rows.probe(t);
+        const ProbeRows one = rows_of(rows, t, 1);
+        for (int i = begin; i < end; ++i) {
+            float* out = vectors + i * width + probe.column;
+            pool_probes<false>(one, {i, i + 1, nullptr, false, 0, out}, probe.width);
+        }
     }
-    for (int i = target.begin; i < target.end; ++i) {
-        float* out = target.out + i * target.stride;
-        if (target.stride != 0) std::fill(out + filled, out + width, 0.0f);
-        pool_probes<false>(rows, {i, i + 1, target.weights, false, 0, out}, width);
-    }
-}
-
-// The end of the probes from t on that have the columns of probe t.
-EMBCOMPRESS_INLINE int end_of_columns(const RowBlock& rows, int t) {
-    int end = t + 1;
-    while (end < rows.num_probes() && rows.probe(end).column == rows.probe(t).column &&
-           rows.probe(end).width == rows.probe(t).width) {
-        ++end;
-    }
-    return end;
 }
 
 // Pools the vectors of a block's ids; probes are combined per id, before.
-EMBCOMPRESS_INLINE void pool_ids(const RowBlock& rows, const Feature& feature, Target target) {
+EMBCOMPRESS_INLINE void pool_ids(RowBlock& rows, const Feature& feature, Target target) {
     const int count = rows.num_probes();
     if (feature.combine == Combine::kMul) {
         pool_probes<true>(rows_of(rows, 0, count), target, feature.width);
         return;
     }
-    float* out = target.out;
-    int64_t filled = 0;
-    for (int t = 0, end; t < count; t = end) {
-        end = end_of_columns(rows, t);
-        const int64_t column = rows.probe(t).column, width = rows.probe(t).width;
-        target.out = out + column;
-        if (column >= filled) {
-            pool_probes<false>(rows_of(rows, t, end - t), target, width);
-        } else {
-            add_over(rows_of(rows, t, end - t), target, std::min(filled - column, width), width);
+    if (rows.overlapping()) {
+        add_overlapping(rows, target.begin, target.end, feature.width, rows.vectors());
+        const float* pointers[kBlock];
+        for (int i = target.begin; i < target.end; ++i) {
+            pointers[i] = rows.vectors() + i * feature.width;
         }
-        filled = std::max(filled, column + width);
+        pool_probes<false>({pointers, nullptr, 1}, target, feature.width);
+        return;
+    }
+    float* out = target.out;
+    for (int t = 0, end; t < count; t = end) {
+        end = rows.end_of_columns(t);
+        target.out = out + rows.probe(t).column;
+        pool_probes<false>(rows_of(rows, t, end - t), target, rows.probe(t).width);
     }
 }
 

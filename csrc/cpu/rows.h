@@ -22,10 +22,11 @@ constexpr int64_t kSmallStore = 32 << 10;
 class RowBlock {
   public:
     explicit RowBlock(const Lookup& lookup) : lookup_(lookup) {
-        int64_t most = 0, widest = 1, converted = 0;
+        int64_t most = 0, widest = 1, converted = 0, vectors = 0;
         for (int64_t f = 0; f < lookup.header.num_features; ++f) {
             const Feature& feature = lookup.features[f];
             int64_t width = 0;
+            if (overlap(feature)) vectors = std::max(vectors, feature.width * kBlock);
             for (int64_t t = 0; t < feature.num_probes; ++t) {
                 const Probe& probe = lookup.probes[feature.first_probe + t];
                 widest = std::max(widest, probe.width);
@@ -42,6 +43,7 @@ class RowBlock {
         steps_.resize(2 * steps_room(widest));
         buffers_.resize(most);
         lines_.resize(most);
+        vectors_.resize(vectors);
     }
 
     RowBlock(const Lookup& lookup, const Feature& feature) : RowBlock(lookup) { use(feature); }
@@ -53,6 +55,7 @@ class RowBlock {
         count_ = static_cast<int>(feature.num_probes);
         if (scaled_) std::fill(scales_.begin(), scales_.end(), 1.0f);
         scaled_ = false;
+        overlapping_ = overlap(feature);
         float* buffer = buffer_.data();
         int64_t lines = 0;
         for (int t = 0; t < count_; ++t) {
@@ -69,7 +72,13 @@ class RowBlock {
     const Feature& feature() const { return *feature_; }
     int num_probes() const { return count_; }
     const Probe& probe(int t) const { return probes_[t]; }
+    // The end of the probes from t on that have the columns of probe t.
+    int end_of_columns(int t) const { return static_cast<int>(end_of_columns(probes_, t, count_)); }
     bool scaled() const { return scaled_; }
+    // Whether the columns of a probe are in part those of probes before it.
+    bool overlapping() const { return overlapping_; }
+    // Room for the vectors of a block's ids, where probes overlap.
+    float* vectors() { return vectors_.data(); }
     const float* const* pointers(int t) const { return pointers_.data() + t * kBlock; }
     const float* scales(int t) const { return scales_.data() + t * kBlock; }
     // Row of each id in the store of probe t; -1 where absent or padding.
@@ -181,6 +190,27 @@ class RowBlock {
         return (std::min(probe.width, kPrefetchFloats) + kLineFloats - 1) / kLineFloats;
     }
 
+    static int64_t end_of_columns(const Probe* probes, int64_t t, int64_t count) {
+        int64_t end = t + 1;
+        while (end < count && probes[end].column == probes[t].column &&
+               probes[end].width == probes[t].width) {
+            ++end;
+        }
+        return end;
+    }
+
+    bool overlap(const Feature& feature) const {
+        if (feature.combine == Combine::kMul) return false;
+        const Probe* probes = lookup_.probes + feature.first_probe;
+        int64_t filled = 0;
+        for (int64_t t = 0; t < feature.num_probes;
+             t = end_of_columns(probes, t, feature.num_probes)) {
+            if (probes[t].column < filled) return true;
+            filled = probes[t].column + probes[t].width;
+        }
+        return false;
+    }
+
     static int64_t room_for(const Probe& probe) { return probe.width * kBlock + kUnpacked; }
 
     template <typename Id>
@@ -264,6 +294,7 @@ class RowBlock {
     const Probe* probes_ = nullptr;
     int count_ = 0;
     bool scaled_ = false;
+    bool overlapping_ = false;
     bool has_skipped_ = false;
     int found_ = 0;
     int fetched_ = 0;
@@ -277,6 +308,7 @@ class RowBlock {
     std::vector<int64_t> lines_;  // of a row of each probe that are prefetched
     std::vector<float> steps_;    // and biases, of a row
     std::vector<float> zeros_;
+    std::vector<float> vectors_;
 };
 
 }  // namespace embcompress

@@ -161,7 +161,11 @@ inline int64_t stage_stores(const Feature& feature, BoundProbe* bound) {
     for (int64_t t = 0; t < feature.num_probes; ++t) {
         bound[t].staged_at = -1;
         for (int64_t u = 0; u < t; ++u) {
-            if (bound[u].store.data == bound[t].store.data) bound[t].staged_at = bound[u].staged_at;
+            // Slices of one tensor may begin at one address, but differ in length.
+            const StoreView &before = bound[u].store, &store = bound[t].store;
+            if (before.data == store.data && before.bytes == store.bytes) {
+                bound[t].staged_at = bound[u].staged_at;
+            }
         }
         const int64_t bytes = align_up(bound[t].store.bytes, 16);
         if (bound[t].staged_at >= 0 || bytes == 0 || used + bytes > kStagedBytes) continue;

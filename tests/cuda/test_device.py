@@ -10,9 +10,8 @@ from torch import Tensor
 
 import embcompress as ec
 from embcompress.engine import Bags, lookup, ops
-from embcompress.engine.encoding import can_encode, needs_cpu_kernels
 from embcompress.plan import Digit, Hash, LookupPlan, Probe, Store
-from tests.engine.devices import needs_gpu, to_device
+from tests.engine.devices import needs_gpu, runs_in_kernels, to_device
 from tests.engine.judging import output_gradient, run
 from tests.plan_cases import Case, make_case
 
@@ -24,14 +23,6 @@ gpu = [pytest.mark.cuda, needs_gpu]
 def on_gpu(case: Case) -> Tensor:
     moved = to_device(case, "cuda")
     return lookup(moved.plan, moved.stores, moved.bags).cpu()
-
-
-def runs_in_kernels(case: Case) -> bool:
-    """Whether torch has no part in the lookup of a case on a GPU."""
-    doubles = case.bags.weights is not None and case.bags.weights.dtype == torch.float64
-    in_torch = case.plan.head is not None or case.plan.pool == "max" or case.plan.is_dense
-    for_cpu = needs_cpu_kernels(case.plan)
-    return can_encode(case.plan) and not (doubles or in_torch or for_cpu)
 
 
 def on_cpu(case: Case) -> Tensor:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from embcompress.engine import ops
+from embcompress.engine.encoding import can_encode, needs_cpu_kernels
 from tests.plan_cases import Case
 
 HAS_GPU = torch.cuda.is_available() and ops.has_cuda_kernels()
@@ -27,3 +28,11 @@ def to_device(case: Case, device: str) -> Case:
     bags = replace(bags, ids=bags.ids.to(device), offsets=bags.offsets.to(device), weights=weights)
     stores = {name: tensor.to(device) for name, tensor in case.stores.items()}
     return replace(case, stores=stores, bags=bags)
+
+
+def runs_in_kernels(case: Case) -> bool:
+    """Whether torch has no part in the lookup of a case on a GPU."""
+    doubles = case.bags.weights is not None and case.bags.weights.dtype == torch.float64
+    in_torch = case.plan.head is not None or case.plan.pool == "max" or case.plan.is_dense
+    for_cpu = needs_cpu_kernels(case.plan)
+    return can_encode(case.plan) and not (doubles or in_torch or for_cpu)

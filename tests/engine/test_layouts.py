@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from torch import Tensor
 
 from embcompress.engine import Bags, GradientOptions, Program, lookup, ops
 from embcompress.engine.fused import FusedStores, UpdateRule
-from embcompress.plan import Code, Digit, Hash, LookupPlan, Probe, Quantization, Store, Weight
+from embcompress.engine.reference import lookup_reference
+from embcompress.plan import Code, Digit, Hash, LookupPlan, Probe, Quantization, Sign, Store, Weight
 from tests.engine.devices import DEVICES, to_device
 from tests.engine.judging import Judge, run
 from tests.engine.test_generated import run_features
@@ -70,6 +73,53 @@ def test_a_bag_of_many_ids_and_rows_that_all_touch(device: str) -> None:
     probe = Probe("rows", Digit(1, 3), Weight("scales", Digit(1, 2), 2))
     case = make_case(LookupPlan(1000, 8, stores, (probe,), pool="sum"), [1, 20_000, 0, 5, 300])
     check(case, device)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_probes_that_overlap_are_combined_for_each_id(device: str, weighted: bool) -> None:
+    """Probes first, then ids: the bits do not depend on where a block of ids ends."""
+    stores = (Store("wide", 60, 33), Store("narrow", 29, 1), Store("end", 31, 16, "float16"))
+    probes = (
+        Probe("wide", Digit(1, 60)),
+        Probe("narrow", Hash(1, 29), column=10),
+        Probe("end", Hash(2, 31), Sign(3), column=17),
+        Probe("end", Hash(4, 31), column=17),
+        Probe("wide", Hash(5, 60), column=0),
+    )
+    case = make_case(LookupPlan(10_000, 33, stores, probes, pool="sum"), [7] * 500 + [0, 300, 1])
+    if weighted:
+        weights = torch.randn(case.bags.ids.numel(), generator=torch.Generator().manual_seed(1))
+        case = replace(case, bags=replace(case.bags, weights=weights))
+    check(case, device)
+    with torch.no_grad():
+        pooled = engine(case, device)
+        each = replace(case.bags, weights=None)
+        vectors = engine(replace(case, plan=case.plan.with_pool("none", None), bags=each), device)
+    if weighted:
+        vectors = vectors * weights[:, None]
+    ends = case.bags.offsets.tolist()
+    for bag, (begin, end) in enumerate(pairwise(ends)):
+        expected = torch.zeros(33)
+        for vector in vectors[begin:end]:
+            expected += vector
+        assert torch.equal(pooled[bag], expected), bag
+
+
+def test_stores_that_begin_at_one_address(device: str) -> None:
+    """Slices of a tensor, one longer than the other, which small stores' copies keep apart."""
+    stores = (Store("few", 3, 8), Store("all", 40, 8), Store("other", 10, 8))
+    probes = (Probe("few", Digit(1, 3)), Probe("all", Digit(1, 40)), Probe("other", Hash(1, 10)))
+    plan = LookupPlan(1000, 8, stores, probes, pool="sum")
+    case = make_case(plan, [20] * 200)
+    table = torch.arange(320.0).reshape(40, 8)
+    other = -torch.arange(80.0).reshape(10, 8)
+    moved = table.to(device)
+    tensors = {"few": moved[:3], "all": moved, "other": other.to(device)}
+    bags = to_device(case, device).bags
+    expected = lookup_reference(
+        plan, {"few": table[:3], "all": table, "other": other}, case.bags, sparse=False
+    )
+    assert torch.equal(lookup(plan, tensors, bags).cpu(), expected)
 
 
 @pytest.mark.parametrize("num_features", [1, 40])
