@@ -22,7 +22,8 @@ LIMIT=${LIMIT:-530}
 FAILED=0
 : >"$OUT/summary.txt"
 
-# step NAME SECONDS COMMAND…: runs it with a limit, its output in $OUT/NAME.log.
+# step NAME SECONDS COMMAND…: runs it with a limit, its output in $OUT/NAME.log. At the limit it is
+# interrupted first, so that pytest still says what failed.
 step() {
     local name=$1 limit=$2 left=$((LIMIT - SECONDS)) begin=$SECONDS code=0
     shift 2
@@ -32,7 +33,7 @@ step() {
         FAILED=1
         return
     fi
-    timeout --kill-after=5 "$limit" "$@" >"$OUT/$name.log" 2>&1 || code=$?
+    timeout --signal=INT --kill-after=10 "$limit" "$@" >"$OUT/$name.log" 2>&1 || code=$?
     tail -n 25 "$OUT/$name.log"
     echo "$name: exit $code after $((SECONDS - begin)) s" | tee -a "$OUT/summary.txt"
     if ((code != 0)); then FAILED=1; fi
@@ -46,10 +47,15 @@ if [ -z "${EMBCOMPRESS_LIBRARY:-}" ]; then
     step build 170 "$PYTHON" setup.py build_ext --inplace
 fi
 
+# A line for every test as it ends, for when the time is up; stacks of one that hangs. Eight
+# processes with as many threads each as there are cores would wait for each other most of the time.
 WORKERS=()
 if "$PYTHON" -c 'import xdist' 2>/dev/null; then WORKERS=(-n 8); fi
-step tests 150 "$PYTHON" -m pytest -q -p no:cacheprovider "${WORKERS[@]}" -m "cuda and not slow" \
-    tests/cuda tests/engine
+OMP_NUM_THREADS=1 step tests 150 "$PYTHON" -m pytest -vv -rfE --tb=short --durations=10 \
+    --junitxml="$OUT/tests.xml" -o faulthandler_timeout=60 -p no:cacheprovider -p no:benchmark \
+    "${WORKERS[@]}" -m "cuda and not slow" tests/cuda tests/engine
+grep -aoE "(FAILED|ERROR) +tests/[^ ]+|node down.*|=+ .*(passed|failed).* =+" "$OUT/tests.log" |
+    sort -u | tee -a "$OUT/summary.txt"
 
 # The sanitizer needs a hundred seconds after it.
 LEFT=$((LIMIT - SECONDS - 115))
@@ -58,8 +64,8 @@ step benchmark "$((LEFT + 15))" "$PYTHON" benchmarks/gpu.py --out "$OUT/gpu.json
 SANITIZER=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
 if [ -x "$SANITIZER" ]; then
     for tool in memcheck racecheck; do
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 50 "$SANITIZER" --tool "$tool" \
-            --error-exitcode 9 --target-processes all \
+        OMP_NUM_THREADS=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 50 \
+            "$SANITIZER" --tool "$tool" --error-exitcode 9 --target-processes all \
             "$PYTHON" -m pytest -q -p no:cacheprovider -m cuda tests/cuda/test_sanitized.py
     done
 else

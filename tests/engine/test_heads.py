@@ -150,7 +150,10 @@ def test_gradients_are_those_of_finite_differences(kind: str, pool: Pool) -> Non
 @pytest.mark.parametrize("kind", ["train", "network"])
 def test_what_kernels_gather_gives_the_same(kind: str, pool: Pool, sparse: bool) -> None:
     plan, results = make_plan(kind, pool, "float32"), []
-    assert Program((plan,)).is_compiled
+    program = Program((plan,))
+    assert program.is_compiled
+    if not program.runs_on(torch.device("cpu")):
+        pytest.skip("rows overlap, and the emulated CUDA kernels read none that do")
     error = AssertionError("the engine fell back to the reference")
     for engine in ("reference", "kernels"):
         stores, weights = stores_for(plan), weights_for(pool, torch.float32)
