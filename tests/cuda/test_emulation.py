@@ -111,7 +111,7 @@ def test_values_are_the_cpu_s_to_the_bit(library: Path, tmp_path: Path) -> None:
     assert "csrc/cuda/ops.cpp" in done.stdout
     emulated = torch.load(tmp_path / "values.pt", weights_only=True)
     expected = values(NUMBERS)
-    assert emulated.keys() == expected.keys() and len(expected) > 200
+    assert emulated.keys() == expected.keys() and len(expected) > 150
     for number, value in expected.items():
         same = (value == emulated[number]) | (value.isnan() & emulated[number].isnan())
         assert bool(same.all()), make_case(number)
