@@ -12,7 +12,6 @@
 #include "arguments.h"
 #include "cpu/gradients.h"
 #include "cpu/hot_sketch.h"
-#include "cpu/large_pages.h"
 
 namespace embcompress {
 
@@ -77,7 +76,6 @@ Tensor lookup(std::vector<Tensor> stores, Tensor ids, std::optional<Tensor> offs
         num_features == what.header.num_features && num_columns == what.header.num_columns,
         "num_features and num_columns are not the encoding's");
     Tensor out = torch::stable::empty({what.batch, num_columns}, ScalarType::Float);
-    advise_large_pages(out.mutable_data_ptr(), what.batch * num_columns * 4);
     check_ids(lookup_forward(what, mutable_floats(out), threads()));
     return out;
 }
