@@ -153,7 +153,8 @@ class PlanSearch:
         """AUC of a short training, the best after any pass; None if the time ran out."""
         with torch.random.fork_rng():
             build = self._builder(budget_bytes)
-            return full_training(method, build, self.data, self._end, _PASSES)
+            found = full_training(method, build, self.data, self._end, _PASSES)
+            return None if found is None else found.auc
 
     def _add(self, measured: list[Measurement], method: Method, budget_bytes: int) -> None:
         """Measure at that budget, if it is possible, new, and there is time."""

@@ -10,20 +10,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from embcompress.budget import BudgetError
 from embcompress.methods.base import Method
 from embcompress.phases import Phase
+from embcompress.planner.ranking import Ranking
 from embcompress.recipe import binary_step, make_optimizer, validation_step
 from embcompress.training import TrainingProcedure
 
 #: What a model is called with (a tensor, a tuple of arguments, a dict of named ones), and labels.
 Example = tuple[Any, Tensor]
 #: Examples that are tried on, at most: so many that a training takes seconds.
-MOST_EXAMPLES = 1 << 17
+MOST_EXAMPLES = 1 << 19
 _HELD_OUT = 0.1
 _LEARNING_RATE = 0.03  # of Adagrad
 #: Of the random numbers of trials: not the model's, so that all seeds get one plan for one data.
@@ -33,8 +33,7 @@ TRIAL_SEED = 0
 _RUNGS = (0.5, 1.0, 2.0, 4.0)
 #: Earlier parts of the examples by which the winner has to beat the best guess again.
 _CONFIRMATIONS = 3
-#: Standard errors of its lead, at least; trainings have a noise of their own beside that of the
-#: held-out examples.
+#: Standard errors of its lead, at least.
 _ERRORS_AHEAD = 2.5
 
 
@@ -132,7 +131,7 @@ class Trial:
 
     Attributes:
         method: what makes the plan.
-        auc: on the held-out batches, the best after any number of passes.
+        ranking: of the held-out examples, the best after any number of passes.
         passes: over the training batches, after which it was evaluated last.
         lead: of its AUC over the best guess's on earlier examples, on average; None where it was
             not compared there.
@@ -140,13 +139,18 @@ class Trial:
     """
 
     method: Method
-    auc: float = 0.0
+    ranking: Ranking | None = field(default=None, repr=False)
     passes: float = 0.0
     lead: float | None = None
     model: nn.Module | None = field(default=None, repr=False)
     _optimizer: torch.optim.Optimizer | None = field(default=None, repr=False)
     _procedure: TrainingProcedure | None = field(default=None, repr=False)
     _shown: Iterator[Example] = field(default=iter(()), repr=False)
+
+    @property
+    def auc(self) -> float:
+        """On the held-out examples; 0 before the first pass."""
+        return 0.0 if self.ranking is None else self.ranking.auc
 
     def train(
         self, build: Callable[[Method], nn.Module], data: TrialData, passes: float, end: float
@@ -172,13 +176,15 @@ class Trial:
                 return
             self._step(self._procedure.phase, data.training[batch % count])
         self.passes = passes
-        self.auc = max(self.auc, area_under_curve(self.model, data))
+        now = ranking(self.model, data)
+        if self.ranking is None or now.auc > self.ranking.auc:
+            self.ranking = now
 
     def _begin_phase(self, data: TrialData) -> Phase:
         """The next phase, which chooses by the validation batches of ``data``."""
         model, procedure = self.model, self._procedure
         assert model is not None and procedure is not None
-        phase = procedure.begin_phase(lambda: area_under_curve(model, data))
+        phase = procedure.begin_phase(lambda: ranking(model, data).auc)
         assert phase is not None
         self._optimizer = make_optimizer(model, _LEARNING_RATE)
         procedure.attach(self._optimizer)
@@ -218,24 +224,9 @@ def log_loss(model: nn.Module, data: TrialData) -> float:
     return float(nn.functional.binary_cross_entropy_with_logits(logits, labels))
 
 
-def area_under_curve(model: nn.Module, data: TrialData) -> float:
-    """Area under the ROC curve of the held-out outputs; 0 where they are not finite.
-
-    It is the share of pairs of a positive and a negative in which the positive has the larger
-    output; equal ones count half, as if there were one where all labels are alike.
-    """
-    values = held_out_logits(model, data).numpy()
-    if not np.isfinite(values).all():
-        return 0.0
-    is_positive = data.held_out_labels.numpy() > 0.5
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    rank = (count.cumsum() - (count - 1) / 2)[place]
-    positive = int(is_positive.sum())
-    negative = len(values) - positive
-    if positive * negative == 0:
-        return 0.5
-    above = rank[is_positive].sum() - positive * (positive + 1) / 2
-    return float(above / (positive * negative))
+def ranking(model: nn.Module, data: TrialData) -> Ranking:
+    """How the model ranks the held-out examples."""
+    return Ranking.of(held_out_logits(model, data).numpy(), data.held_out_labels.numpy() > 0.5)
 
 
 def distinct(methods: Sequence[Method], plans: Callable[[Method], object]) -> list[Method]:
@@ -267,7 +258,7 @@ def choose(
     The better half goes on to more passes each time (Jamieson & Talwalkar, "Non-stochastic best
     arm identification and hyperparameter optimization", AISTATS 2016, algorithm 1). What wins so
     is mostly the luckiest of those that are alike. So it has to lead the first by a standard error
-    (:func:`difference_error`), and to win against it again on examples that did not choose it
+    (:meth:`Ranking.lead`), and to win against it again on examples that did not choose it
     (:func:`confirm`): what cannot be told apart stays as it is, whatever the seed.
 
     Args:
@@ -297,14 +288,21 @@ def choose(
     for trial in alive:
         trial.end()
     winner = min(alive, key=_rank)
-    is_ahead = winner.auc - first.auc > difference_error(data)
-    if not is_ahead or not confirm(winner, first, build, data, end):
+    if not _is_ahead(winner, first) or not confirm(winner, first, build, data, end):
         winner = first
     return sorted(trials, key=lambda trial: (trial is not winner, *_rank(trial)))
 
 
 def _rank(trial: Trial) -> tuple[float, float]:
     return -trial.passes, -trial.auc
+
+
+def _is_ahead(trial: Trial, other: Trial) -> bool:
+    """By more than a standard error."""
+    if trial.ranking is None or other.ranking is None:
+        return False
+    lead, error = trial.ranking.lead(other.ranking)
+    return lead > error
 
 
 def confirm(
@@ -316,26 +314,29 @@ def confirm(
 ) -> bool:
     """Whether the challenger beats the first on earlier examples, too; its lead is noted.
 
-    Over up to three earlier parts it must be ahead on average by 2.5 standard errors, and is given
-    up where it falls behind. The error of one part is that of its examples
-    (:func:`difference_error`), or what the leads differ by, where trainings differ by more than
-    that. Parts for which there was no time do not count; without any, it does not beat the first.
+    It must be ahead in each of up to three earlier parts, because trainings have a noise of their
+    own, and on average by 2.5 standard errors of what the draw of the examples does. Parts for
+    which there was no time do not count; without any, it does not beat the first.
     """
     leads: list[float] = []
-    lead = error = 0.0
+    errors: list[float] = []
     earlier = data.earlier()
     while earlier is not None and len(leads) < _CONFIRMATIONS:
-        aucs = [full_training(each.method, build, earlier, end) for each in (challenger, first)]
-        if aucs[0] is None or aucs[1] is None:
+        one = full_training(challenger.method, build, earlier, end)
+        other = full_training(first.method, build, earlier, end)
+        if one is None or other is None:
             break
-        leads.append(aucs[0] - aucs[1])
-        challenger.lead = lead = statistics.fmean(leads)
-        spread = statistics.stdev(leads) if len(leads) > 1 else 0.0
-        error = max(difference_error(earlier), spread) / math.sqrt(len(leads))
+        lead, error = one.lead(other)
+        leads.append(lead)
+        errors.append(error)
+        challenger.lead = statistics.fmean(leads)
         if lead <= 0:
-            break
+            return False
         earlier = earlier.earlier()
-    return lead > _ERRORS_AHEAD * error
+    if not leads:
+        return False
+    error = statistics.fmean(errors) / math.sqrt(len(leads))
+    return statistics.fmean(leads) > _ERRORS_AHEAD * error
 
 
 def full_training(
@@ -344,15 +345,15 @@ def full_training(
     data: TrialData,
     end: float,
     most_passes: float = _RUNGS[-1],
-) -> float | None:
-    """AUC of a training that goes on as long as it rises; None if the time ran out."""
+) -> Ranking | None:
+    """Of a training that goes on as long as the AUC rises; None if the time ran out."""
     trial, best = Trial(method), -1.0
     while trial.passes < most_passes and trial.auc > best:
         best, passes = trial.auc, trial.passes + 1
         trial.train(build, data, passes, end)
         if trial.passes < passes:
             return None
-    return trial.auc
+    return trial.ranking
 
 
 def standard_error(data: TrialData) -> float:
@@ -365,11 +366,3 @@ def standard_error(data: TrialData) -> float:
     positive = int((labels > 0.5).sum())
     negative = labels.numel() - positive
     return math.sqrt((positive + negative + 1) / (12 * positive * negative))
-
-
-def difference_error(data: TrialData) -> float:
-    """Of the difference between the AUCs of two models on the same held-out examples.
-
-    Half of the standard error of one AUC: if the two are correlated by 7/8.
-    """
-    return standard_error(data) / 2
