@@ -23,8 +23,10 @@ from embcompress.planner.trials import (
     TrialData,
     choose,
     confirm,
+    full_passes,
     ranking,
     standard_error,
+    training_order,
 )
 from embcompress.recipe import OverfittingGuard, initialize_tables
 
@@ -83,6 +85,17 @@ def test_earlier_data_is_compared_by_what_comes_right_after_it(data: TrialData) 
     assert few.earlier() is None  # nothing is left to train on
     alike = TrialData([*data.training[:5], (None, torch.ones(9))], data.validation[:1])
     assert alike.earlier() is None
+
+
+def test_the_first_part_of_a_training_sees_all_times(
+    data: TrialData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert full_passes(data) == 4
+    assert training_order(data) == [*range(0, 54, 2), *range(1, 54, 2)]
+    monkeypatch.setattr(trials, "_MOST_SEEN", 2 * data.examples)
+    assert full_passes(data) == 2 and training_order(data)[:14] == list(range(0, 54, 4))
+    monkeypatch.setattr(trials, "_MOST_SEEN", 1)
+    assert full_passes(data) == 1 and sorted(training_order(data)) == list(range(54))
 
 
 def test_data_is_checked() -> None:

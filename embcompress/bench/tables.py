@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import ROUND_CEILING, Decimal
 
 from embcompress.bench.comparison import BASELINE, difference, rankings
@@ -76,6 +76,46 @@ def markdown_results(summary: Summary) -> str:
     header, rows = table_rows(summary)
     texts = [[f"**{text}**" if best else text for text, best in row] for row in rows]
     return markdown_table(header, texts)
+
+
+def markdown_lead(summaries: Mapping[str, Summary], method: str) -> str:
+    """One method against the best other one at each budget, and hashing, in Markdown.
+
+    Args:
+        summaries: by what the first column says of each.
+        method: whose AUC is compared; the best other one is chosen afterwards, by its test AUC.
+    """
+    header = [
+        "click log",
+        "budget",
+        "full",
+        method,
+        "lost",
+        "best other method",
+        "ahead by",
+        "hash",
+    ]
+    rows = []
+    for name, summary in summaries.items():
+        for budget in summary.budgets:
+            means = {
+                cell.method: cell.auc.mean
+                for cell in summary.cells
+                if cell.budget == budget and cell.auc is not None
+            }
+            own, full = summary.find(method, budget), summary.full
+            others = {other: mean for other, mean in means.items() if other != method}
+            if own is None or own.auc is None or full is None or full.auc is None or not others:
+                continue
+            best = max(others, key=others.__getitem__)
+            mean = own.auc.mean
+            rows.append([
+                name, budget, f"{full.auc.mean:.4f}", own.auc.text(),
+                f"{full.auc.mean - mean:+.4f}", f"{best} {others[best]:.4f}",
+                f"{mean - others[best]:+.4f}",
+                f"{means[BASELINE]:.4f}" if BASELINE in means else "–",
+            ])  # fmt: skip
+    return markdown_table(header, rows)
 
 
 def ranking_table(summary: Summary) -> Table:

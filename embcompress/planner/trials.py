@@ -28,9 +28,12 @@ _HELD_OUT = 0.1
 _LEARNING_RATE = 0.03  # of Adagrad
 #: Of the random numbers of trials: not the model's, so that all seeds get one plan for one data.
 TRIAL_SEED = 0
-#: Passes over the training examples after which the worse half of the plans is left out; the best
-#: guess stays to the end, because a short training says least of what learns slowly.
-_RUNGS = (0.5, 1.0, 2.0, 4.0)
+#: Passes over the training examples, at most, and examples that a training sees altogether, unless
+#: one pass is more.
+_PASSES, _MOST_SEEN = 4, 1 << 19
+#: Shares of a training after which the worse half of the plans is left out; the best guess stays to
+#: the end, because a short training says least of what learns slowly.
+_RUNGS = (1 / 8, 1 / 4, 1 / 2, 1)
 #: Earlier parts of the examples by which the winner has to beat the best guess again.
 _CONFIRMATIONS = 3
 #: Standard errors of its lead, at least.
@@ -112,6 +115,22 @@ class TrialData:
         return sum(labels.numel() for _, labels in self.training)
 
 
+def training_order(data: TrialData) -> list[int]:
+    """Numbers of the training batches, in the order of a pass.
+
+    Every so many of them first, then those between: so the first part of a training sees all times
+    of a log in time order, and ends with the latest, by which it is compared.
+    """
+    count = len(data.training)
+    slices = min(count, max(1, round(1 / (_RUNGS[0] * full_passes(data)))))
+    return [batch for first in range(slices) for batch in range(first, count, slices)]
+
+
+def full_passes(data: TrialData, most: float = _PASSES) -> float:
+    """Passes of a training that is not cut short: fewer, the more examples there are."""
+    return min(most, max(1.0, _MOST_SEEN / data.examples))
+
+
 def call_model(model: nn.Module, inputs: Any) -> Tensor:
     """The model's output for one batch."""
     if isinstance(inputs, Mapping):
@@ -159,7 +178,8 @@ class Trial:
 
         Where the method has several phases, all but the last are run before the first pass.
         """
-        count = len(data.training)
+        order = training_order(data)
+        count = len(order)
         if self.model is None:
             self.model = build(self.method)
             self._procedure = TrainingProcedure(self.model)
@@ -174,7 +194,7 @@ class Trial:
         for batch in range(round(self.passes * count), round(passes * count)):
             if time.monotonic() > end:
                 return
-            self._step(self._procedure.phase, data.training[batch % count])
+            self._step(self._procedure.phase, data.training[order[batch % count]])
         self.passes = passes
         now = ranking(self.model, data)
         if self.ranking is None or now.auc > self.ranking.auc:
@@ -275,9 +295,9 @@ def choose(
     end = time.monotonic() + seconds
     trials = [Trial(method) for method in methods]
     first, alive = trials[0], trials
-    for passes in _RUNGS:
+    for share in _RUNGS:
         for trial in alive:
-            trial.train(build, data, passes, end)
+            trial.train(build, data, share * full_passes(data), end)
         better = sorted(alive, key=_rank)[: max(1, len(alive) // 2)]
         alive = better if first in better else [*better, first]
         for trial in trials:
@@ -344,12 +364,12 @@ def full_training(
     build: Callable[[Method], nn.Module],
     data: TrialData,
     end: float,
-    most_passes: float = _RUNGS[-1],
+    most_passes: float = _PASSES,
 ) -> Ranking | None:
     """Of a training that goes on as long as the AUC rises; None if the time ran out."""
-    trial, best = Trial(method), -1.0
-    while trial.passes < most_passes and trial.auc > best:
-        best, passes = trial.auc, trial.passes + 1
+    trial, best, most = Trial(method), -1.0, full_passes(data, most_passes)
+    while trial.passes < most and trial.auc > best:
+        best, passes = trial.auc, min(trial.passes + 1, most)
         trial.train(build, data, passes, end)
         if trial.passes < passes:
             return None

@@ -15,12 +15,10 @@ from embcompress.methods.base import Method
 from embcompress.methods.full import Full
 from embcompress.methods.hash import Hashing
 from embcompress.planner.lookups import count_lookups
-from embcompress.planner.trials import Trial, TrialData, log_loss
+from embcompress.planner.trials import Trial, TrialData, full_passes, log_loss
 
 #: Full tables are trained where they take no more bytes; else tables of hashed rows that do.
 MOST_BYTES = 1 << 30
-#: Passes over the training examples, at most: fewer where the AUC has fallen after one.
-_PASSES = 4
 _CHUNK = 1 << 16  # ids
 
 
@@ -45,8 +43,9 @@ def measure_worths(
     is_small = dense_bytes <= MOST_BYTES
     method, limit = (Full(), dense_bytes) if is_small else (Hashing(), MOST_BYTES)
     trial, best, worths = Trial(method), -1.0, None
-    while trial.passes < _PASSES and trial.auc > best:
-        best, passes = trial.auc, trial.passes + 1
+    most = full_passes(data)
+    while trial.passes < most and trial.auc > best:
+        best, passes = trial.auc, min(trial.passes + 1, most)
         trial.train(lambda method: build(method, limit), data, passes, end)
         if trial.passes < passes or time.monotonic() > end:
             return None
