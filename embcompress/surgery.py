@@ -35,7 +35,7 @@ def compress(
     budget: Budget | None = None,
     max_auc_loss: float | None = None,
     data: Iterable[Any] | None = None,
-    plan_seconds: float = 60.0,
+    plan_seconds: float = 100.0,
     seed: int = 0,
     counts: Mapping[str, Tensor] | None = None,
     co_occurrence: Mapping[str, Tensor] | None = None,
