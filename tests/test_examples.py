@@ -43,3 +43,14 @@ def test_prune_vocabulary() -> None:
     losses = [float(line.split()[-1]) for line in printed.splitlines() if line.startswith("step")]
     assert len(losses) == 4 and losses[-1] < losses[0] - 1
     assert "restored to 50000 tokens, the trained ones exactly: True" in printed
+
+
+def test_torchrec_dlrm(tmp_path: Path) -> None:
+    """A checkpoint goes on where it was."""
+    pytest.importorskip("torchrec")
+    state = str(tmp_path / "state")
+    options = ("--data", "synthetic:rows=6000,ids=500", "--epochs", "1")
+    trained = run("torchrec_dlrm.py", *options, "--save", state)
+    (tested,) = [line for line in trained.splitlines() if line.startswith("test: AUC")]
+    loaded = run("torchrec_dlrm.py", *options, "--load", state)
+    assert f"loaded {state}: {tested.removeprefix('test: ')}" in loaded
