@@ -365,14 +365,22 @@ def full_training(
     data: TrialData,
     end: float,
     most_passes: float = _PASSES,
+    on_better: Callable[[nn.Module], None] | None = None,
 ) -> Ranking | None:
-    """Of a training that goes on as long as the AUC rises; None if the time ran out."""
+    """Of a training that goes on as long as the AUC rises; None if the time ran out.
+
+    Args:
+        on_better: called with the model after every pass that made the AUC rise.
+    """
     trial, best, most = Trial(method), -1.0, full_passes(data, most_passes)
     while trial.passes < most and trial.auc > best:
         best, passes = trial.auc, min(trial.passes + 1, most)
         trial.train(build, data, passes, end)
         if trial.passes < passes:
             return None
+        if on_better is not None and trial.auc > best:
+            assert trial.model is not None
+            on_better(trial.model)
     return trial.ranking
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -15,7 +14,7 @@ from embcompress.methods.base import Method
 from embcompress.methods.full import Full
 from embcompress.methods.hash import Hashing
 from embcompress.planner.lookups import count_lookups
-from embcompress.planner.trials import Trial, TrialData, full_passes, log_loss
+from embcompress.planner.trials import TrialData, full_training, log_loss
 
 #: Full tables are trained where they take no more bytes; else tables of hashed rows that do.
 MOST_BYTES = 1 << 30
@@ -42,18 +41,15 @@ def measure_worths(
     """
     is_small = dense_bytes <= MOST_BYTES
     method, limit = (Full(), dense_bytes) if is_small else (Hashing(), MOST_BYTES)
-    trial, best, worths = Trial(method), -1.0, None
-    most = full_passes(data)
-    while trial.passes < most and trial.auc > best:
-        best, passes = trial.auc, min(trial.passes + 1, most)
-        trial.train(lambda method: build(method, limit), data, passes, end)
-        if trial.passes < passes or time.monotonic() > end:
-            return None
-        if trial.auc > best:
-            assert trial.model is not None
-            worths = _lost_without(trial.model, data)
-    trial.end()
-    return worths
+    worths: dict[str, float] = {}
+    found = full_training(
+        method,
+        lambda method: build(method, limit),
+        data,
+        end,
+        on_better=lambda model: worths.update(_lost_without(model, data)),
+    )
+    return None if found is None else worths
 
 
 @torch.no_grad()
