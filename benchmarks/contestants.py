@@ -185,6 +185,7 @@ def compressed_tables(
     *,
     sparse: bool = False,
     deployed: bool = False,
+    device: str = "cpu",
 ) -> list[Compressed]:
     """Every method at every budget that it can meet.
 
@@ -202,8 +203,10 @@ def compressed_tables(
             except ec.BudgetError as error:
                 print(f"left out: {error}")
                 continue
-            table = ec.EmbeddingBag.from_plan(plan, method, deployed=deployed)
-            found.append(Compressed(method, budget, table, composed(method, plan, sparse)))
+            table = ec.EmbeddingBag.from_plan(plan, method, deployed=deployed, device=device)
+            with torch.device(device):
+                composition = composed(method, plan, sparse)
+            found.append(Compressed(method, budget, table, composition))
     return found
 
 

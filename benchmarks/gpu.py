@@ -39,6 +39,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("gpu-results/gpu.json"))
     parser.add_argument("--seconds", type=float, default=240.0, help="stop after so long")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--rows", type=int, default=8_000_000)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 16])
@@ -225,8 +226,10 @@ def run_lookups(options: argparse.Namespace, benchmark: Benchmark) -> None:
         if has_fbgemm():
             table = fbgemm_table([(options.rows, width)])
             contestants[FBGEMM] = (lambda batch, t=table: t(batch.ids, batch.offsets), dense)
-        for each in compressed_tables(options.rows, width, METHODS, options.budgets):
-            ours, other = each.table.cuda(), each.composition.cuda()
+        for each in compressed_tables(
+            options.rows, width, METHODS, options.budgets, device="cuda"
+        ):
+            ours, other = each.table, each.composition
             name = f"{each.method} {each.budget}"
             contestants[f"{OURS} {name}"] = (
                 lambda batch, t=ours: t(batch.ids, batch.starts), ours.plan,
@@ -251,18 +254,23 @@ def run_lookups(options: argparse.Namespace, benchmark: Benchmark) -> None:
         torch.cuda.empty_cache()
 
 
-def run_huge_table(benchmark: Benchmark) -> None:
-    """40M × 64: a full table of 10 GB against stores of 100 MB, and stores beyond L2."""
-    rows, width, batch = 40_000_000, 64, 65_536
-    if torch.cuda.mem_get_info()[0] < 16 << 30:
+def run_huge_table(benchmark: Benchmark, width: int) -> None:
+    """40M rows: a full table of 10 GB (width 64) against stores of 100 MB, and stores beyond L2.
+
+    A bag of one id, a long batch of these, where the launch is no part of the time, bags of 20.
+    """
+    rows = 40_000_000
+    if torch.cuda.mem_get_info()[0] < rows * width * 9:
         return
     full = full_table(rows, width)
     dense = dense_plan(rows, width)
     tables = {
-        f"{OURS} {each.method} {each.budget}": each.table.cuda()
-        for each in compressed_tables(rows, width, ("hash", "qr"), ("25%", "1%"))
+        f"{OURS} {each.method} {each.budget}": each.table
+        for each in compressed_tables(rows, width, ("hash", "qr"), ("25%", "1%"), device="cuda")
     }
-    for bag in (1, 20):
+    for bag, batch in ((1, 65_536), (1, 1_048_576), (20, 65_536)):
+        if benchmark.is_over:
+            return
         size = bytes_touched(dense, batch * bag, batch)
         contestants: dict[str, tuple[Run, float | None]] = {
             FULL: (lambda b: full(b.ids, b.starts), size)
@@ -299,10 +307,11 @@ def run_training(options: argparse.Namespace, benchmark: Benchmark) -> None:
                     train(lambda b, t=table: t(b.ids, b.offsets), gradient), None,
                 )  # fmt: skip
             tables = compressed_tables(
-                options.rows, width, ("hash", "qr"), options.budgets[-1:], sparse=True
-            )
+                options.rows, width, ("hash", "qr"), options.budgets[-1:], sparse=True,
+                device="cuda",
+            )  # fmt: skip
             for each in tables:
-                ours, other = each.table.cuda(), each.composition.cuda()
+                ours, other = each.table, each.composition
                 ec.fuse_optimizer(ours, "rowwise_adagrad", lr=LEARNING_RATE)
                 name = f"{each.method} {each.budget}"
                 contestants[f"{COMPOSED} {name}"] = (train(other, gradient, other), None)
@@ -369,20 +378,35 @@ def run_criteo(benchmark: Benchmark, batch: int) -> None:
         benchmark.measure(setting, contestants, inputs, len(bags) * batch, graphs=True)
 
 
+def run_huge_tables(options: argparse.Namespace, benchmark: Benchmark) -> None:
+    for width in (64, 128):
+        run_huge_table(benchmark, width)
+        torch.cuda.empty_cache()
+
+
+def run_collections(options: argparse.Namespace, benchmark: Benchmark) -> None:
+    for batch in options.batches:
+        run_criteo(benchmark, batch)
+
+
+#: In the order of their worth, for a run that is cut.
+PARTS: dict[str, Callable[[argparse.Namespace, Benchmark], None]] = {
+    "huge": run_huge_tables,
+    "collection": run_collections,
+    "training": run_training,
+    "lookups": run_lookups,
+}
+
+
 def main() -> None:
     options = arguments()
     if not torch.cuda.is_available():
         raise SystemExit("no GPU")
     torch.manual_seed(0)
     benchmark = Benchmark(options)
-    run_huge_table(benchmark)
-    torch.cuda.empty_cache()
-    for batch in options.batches:
-        run_criteo(benchmark, batch)
-    torch.cuda.empty_cache()
-    run_training(argparse.Namespace(**{**vars(options), "widths": options.widths[:1]}), benchmark)
-    torch.cuda.empty_cache()
-    run_lookups(options, benchmark)
+    for part in options.parts:
+        PARTS[part](options, benchmark)
+        torch.cuda.empty_cache()
     print(f"{len(benchmark.records)} records in {benchmark.out}")
 
 

@@ -8,7 +8,7 @@
 #
 # Needs a CUDA build of torch, nvcc and a C++ compiler, pytest and hypothesis; fbgemm-gpu is compared
 # where it is installed. Takes less than nine minutes: every step has a limit, and a step that fails
-# does not keep the others from running. Exits with 1 if any did.
+# does not keep the others from running, but for the build. Exits with 1 if any did.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -45,6 +45,7 @@ if [ -z "${EMBCOMPRESS_LIBRARY:-}" ]; then
         'import torch; print("%d.%d" % torch.cuda.get_device_capability())')}
     export EMBCOMPRESS_BUILD_EXTENSION=1 EMBCOMPRESS_BUILD_CUDA=1
     step build 170 "$PYTHON" setup.py build_ext --inplace
+    if ((FAILED)); then exit 1; fi
 fi
 
 # A line for every test as it ends, for when the time is up; stacks of one that hangs. Eight

@@ -26,6 +26,8 @@ constexpr int64_t kMostBags = 8;  // that a group pools one after the other
 constexpr int64_t kSmallestTile = 4;
 // Blocks of plain features that are on a multiprocessor at once.
 constexpr int kPlainBlocks = 4;
+// What finding the rows of a tile of ids takes, in rows that are read meanwhile.
+constexpr int64_t kRowsOfTile = 4;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t align_up(int64_t bytes, int64_t unit) { return divide_up(bytes, unit) * unit; }
@@ -137,6 +139,20 @@ inline PoolShape pool_shape(const FeatureClass& which, int64_t batch, int64_t nu
     return shape;
 }
 
+// Bags that a group pools one after the other, a lane's number of them at most: as the last tile of
+// a run is seldom full, and the last round of groups on the device is not either, the number for
+// which rounds times the time of a run are least.
+inline int plain_bags(int lanes, int64_t bags, int64_t ids_per_bag, int64_t groups_at_once) {
+    int64_t best = 1, least = 0;
+    for (int64_t run = 1; run <= std::min<int64_t>(kMostBags, lanes); ++run) {
+        const int64_t rounds = divide_up(divide_up(bags, run), groups_at_once);
+        const int64_t ids = run * ids_per_bag;
+        const int64_t time = rounds * (ids + kRowsOfTile * divide_up(ids, lanes));
+        if (run == 1 || time < least) best = run, least = time;
+    }
+    return static_cast<int>(best);
+}
+
 // The launch for plain features: no shared memory, and a block for every few bags, which the device
 // hands out as others end.
 inline PoolShape plain_shape(const FeatureClass& which, int64_t batch, int64_t num_features,
@@ -145,12 +161,9 @@ inline PoolShape plain_shape(const FeatureClass& which, int64_t batch, int64_t n
     shape.threads = kThreads;
     shape.chunks = divide_up(width, which.lanes * which.columns);
     const int64_t groups = shape.threads / which.lanes;
-    // As for all others, but a lane holds the end of one bag.
-    const int64_t filled =
-        batch * num_features * shape.chunks / (device.multiprocessors * kPlainBlocks * groups);
-    const int64_t wanted = divide_up(which.lanes, std::max<int64_t>(1, ids_per_bag));
-    shape.bags = static_cast<int>(
-        std::max<int64_t>(1, std::min({kMostBags, filled, wanted, int64_t{which.lanes}})));
+    const int64_t at_once = device.multiprocessors * kPlainBlocks * groups;
+    shape.bags = plain_bags(which.lanes, batch * num_features * shape.chunks,
+                            std::max<int64_t>(1, ids_per_bag), at_once);
     shape.blocks = std::max<int64_t>(1, divide_up(divide_up(batch, shape.bags), groups));
     return shape;
 }

@@ -245,8 +245,12 @@ class Program:
         (plan,), options = self.plans, self.options
         weight = stores[plan.stores[0].name]
         check_ids(bags.ids, plan.num_embeddings)
-        if plan.pool == "none":
-            return F.embedding(
+        if plan.pool != "none" and not bags.checked:
+            check_offsets(bags.offsets, bags.ids.numel())
+        # Torch has no gradient of these maxima on a GPU.
+        in_two_steps = plan.pool == "max" and weight.is_cuda and weight.dtype == torch.bfloat16
+        if plan.pool == "none" or in_two_steps:
+            vectors = F.embedding(
                 bags.ids,
                 weight,
                 plan.padding_idx,
@@ -255,8 +259,7 @@ class Program:
                 options.scale_grad_by_freq,
                 options.sparse,
             )
-        if not bags.checked:
-            check_offsets(bags.offsets, bags.ids.numel())
+            return pool_bags(plan, vectors, bags) if in_two_steps else vectors
         return F.embedding_bag(
             bags.ids,
             weight,

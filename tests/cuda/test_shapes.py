@@ -92,10 +92,17 @@ def test_forward_launches_of_plain_features(ask: Ask) -> None:
         assert chunks * lanes * 4 >= width, case
         assert blocks * groups * bags >= batch, case  # every bag has its group
         assert (blocks - 1) * groups * bags < max(batch, 1), case
-        if length >= lanes:
+        at_once = 4 * MULTIPROCESSORS * groups
+        if batch * features * chunks <= at_once:  # a group for each bag fits the device
             assert bags == 1, case
-        # Several bags a group only where the device stays full.
-        assert bags == 1 or batch * features * chunks >= bags * 4 * MULTIPROCESSORS * groups, case
+
+        def time(run: int) -> int:
+            """Rounds of groups times rows read, and tiles of ids found, by each."""
+            ids = run * max(length, 1)
+            rounds = -(-(-(-batch * features * chunks // run)) // at_once)
+            return rounds * (ids + 4 * -(-ids // lanes))
+
+        assert time(bags) == min(time(run) for run in range(1, min(8, lanes) + 1)), case
 
 
 def test_partial_sums_end_in_one_chunk(ask: Ask) -> None:
