@@ -65,6 +65,24 @@ def why_no_cuda() -> str | None:
     return None
 
 
+def shared_runtimes() -> list[str]:
+    """Paths of the C++ runtime that torch has loaded, to be linked to.
+
+    Errors are exceptions that cross into torch. A compiler that would link a runtime of its own
+    into the extension, statically, makes each the end of the process.
+    """
+    import torch  # noqa: F401
+
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:  # not Linux
+        return []
+    loaded = [Path(line.split(maxsplit=5)[-1]) for line in lines if "/" in line]
+    names = ("libstdc++.so.6", "libgcc_s.so.1")
+    found = {name: path for name in names for path in loaded if path.name.startswith(name)}
+    return [str(found[name]) for name in names if name in found and found[name].exists()]
+
+
 def extension_arguments() -> dict[str, object]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
@@ -113,7 +131,10 @@ def extension_arguments() -> dict[str, object]:
         "embcompress._C",
         sorted(map(str, sources)),
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
-        extra_link_args=["-fsanitize=address,undefined"] if SANITIZE else [],
+        extra_link_args=[
+            *shared_runtimes(),
+            *(["-fsanitize=address,undefined"] if SANITIZE else []),
+        ],
         define_macros=[
             ("TORCH_TARGET_VERSION", STABLE_ABI),
             *([] if no_cuda else [("USE_CUDA", None)]),

@@ -226,9 +226,7 @@ def run_lookups(options: argparse.Namespace, benchmark: Benchmark) -> None:
         if has_fbgemm():
             table = fbgemm_table([(options.rows, width)])
             contestants[FBGEMM] = (lambda batch, t=table: t(batch.ids, batch.offsets), dense)
-        for each in compressed_tables(
-            options.rows, width, METHODS, options.budgets, device="cuda"
-        ):
+        for each in compressed_tables(options.rows, width, METHODS, options.budgets, device="cuda"):
             ours, other = each.table, each.composition
             name = f"{each.method} {each.budget}"
             contestants[f"{OURS} {name}"] = (

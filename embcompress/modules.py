@@ -220,7 +220,7 @@ class Embedding(CompressedTable):
         Returns:
             (*, embedding_dim).
         """
-        if input.dim() == 1 or self._plan.is_dense:
+        if input.dim() == 1:
             return self._run(Bags(input, input))
         ids = input.reshape(-1)
         vectors = self._run(Bags(ids, ids))

@@ -60,6 +60,8 @@ class Program:
             rows are in a file, gradients are sparse in any case: a dense one would fill the memory.
         owners: number of the table that each feature reads; features of one table share its
             stores (default: every feature has its own).
+        heads_follow: the plans are gathered for heads that torch runs: padding must be zero, so
+            that torch's own operator for a full table does not do.
 
     Attributes:
         stores: (owner, store name) of every tensor that the operators take, in order.
@@ -72,12 +74,14 @@ class Program:
         plans: Sequence[LookupPlan],
         options: GradientOptions = GradientOptions(),
         owners: Sequence[int] | None = None,
+        *,
+        heads_follow: bool = False,
     ) -> None:
         self.plans, self.options = tuple(plans), options
         self.owners = tuple(range(len(plans)) if owners is None else owners)
         self.stores: list[tuple[int, str]] = []
         self._sources: list[tuple[int, str]] = []
-        self._dense = len(plans) == 1 and plans[0].is_dense
+        self._dense = len(plans) == 1 and plans[0].is_dense and not heads_follow
         self._encoded: EncodedPlans | None = None
         self.parts: list[Program] = []
         # What is not linear is between the gather and the pool, so such a feature runs by itself.
@@ -131,7 +135,7 @@ class Program:
         plans = list(map(_gathered_plan, self.plans))
         if not self._is_for_cpu or any(map(needs_cpu_kernels, plans)):
             return None
-        return Program(plans, self.options, self.owners)
+        return Program(plans, self.options, self.owners, heads_follow=True)
 
     @property
     def is_compiled(self) -> bool:
@@ -174,7 +178,7 @@ class Program:
             IndexError: an id outside ``[0, num_embeddings)``.
             ValueError: offsets that describe no bags.
         """
-        if self._dense and fused is None:
+        if self._dense and fused is None and self._is_for_torch(bags):
             return self._run_dense(stores[0], bags.complete())
         if self.parts:
             updates = fused if isinstance(fused, Sequence) else [None] * len(self.parts)
@@ -198,7 +202,7 @@ class Program:
                 "a fused optimizer takes ids on the CPU or a CUDA device and per_sample_weights of "
                 "float32 at most; call .float() on the weights"
             )
-        if self._before_heads is not None and not runs_on_device and _is_for_kernels(bags):
+        if self._before_heads is not None and not runs_on_device and self._takes(bags):
             return self._run_heads(stores, self._before_heads(stores, bags))
         return self._run_reference(stores, bags.complete())
 
@@ -240,6 +244,27 @@ class Program:
             return None
 
     # -- torch's own operator
+
+    def _is_for_torch(self, bags: Bags) -> bool:
+        """Whether torch looks a dense table up: on the CPU, or where the kernels do not do as it.
+
+        The kernels of a GPU report wrong ids when they meet them, and nothing waits for a check.
+        """
+        (plan,), options = self.plans, self.options
+        if ops.runs_every_plan(bags.ids.device) or self._encoded is None:
+            return True
+        has_options = options.max_norm is not None or options.scale_grad_by_freq
+        reads_padding = plan.pool == "none" and plan.padding_idx is not None
+        return has_options or reads_padding or not self._takes(bags)
+
+    def _takes(self, bags: Bags) -> bool:
+        """Whether the compiled operators take these inputs, and give the gradients asked for.
+
+        In a graph of torch.compile their gradients are dense. Where sparse ones are asked for,
+        torch gathers, but not of several features, whose ids only the offsets tell apart.
+        """
+        is_sparse = self._sparse and len(self.plans) == 1
+        return _is_for_kernels(bags) and not (is_sparse and torch.compiler.is_compiling())
 
     def _run_dense(self, stores: Stores, bags: Bags) -> Tensor:
         (plan,), options = self.plans, self.options

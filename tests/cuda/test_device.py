@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 
 import embcompress as ec
 from embcompress.engine import Bags, lookup, ops
-from embcompress.plan import Digit, Hash, LookupPlan, Probe, Store
-from tests.engine.devices import needs_gpu, runs_in_kernels, to_device
+from embcompress.plan import Digit, Hash, LookupPlan, Pool, Probe, Store
+from tests.engine.devices import DEVICES, needs_gpu, runs_in_kernels, to_device
 from tests.engine.judging import output_gradient, run
 from tests.plan_cases import Case, make_case
 
@@ -67,10 +68,14 @@ def test_gradients_are_the_same_every_time(first: int) -> None:
 @pytest.mark.cuda
 @needs_gpu
 @pytest.mark.parametrize("num_tables", [1, 30])
-def test_a_graph_replays_the_forward_pass(num_tables: int) -> None:
-    """New ids in the same memory; with many tables the plan is in device memory."""
+@pytest.mark.parametrize(("method", "budget"), [("qr", "20%"), ("low_dim", "20%"), ("full", None)])
+def test_a_graph_replays_the_forward_pass(num_tables: int, method: str, budget: str | None) -> None:
+    """New ids in the same memory; with many tables the plan is in device memory.
+
+    Where a plan has a head, or is a full table by itself, nothing waits for a check of ids either.
+    """
     configs = [ec.TableConfig(f"t{i}", 1000, 16) for i in range(num_tables)]
-    tables = ec.EmbeddingBagCollection(configs, method="qr", budget="20%").cuda()
+    tables = ec.EmbeddingBagCollection(configs, method=method, budget=budget).cuda()
     ids = torch.randint(0, 1000, (64 * num_tables,), device="cuda")
     offsets = torch.arange(64 * num_tables + 1, device="cuda")
     with torch.no_grad():
@@ -82,7 +87,7 @@ def test_a_graph_replays_the_forward_pass(num_tables: int) -> None:
         for _ in range(3):
             ids.copy_(torch.randint(0, 1000, ids.shape, device="cuda"))
             graph.replay()
-            assert torch.equal(output, tables(ids, offsets))
+            torch.testing.assert_close(output, tables(ids, offsets))
 
 
 @pytest.mark.cuda
@@ -114,6 +119,37 @@ def test_a_bad_id_is_reported_once_the_device_gets_there(bad: int) -> None:
     ops.synchronize()  # reported once
     good = lookup(PLAN, {"rows": rows}, Bags(ids.clamp(0, 99), offsets))
     assert bool((good == 1).all())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("pool", ["none", "sum", "mean", "max"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_full_tables_are_torch_s(pool: Pool, dtype: Any, device: str) -> None:
+    """Values and gradients; bad ids are reported, where torch's kernel would end the process."""
+    store = Store("rows", 100, 16, dtype=dtype)
+    plan = LookupPlan(100, 16, (store,), (Probe("rows", Digit(1, 100)),)).with_pool(pool)
+    assert plan.is_dense
+    rows = torch.randn(100, 16, device=device).to(getattr(torch, dtype)).requires_grad_()
+    ids = torch.randperm(100, device=device)[:60]
+    offsets = torch.arange(0, 61, 4, device=device)
+    output = lookup(plan, {"rows": rows}, Bags(ids, offsets))
+    assert output.dtype == rows.dtype
+    output.sum().backward()
+    own = rows.detach().float().requires_grad_()
+    vectors = own[ids].view(15, 4, 16)
+    expected = {
+        "none": vectors.flatten(0, 1), "sum": vectors.sum(1), "mean": vectors.mean(1),
+        "max": vectors.amax(1),
+    }[pool]  # fmt: skip
+    expected.sum().backward()
+    tolerance = {"rtol": 0.0, "atol": 1e-5 if dtype == "float32" else 0.04}
+    torch.testing.assert_close(output.float(), expected, **tolerance)
+    assert rows.grad is not None and own.grad is not None
+    torch.testing.assert_close(rows.grad.float(), own.grad, **tolerance)
+    with pytest.raises((IndexError, RuntimeError), match="outside"):
+        lookup(plan, {"rows": rows}, Bags(ids + 60, offsets))
+        if device == "cuda":
+            ops.synchronize()
 
 
 @pytest.mark.cuda

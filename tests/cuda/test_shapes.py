@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -85,7 +86,7 @@ def test_forward_launches_of_plain_features(ask: Ask) -> None:
     )
     lines = [f"plain {' '.join(map(str, case))} {MULTIPROCESSORS}" for case in cases]
     for case, (bags, threads, blocks, chunks, shared) in zip(cases, ask(lines), strict=True):
-        lanes, batch, features, length, width = case
+        lanes, batch, features, _, width = case
         groups = threads // lanes
         assert shared == 0 and threads == 256, case
         assert 1 <= bags <= lanes, case  # a lane knows the end of one bag
@@ -96,13 +97,17 @@ def test_forward_launches_of_plain_features(ask: Ask) -> None:
         if batch * features * chunks <= at_once:  # a group for each bag fits the device
             assert bags == 1, case
 
-        def time(run: int) -> int:
-            """Rounds of groups times rows read, and tiles of ids found, by each."""
-            ids = run * max(length, 1)
-            rounds = -(-(-(-batch * features * chunks // run)) // at_once)
-            return rounds * (ids + 4 * -(-ids // lanes))
+        best = min(range(1, min(8, lanes) + 1), key=lambda run: _plain_time(run, at_once, case))
+        assert _plain_time(bags, at_once, case) == _plain_time(best, at_once, case), case
 
-        assert time(bags) == min(time(run) for run in range(1, min(8, lanes) + 1)), case
+
+def _plain_time(bags: int, groups_at_once: int, case: tuple[int, ...]) -> int:
+    """Rounds of groups, times rows that each reads and, four rows' time each, tiles of ids."""
+    lanes, batch, features, length, width = case
+    all_bags = batch * features * math.ceil(width / (4 * lanes))
+    ids = bags * max(length, 1)
+    rounds = math.ceil(math.ceil(all_bags / bags) / groups_at_once)
+    return rounds * (ids + 4 * math.ceil(ids / lanes))
 
 
 def test_partial_sums_end_in_one_chunk(ask: Ask) -> None:

@@ -31,7 +31,7 @@ def to_device(case: Case, device: str) -> Case:
 
 
 def runs_in_kernels(case: Case) -> bool:
-    """Whether torch has no part in the lookup of a case on a GPU."""
+    """Whether torch has no part in the lookup of a case, be it on a GPU or on the CPU."""
     doubles = case.bags.weights is not None and case.bags.weights.dtype == torch.float64
     in_torch = case.plan.head is not None or case.plan.pool == "max" or case.plan.is_dense
     for_cpu = needs_cpu_kernels(case.plan)

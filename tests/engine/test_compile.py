@@ -233,6 +233,8 @@ def test_fused_optimizers(name: str, method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_fused_collections(method: str) -> None:
+    if make_bag(method).plan.head is not None and not ops.runs_every_plan(torch.device("cpu")):
+        pytest.skip("before heads that torch runs, gradients are dense in a compiled graph")
     train_fused(make_collection(method), make_collection(method), "adam", 3, "aot_eager")
 
 
