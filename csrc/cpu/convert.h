@@ -18,6 +18,9 @@
 #define EMBCOMPRESS_CLONES
 #endif
 
+// Of a lambda: one that is not inlined is compiled for the oldest machine alone.
+#define EMBCOMPRESS_INLINED __attribute__((always_inline))
+
 namespace embcompress {
 
 EMBCOMPRESS_INLINE int64_t table_row(const Lookup& lookup, const CodeTable& table, int64_t id,
@@ -169,63 +172,103 @@ EMBCOMPRESS_INLINE void unpack_row(const StoreView& store, int64_t row, int64_t 
     }
 }
 
-template <bool kBias>
-EMBCOMPRESS_INLINE void unpack_row(const StoreView& store, int64_t bits, int64_t row, int64_t width,
-                                   const float* steps, float* out) {
-    switch (bits) {
-        case 1:
-            return unpack_row<1, kBias>(store, row, width, steps, out);
-        case 2:
-            return unpack_row<2, kBias>(store, row, width, steps, out);
-        case 4:
-            return unpack_row<4, kBias>(store, row, width, steps, out);
-        case 8:
-            return unpack_row<8, kBias>(store, row, width, steps, out);
-        default:
-            return unpack_row<16, kBias>(store, row, width, steps, out);
+// How many rows ahead of their use those that are converted are fetched: a processor has about as
+// many lines under way at once.
+constexpr int kRowsAhead = 32;
+
+// Rows [begin, end) of n to be converted; -1 is none. `out` is that of row 0.
+struct RowRange {
+    const int64_t* rows;
+    int begin;
+    int end;
+    int n;
+    float* out;
+};
+
+// Calls convert(i, row) for the rows of a range, whose numbers have `bits` bits; fetches rows
+// ahead, also behind the end of the range.
+template <typename Convert>
+EMBCOMPRESS_INLINE void convert_each(const StoreView& store, const Probe& probe, int64_t bits,
+                                     const RowRange& range, const Convert& convert) {
+    const char* data = static_cast<const char*>(store.data);
+    const int64_t* rows = range.rows;
+    const int64_t row_bits = probe.stride * bits;
+    const int64_t bytes = std::min<int64_t>((probe.width * bits + 7) / 8, 256);
+    const auto fetch = [&](int i) EMBCOMPRESS_INLINED {
+        if (i >= range.n || rows[i] < 0) return;
+        const char* row = data + ((rows[i] * row_bits) >> 3);
+        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte);
+    };
+    for (int i = 0; range.begin == 0 && i < kRowsAhead; ++i) fetch(i);
+    for (int i = range.begin; i < range.end; ++i) {
+        fetch(i + kRowsAhead);
+        if (rows[i] >= 0) convert(i, rows[i]);
     }
 }
 
-// One row of a store that does not hold float32 as it is; kUnpacked numbers more may be written.
-EMBCOMPRESS_INLINE void convert_row(const StoreView& store, const Probe& probe, int64_t row,
-                                    const float* steps, float* out) {
-    const int64_t width = probe.width;
-    const Quantization& q = probe.quantization;
-    if (store.dtype == Dtype::kPacked) {
-        if (q.bias_store < 0) return unpack_row<false>(store, q.bits, row, width, steps, out);
-        return unpack_row<true>(store, q.bits, row, width, steps, out);
-    }
-    for (int64_t c = 0; c < width; ++c) {
-        const float value = load_float(store.data, store.dtype, row * probe.stride + c);
-        const float* bias = q.bias_store < 0 ? nullptr : steps + steps_room(width) + c;
-        out[c] = q.bits == 0 ? value : read_latent(value, steps[c], bias, q.bits).value;
-    }
-}
-
-// Rows of a probe's store as float32; -1 is none. `steps` has room for those and
-// the biases of a row, `out` for kUnpacked numbers more.
-EMBCOMPRESS_INLINE void convert_rows(const Lookup& lookup, const Probe& probe, const int64_t* rows,
-                                     int n, float* steps, float* out) {
-    if (is_sparse(probe)) return expand_rows(lookup, probe, rows, n, out);
+template <int kBits, bool kBias>
+EMBCOMPRESS_INLINE void unpack_rows(const Lookup& lookup, const Probe& probe, const RowRange& range,
+                                    float* steps) {
     const StoreView& store = lookup.stores[probe.store];
-    const Quantization& q = probe.quantization;
-    const int64_t bits = store.dtype == Dtype::kPacked    ? q.bits
-                         : store.dtype == Dtype::kFloat32 ? 32
-                                                          : 16;
-    const int64_t row_bytes = (probe.width * bits + 7) / 8;
-    for (int i = 0; i < n; ++i) {
-        if (rows[i] < 0) continue;
-        const char* row =
-            static_cast<const char*>(store.data) + ((rows[i] * probe.stride * bits) >> 3);
-        for (int64_t byte = 0; byte < std::min<int64_t>(row_bytes, 256); byte += 64) {
-            __builtin_prefetch(row + byte);
-        }
+    const int64_t width = probe.width;
+    const bool per_row = probe.quantization.per_row;
+    convert_each(store, probe, kBits, range, [&](int i, int64_t row) EMBCOMPRESS_INLINED {
+        if (per_row) load_steps(lookup, probe, row, steps);
+        unpack_row<kBits, kBias>(store, row, width, steps, range.out + i * width);
+    });
+}
+
+template <bool kBias>
+EMBCOMPRESS_INLINE void unpack_rows(const Lookup& lookup, const Probe& probe, const RowRange& range,
+                                    float* steps) {
+    switch (probe.quantization.bits) {
+        case 1:
+            return unpack_rows<1, kBias>(lookup, probe, range, steps);
+        case 2:
+            return unpack_rows<2, kBias>(lookup, probe, range, steps);
+        case 4:
+            return unpack_rows<4, kBias>(lookup, probe, range, steps);
+        case 8:
+            return unpack_rows<8, kBias>(lookup, probe, range, steps);
+        default:
+            return unpack_rows<16, kBias>(lookup, probe, range, steps);
     }
-    if (q.bits > 0 && !q.per_row) load_steps(lookup, probe, 0, steps);
-    for (int i = 0; i < n; ++i) {
-        if (rows[i] < 0) continue;
-        if (q.bits > 0 && q.per_row) load_steps(lookup, probe, rows[i], steps);
-        convert_row(store, probe, rows[i], steps, out + i * probe.width);
+}
+
+// Rows of float16 and bfloat16, and latents of any floats.
+EMBCOMPRESS_INLINE void widen_rows(const Lookup& lookup, const Probe& probe, const RowRange& range,
+                                   float* steps) {
+    const StoreView& store = lookup.stores[probe.store];
+    const int64_t width = probe.width, bits = store.dtype == Dtype::kFloat32 ? 32 : 16;
+    const Quantization& q = probe.quantization;
+    const float* biases = q.bias_store < 0 ? nullptr : steps + steps_room(width);
+    convert_each(store, probe, bits, range, [&](int i, int64_t row) EMBCOMPRESS_INLINED {
+        if (q.bits > 0 && q.per_row) load_steps(lookup, probe, row, steps);
+        float* to = range.out + i * width;
+        for (int64_t c = 0; c < width; ++c) {
+            const float value = load_float(store.data, store.dtype, row * probe.stride + c);
+            const float* bias = biases == nullptr ? nullptr : biases + c;
+            to[c] = q.bits == 0 ? value : read_latent(value, steps[c], bias, q.bits).value;
+        }
+    });
+}
+
+// Rows of a probe's store as float32; ranges of the same rows follow each other. `steps` has room
+// for those and the biases of a row, `out` for kUnpacked numbers more.
+EMBCOMPRESS_INLINE void convert_rows(const Lookup& lookup, const Probe& probe,
+                                     const RowRange& range, float* steps) {
+    if (is_sparse(probe)) {
+        return expand_rows(lookup, probe, range.rows + range.begin, range.end - range.begin,
+                           range.out + range.begin * probe.width);
+    }
+    const Quantization& q = probe.quantization;
+    if (q.bits > 0 && !q.per_row && range.begin == 0) load_steps(lookup, probe, 0, steps);
+    if (lookup.stores[probe.store].dtype != Dtype::kPacked) {
+        widen_rows(lookup, probe, range, steps);
+    } else if (q.bias_store < 0) {
+        unpack_rows<false>(lookup, probe, range, steps);
+    } else {
+        unpack_rows<true>(lookup, probe, range, steps);
     }
 }
 

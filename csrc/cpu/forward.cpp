@@ -250,16 +250,48 @@ class Heads {
     int64_t widest_ = 0;
 };
 
+// Whether the vector of an id is a converted row as it is.
+bool reads_converted_rows(const Lookup& lookup, const RowBlock& rows) {
+    return rows.num_probes() == 1 && rows.is_converted(0) && !rows.scaled() &&
+           lookup.weights == nullptr && rows.probe(0).width == rows.feature().width;
+}
+
+// Applies the head to the rows of a block's n ids, each a bag of its own: a few ids at a time,
+// while further rows are on their way. False for an id outside.
+EMBCOMPRESS_CLONES bool map_ids(RowBlock& rows, const float* columns, int64_t position, int n,
+                                float* out, int64_t stride) {
+    const Feature& feature = rows.feature();
+    const bool valid = rows.load_ids(position, n);
+    rows.find_rows(0, n);
+    rows.point_to_converted(0, n);
+    for (int begin = 0; begin < n; begin += kRowsAhead / 2) {
+        const int end = std::min(begin + kRowsAhead / 2, n);
+        rows.convert(0, begin, end, n);
+        multiply<true>({nullptr, 0, 1, columns, feature.out_width, out + begin * stride, stride,
+                        end - begin, feature.width, feature.out_width, false,
+                        rows.pointers(0) + begin});
+    }
+    return valid;
+}
+
 // Pools bags of a feature with a head, a block at a time, into `pooled`.
 bool pool_and_map(const Lookup& lookup, RowBlock& rows, const float* columns, int64_t begin,
                   int64_t end, float* pooled, float* out) {
     bool valid = true;
     const Feature& feature = rows.feature();
     const int64_t stride = lookup.header.num_columns;
+    const bool direct = reads_converted_rows(lookup, rows);
     for (int64_t bag = begin; bag < end; bag += kBlock) {
-        const int64_t last = std::min<int64_t>(bag + kBlock, end);
-        valid &= pool_bags(lookup, rows, bag, last, pooled, feature.width);
-        apply_head(columns, feature, pooled, out + (bag - begin) * stride, stride, last - bag);
+        const int64_t last = std::min<int64_t>(bag + kBlock, end), position = lookup.offset(bag);
+        const int n = static_cast<int>(last - bag);
+        float* first_out = out + (bag - begin) * stride;
+        const Pieces bags{lookup, rows, bag, last, 0, 0, 0, pooled, feature.width, nullptr};
+        if (direct && are_single(bags, bag, position, n)) {
+            valid &= map_ids(rows, columns, position, n, first_out, stride);
+        } else {
+            valid &= pool_bags(lookup, rows, bag, last, pooled, feature.width);
+            apply_head(columns, feature, pooled, first_out, stride, n);
+        }
     }
     return valid;
 }

@@ -9,7 +9,8 @@
 namespace embcompress {
 
 // out[r] (+)= sum over c of in[r, c] * columns[c], c < depth, in order; in[r, c] is at
-// in[r * row + c * column], columns[c] at columns + c * stride, out[r] at out + r * out_stride.
+// in[r * row + c * column], or at pointers[r][c * column] where rows lie apart (kApart), columns[c]
+// at columns + c * stride, out[r] at out + r * out_stride.
 struct Product {
     const float* in;
     int64_t row;
@@ -22,12 +23,14 @@ struct Product {
     int64_t depth;
     int64_t width;  // of out
     bool add;
+    const float* const* pointers = nullptr;
 };
 
-template <int kLanes, int kRows>
+template <int kLanes, int kRows, bool kApart>
 EMBCOMPRESS_INLINE void multiply_lanes(const Product& product, int64_t first, int64_t at) {
     typedef typename Lanes<kLanes>::Type V;
-    const float* in = product.in + first * product.row;
+    const float* in = kApart ? nullptr : product.in + first * product.row;
+    const float* const* pointers = kApart ? product.pointers + first : nullptr;
     float* out = product.out + first * product.out_stride + at;
     V sums[kRows];
     for (int r = 0; r < kRows; ++r) {
@@ -36,24 +39,27 @@ EMBCOMPRESS_INLINE void multiply_lanes(const Product& product, int64_t first, in
     for (int64_t c = 0; c < product.depth; ++c) {
         const V column = load_lanes<V>(product.columns + c * product.stride + at);
         for (int r = 0; r < kRows; ++r) {
-            sums[r] += column * in[r * product.row + c * product.column];
+            const float* row = kApart ? pointers[r] : in + r * product.row;
+            sums[r] += column * row[c * product.column];
         }
     }
     for (int r = 0; r < kRows; ++r) store_lanes(out + r * product.out_stride, sums[r]);
 }
 
-template <int kRows>
+template <int kRows, bool kApart>
 EMBCOMPRESS_INLINE void multiply_rows(const Product& product, int64_t first) {
     int64_t at = 0;
-    for (; at + 16 <= product.width; at += 16) multiply_lanes<16, kRows>(product, first, at);
-    for (; at + 4 <= product.width; at += 4) multiply_lanes<4, kRows>(product, first, at);
-    for (; at < product.width; ++at) multiply_lanes<1, kRows>(product, first, at);
+    for (; at + 16 <= product.width; at += 16)
+        multiply_lanes<16, kRows, kApart>(product, first, at);
+    for (; at + 4 <= product.width; at += 4) multiply_lanes<4, kRows, kApart>(product, first, at);
+    for (; at < product.width; ++at) multiply_lanes<1, kRows, kApart>(product, first, at);
 }
 
+template <bool kApart = false>
 EMBCOMPRESS_INLINE void multiply(const Product& product) {
     int64_t row = 0;
-    for (; row + 4 <= product.rows; row += 4) multiply_rows<4>(product, row);
-    for (; row < product.rows; ++row) multiply_rows<1>(product, row);
+    for (; row + 4 <= product.rows; row += 4) multiply_rows<4, kApart>(product, row);
+    for (; row < product.rows; ++row) multiply_rows<1, kApart>(product, row);
 }
 
 // The head of a feature in float32, by rows (for gradients) or by columns (for values).

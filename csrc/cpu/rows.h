@@ -125,14 +125,28 @@ class RowBlock {
                 pointers[i] = rows[i] < 0 ? zeros : data + rows[i] * stride;
             }
         } else {
-            float* buffer = buffers_[t];
-            for (int i = 0; i < n; ++i) {
-                pointers[i] = rows[i] < 0 ? zeros_.data() : buffer + i * probe.width;
-            }
-            convert_rows(lookup_, probe, rows, n, steps_.data(), buffer);
+            point_to_converted(t, n);
+            convert(t, 0, n, n);
         }
         if (probe.scale.kind != ScaleKind::kNone) find_scales(t, n);
     }
+
+    // Pointers to where `convert` writes the rows of probe t, after find_rows.
+    EMBCOMPRESS_INLINE void point_to_converted(int t, int n) {
+        const int64_t* rows = rows_.data() + t * kBlock;
+        const float** pointers = pointers_.data() + t * kBlock;
+        for (int i = 0; i < n; ++i) {
+            pointers[i] = rows[i] < 0 ? zeros_.data() : buffers_[t] + i * probes_[t].width;
+        }
+    }
+
+    // Rows [begin, end) of the n of probe t, one range after the other from 0 on.
+    EMBCOMPRESS_INLINE void convert(int t, int begin, int end, int n) {
+        const int64_t* rows = rows_.data() + t * kBlock;
+        convert_rows(lookup_, probes_[t], {rows, begin, end, n, buffers_[t]}, steps_.data());
+    }
+
+    bool is_converted(int t) const { return is_converted(probes_[t]); }
 
     // Pointers to the rows of every probe; `fetch` has then fetched nothing.
     EMBCOMPRESS_INLINE void find_all(int n) {
