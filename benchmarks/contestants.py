@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from embcompress.budget import fit_plan, parse_budget
 from embcompress.collection import full_plan
 from embcompress.engine import Bags, ops
 from embcompress.engine.reference import lookup_reference
-from embcompress.methods import TableSpec
+from embcompress.methods import Method, TableSpec
 from embcompress.plan import Code, LookupPlan, Weight
 
 #: An odd multiplier for the hash of :class:`ComposedHash`.
@@ -177,6 +177,15 @@ class Compressed:
     composition: nn.Module
 
 
+def parse_method(name: str) -> Method:
+    """The method of a name; ``low_bit:4x4`` is one with ``width=4`` and ``bits=4``."""
+    base, _, shape = name.partition(":")
+    if not shape:
+        return ec.resolve_method(base)
+    width, bits = map(int, shape.split("x"))
+    return replace(ec.resolve_method(base), width=width, bits=bits)
+
+
 def compressed_tables(
     rows: int,
     width: int,
@@ -199,11 +208,12 @@ def compressed_tables(
         for method in methods:
             try:
                 limit = parse_budget(budget, spec.dense_bytes)
-                plan = fit_plan(ec.resolve_method(method), spec, limit).with_pool("sum")
+                plan = fit_plan(parse_method(method), spec, limit).with_pool("sum")
             except ec.BudgetError as error:
                 print(f"left out: {error}")
                 continue
-            table = ec.EmbeddingBag.from_plan(plan, method, deployed=deployed, device=device)
+            name = method.partition(":")[0]
+            table = ec.EmbeddingBag.from_plan(plan, name, deployed=deployed, device=device)
             with torch.device(device):
                 composition = composed(method, plan, sparse)
             found.append(Compressed(method, budget, table, composition))

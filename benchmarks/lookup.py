@@ -48,7 +48,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", default=[2048, 16384])
     parser.add_argument("--distributions", nargs="+", default=["power-law", "uniform"])
     parser.add_argument("--budgets", nargs="+", default=["10%", "1%"])
-    parser.add_argument("--methods", nargs="+", default=[*default_methods(), "low_bit"])
+    parser.add_argument(
+        "--methods", nargs="+", default=[*default_methods(), "low_bit"],
+        help="names; low_bit:4x4 is four columns of four bits",
+    )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--no-tables", action="store_true", help="the collection alone")
