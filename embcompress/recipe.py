@@ -50,7 +50,8 @@ def make_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Optimi
     """
     if any(isinstance(module, CompressedTable) for module in model.modules()):
         fuse_optimizer(model, "adagrad", lr=learning_rate)
-    return torch.optim.Adagrad(unfused_parameters(model), lr=learning_rate)
+    # A group may be empty, as it is in a model of tables alone; a plain list may not.
+    return torch.optim.Adagrad([{"params": unfused_parameters(model)}], lr=learning_rate)
 
 
 def binary_step(optimizer: torch.optim.Optimizer, logits: Tensor, label: Tensor) -> None:

@@ -47,6 +47,15 @@ class Model(nn.Module):
         return self.scale * (self.user(user) * self.item(items)).sum(1)
 
 
+class TablesAlone(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.scale
+
+    def forward(self, user: Tensor, items: Tensor) -> Tensor:
+        return (self.user(user) * self.item(items)).sum(1)
+
+
 def batches(count: int = 60, size: int = 100) -> list[tuple[tuple[Tensor, Tensor], Tensor]]:
     """Clicks by latent vectors of two columns."""
     generator = torch.Generator().manual_seed(1)
@@ -276,6 +285,13 @@ def test_lookups_are_counted_and_the_model_is_left_as_it_was() -> None:
 
 
 # ----------------------------------------------------------------------------- compress(data=)
+
+
+def test_a_model_of_tables_alone_is_tried_too() -> None:
+    model = TablesAlone()
+    report = ec.compress(model, budget="8%", data=batches())
+    assert "Tried on 5,400 examples" in report.explain()
+    assert ec.memory(model).total <= 0.08 * (USERS + ITEMS) * 8 * 4
 
 
 def test_compress_tries_plans_on_data() -> None:
