@@ -65,6 +65,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=default_methods())
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--matmul-precision",
+        default="highest",
+        choices=("highest", "high", "medium"),
+        help="of the DLRM's layers; medium: in bfloat16, where the processor has AMX",
+    )
     parser.add_argument("--no-tables", action="store_true", help="the DLRM alone")
     parser.add_argument("--no-dlrm", action="store_true", help="the single tables alone")
     parser.add_argument("--no-fbgemm", action="store_true")
@@ -82,9 +88,9 @@ def update_tables(module: nn.Module) -> Callable[[], None]:
     return lambda: None
 
 
-def step_of(parameters: Sequence[nn.Parameter]) -> Callable[[], None]:
-    """A step of torch's Adagrad, and gradients set to None."""
-    optimizer = torch.optim.Adagrad(parameters, lr=LEARNING_RATE)
+def step_of(parameters: Sequence[nn.Parameter], fused: bool = False) -> Callable[[], None]:
+    """A step of torch's Adagrad, and gradients set to None; fused ones take no sparse gradients."""
+    optimizer = torch.optim.Adagrad(parameters, lr=LEARNING_RATE, fused=fused or None)
 
     def step() -> None:
         optimizer.step()
@@ -236,7 +242,7 @@ def training_step(tables: Any, update: Callable[[], None]) -> Callable[[Click], 
     """A whole step of the example's DLRM over these tables."""
     torch.manual_seed(0)
     model = DLRM(tables, DENSE_FEATURES, bottom_widths=(512, 256, 64), top_widths=(512, 256))
-    step = step_of([*model.bottom.parameters(), *model.top.parameters()])
+    step = step_of([*model.bottom.parameters(), *model.top.parameters()], fused=True)
 
     def run(click: Click) -> None:
         logits = model(click.dense, click.ids.ids, click.ids.offsets)
@@ -297,6 +303,7 @@ def main() -> None:
     options = arguments()
     warn_if_busy()
     torch.set_num_threads(options.threads)
+    torch.set_float32_matmul_precision(options.matmul_precision)
     torch.manual_seed(0)
     warnings.filterwarnings("ignore", "Sparse invariant checks")  # of torch's own Adagrad
     print(f"embcompress runs {engine_name()}")

@@ -23,8 +23,7 @@ using torch::stable::Tensor;
 // Arithmetic on anything up to this cannot overflow.
 constexpr int64_t kMostBits = std::numeric_limits<int64_t>::max() - 7;
 
-inline Dtype float_dtype(const Tensor& tensor, const char* name) {
-    const ScalarType type = tensor.scalar_type();
+inline Dtype float_dtype(ScalarType type, const char* name) {
     STD_TORCH_CHECK(
         type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, name,
         " must be float32, float16 or bfloat16");
@@ -41,11 +40,12 @@ inline StoreView view_store(const Tensor& store, const Tensor& ids) {
     STD_TORCH_CHECK(is_beside(store, ids) && store.is_contiguous(),
                     "stores must be contiguous tensors on the device of the ids");
     const int64_t bytes = store.numel() * static_cast<int64_t>(store.element_size());
-    if (store.scalar_type() == ScalarType::Byte) {
+    const ScalarType type = store.scalar_type();
+    if (type == ScalarType::Byte) {
         STD_TORCH_CHECK(store.dim() == 1, "packed stores must be 1-D");
         return {store.const_data_ptr(), Dtype::kPacked, 0, 0, bytes};
     }
-    const Dtype dtype = float_dtype(store, "stores that are not packed");
+    const Dtype dtype = float_dtype(type, "stores that are not packed");
     if (store.dim() == 1) return {store.const_data_ptr(), dtype, store.size(0), 0, bytes};
     STD_TORCH_CHECK(store.dim() == 2 && store.size(1) > 0,
                     "float stores must be 2-D, or 1-D where they are sparse");
@@ -280,12 +280,12 @@ inline void check_number_of_offsets(const Lookup& lookup, bool ends_are_given) {
 }
 
 inline bool is_32_bit(const Tensor& tensor) {
-    STD_TORCH_CHECK(
-        tensor.scalar_type() == ScalarType::Int || tensor.scalar_type() == ScalarType::Long,
-        "ids and offsets must be int32 or int64");
+    const ScalarType type = tensor.scalar_type();
+    STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long,
+                    "ids and offsets must be int32 or int64");
     STD_TORCH_CHECK(tensor.dim() == 1 && tensor.is_contiguous(),
                     "ids and offsets must be contiguous 1-D tensors");
-    return tensor.scalar_type() == ScalarType::Int;
+    return type == ScalarType::Int;
 }
 
 // What the arguments of a call describe. The values of ids and offsets are left to the kernels.
@@ -294,6 +294,7 @@ inline Lookup make_lookup(const std::vector<Tensor>& stores, const Tensor& ids,
                           const std::optional<Tensor>& weights, const Tensor& encoding,
                           bool ends_are_given) {
     Lookup lookup{};
+    lookup.stores.reserve(stores.size());
     for (const Tensor& store : stores) lookup.stores.push_back(view_store(store, ids));
     read_encoding(lookup, encoding);
     lookup.ids = ids.const_data_ptr();
@@ -316,7 +317,7 @@ inline Lookup make_lookup(const std::vector<Tensor>& stores, const Tensor& ids,
                             weights->dim() == 1 && weights->numel() == lookup.num_ids,
                         "per_sample_weights must be a contiguous 1-D tensor, one for each of ",
                         lookup.num_ids, " ids");
-        lookup.weights_dtype = float_dtype(*weights, "per_sample_weights");
+        lookup.weights_dtype = float_dtype(weights->scalar_type(), "per_sample_weights");
         lookup.weights = weights->const_data_ptr();
     }
     return lookup;

@@ -1,6 +1,7 @@
 // The operators embcompress::* on the CPU, through torch's stable ABI: allocation, kernels,
 // results.
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -51,6 +52,16 @@ const float* floats(const Tensor& tensor) {
 
 float* mutable_floats(Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
+// An uninitialized matrix. torch::stable::empty looks its operator up by its name in every call,
+// which takes longer than all else that a call allocates.
+Tensor empty_floats(int64_t rows, int64_t columns) {
+    const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+    AtenTensorHandle handle;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, sizes, strides, aoti_torch_dtype_float32(),
+                                                    aoti_torch_device_type_cpu(), 0, &handle));
+    return Tensor(handle);
+}
+
 // Room for the touched rows of a wanted store and their gradients.
 struct Touched {
     Tensor rows;
@@ -58,7 +69,7 @@ struct Touched {
 
     Touched(const StoreGradients& gradients, size_t k, int64_t width)
         : rows(torch::stable::empty({gradients.num_touched(k)}, ScalarType::Long)),
-          values(torch::stable::empty({gradients.num_touched(k), width}, ScalarType::Float)) {}
+          values(empty_floats(gradients.num_touched(k), width)) {}
 
     GradientSink sink() {
         return {nullptr, static_cast<int64_t*>(rows.mutable_data_ptr()), mutable_floats(values),
@@ -75,7 +86,7 @@ Tensor lookup(std::vector<Tensor> stores, Tensor ids, std::optional<Tensor> offs
     STD_TORCH_CHECK(
         num_features == what.header.num_features && num_columns == what.header.num_columns,
         "num_features and num_columns are not the encoding's");
-    Tensor out = torch::stable::empty({what.batch, num_columns}, ScalarType::Float);
+    Tensor out = empty_floats(what.batch, num_columns);
     check_ids(lookup_forward(what, mutable_floats(out), threads()));
     return out;
 }
@@ -93,7 +104,7 @@ std::vector<Tensor> lookup_backward(Tensor grad, std::vector<Tensor> stores, Ten
     std::vector<GradientSink> sinks;
     for (const int64_t store : wanted) {
         const StoreView& view = what.stores[store];
-        Tensor dense = torch::stable::empty({view.rows, view.width}, ScalarType::Float);
+        Tensor dense = empty_floats(view.rows, view.width);
         torch::stable::zero_(dense);
         sinks.push_back({mutable_floats(dense), nullptr, nullptr, nullptr});
         results.push_back(dense);

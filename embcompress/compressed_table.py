@@ -3,62 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from embcompress.engine import Bags, GradientOptions, Program, lookup
-from embcompress.engine.fused import FusedStores, UpdateRule
-from embcompress.file_tensors import file_tensor, is_in_file, move_to_file
+from embcompress.engine import Bags, GradientOptions
+from embcompress.engine.fused import UpdateRule
+from embcompress.file_tensors import is_in_file, move_to_file
+from embcompress.fused_table import FusedTable, fused_stores
 from embcompress.initialization import initialize_stores
-from embcompress.latents import fixed_steps, pack_latents, unpack_latents
+from embcompress.latents import pack_latents, unpack_latents
 from embcompress.methods import Method, TableSpec, methods, resolve_method
 from embcompress.plan import LookupPlan, PlanError, Store
-from embcompress.plan_keys import with_keys_of
-from embcompress.sparse_layout import even_mask, mask_bytes, pack_sparse, unpack_sparse
+from embcompress.plan.keys import with_keys_of
+from embcompress.sparse_layout import mask_bytes, pack_sparse, unpack_sparse
+from embcompress.store_tensors import (
+    check_device,
+    check_stores,
+    dtype_name,
+    empty_stores,
+    is_latent,
+    new_store,
+)
 
 _PLAN_KEY = "plan"
-_DENSE_CHUNK = 1 << 16
-
-
-def fused_stores(program: Program, tables: Sequence[CompressedTable]) -> FusedStores | None:
-    """What the backward pass of a compiled program updates; None if that is nothing.
-
-    Args:
-        program: of the tables' plans.
-        tables: by owner number.
-    """
-    rule = tables[0].fused_rule
-    if rule is None or not torch.is_grad_enabled():
-        return None
-    wanted: list[int] = []
-    steps: list[Tensor] = []
-    states: list[list[Tensor]] = [[] for _ in range(2)]
-    num_states = rule.num_states
-    for position, (owner, name) in enumerate(program.stores):
-        table = tables[owner]
-        if name in table.updated_in_kernel:
-            wanted.append(position)
-            steps.append(table.optimizer_step(name))
-            for number in range(num_states):
-                states[number].append(table.optimizer_state(name, number))
-    if not wanted:
-        return None
-    first, second = states
-    return FusedStores(rule, wanted, first, second, steps)
 
 
 TableType = TypeVar("TableType", bound="CompressedTable")
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """``torch.float32`` -> ``"float32"``."""
-    return str(dtype).removeprefix("torch.")
-
-
-class CompressedTable(nn.Module):
+class CompressedTable(FusedTable):
     """What :class:`Embedding` and :class:`EmbeddingBag` share: a plan and its stores.
 
     Every store of the plan is a parameter of the module under the store's name; tables of codes
@@ -84,7 +59,8 @@ class CompressedTable(nn.Module):
         method: name of the method that made the plan.
         settings: the method with its settings, or None where the name is no method's.
         fused_rule: the fused optimizer, or None.
-        updated_in_kernel: names of the stores that the engine updates in its backward pass.
+        updated_in_kernel: the stores that the engine updates in its backward pass, by name: names
+            of the buffers of the number of their updates, and of the optimizer's state.
         start_deviation: standard deviation of the vectors that :meth:`reset_parameters` gives.
         spec: what the plan was made for, where the method has several phases; else None.
         built_plan: the plan under the budget, while a phase has put another in its place that is
@@ -107,33 +83,11 @@ class CompressedTable(nn.Module):
         self.built_plan: LookupPlan | None = None
         self.options = options
         self.fused_rule: UpdateRule | None = None
-        self.updated_in_kernel: tuple[str, ...] = ()
+        self.updated_in_kernel: dict[str, tuple[str, ...]] = {}
         self.start_deviation = 1.0
         self._set_plan(plan)
-        for name, values in _empty_stores(plan, device, deployed, self.directory).items():
+        for name, values in empty_stores(plan, device, deployed, self.directory).items():
             self.hold(name, values)
-
-    def hold(self, name: str, values: Tensor) -> None:
-        """Make floats a parameter, packed numbers a buffer, of that name.
-
-        The numbers that a packed sparse store keeps become a parameter that takes no gradient.
-        """
-        if name in self._parameters or name in self._buffers:
-            delattr(self, name)
-        if values.is_floating_point():
-            if not isinstance(values, nn.Parameter):
-                store = self._plan.store(name)
-                is_packed = store.sparsity is not None and not _is_latent(store, values)
-                trained = not is_packed and name not in fixed_steps(self._plan)
-                values = nn.Parameter(values, trained)
-            self.register_parameter(name, values)
-        else:
-            self.register_buffer(name, values)
-
-    def _set_plan(self, plan: LookupPlan) -> None:
-        self._plan = plan
-        self._store_names = tuple(store.name for store in plan.stores)
-        self._program = Program((plan,), self.options)
 
     def take_keys(self, plan: LookupPlan) -> None:
         """Hash from now on with the keys of a plan that differs from the module's in these alone.
@@ -146,79 +100,9 @@ class CompressedTable(nn.Module):
             raise ValueError(f"this plan has more than other keys: {plan}\n  here: {self._plan}")
         self._set_plan(renewed)
 
-    # -- reading
-
-    @property
-    def plan(self) -> LookupPlan:
-        return self._plan
-
-    @property
-    def num_embeddings(self) -> int:
-        return self._plan.num_embeddings
-
-    @property
-    def embedding_dim(self) -> int:
-        return self._plan.embedding_dim
-
-    @property
-    def padding_idx(self) -> int | None:
-        return self._plan.padding_idx
-
-    @property
-    def sparse(self) -> bool:
-        return self.options.sparse
-
-    def stores(self) -> dict[str, Tensor]:
-        """The physical tables by store name."""
-        # Directly, because a module's own lookup costs a small batch more than the kernel does.
-        parameters: dict[str, Any] = self._parameters
-        buffers: dict[str, Any] = self._buffers
-        # A parametrized store is neither, and computed by an attribute.
-        return {
-            name: parameters[name]
-            if name in parameters
-            else buffers[name]
-            if name in buffers
-            else getattr(self, name)
-            for name in self._store_names
-        }
-
-    def latents(self) -> tuple[str, ...]:
-        """Names of the quantized and sparse stores that are held as latents, to be trained."""
-        stores = self.stores()
-        return tuple(s.name for s in self._plan.stores if _is_latent(s, stores[s.name]))
-
-    @torch.no_grad()
-    def vectors(self, ids: Tensor) -> Tensor:
-        """(N, embedding_dim) vectors of (N,) ids, without pooling or gradients."""
-        plan = self._plan.with_pool("none", self._plan.padding_idx)
-        return lookup(plan, self.stores(), Bags(ids, ids))
-
-    @torch.no_grad()
-    def to_dense(self) -> Tensor:
-        """The (num_embeddings, embedding_dim) table that the module stands for.
-
-        The row of ``padding_idx`` is what a lookup of that id gives. For tables that fit in
-        memory; it is computed in chunks.
-        """
-        device = next(iter(self.stores().values())).device
-        ids = torch.arange(self.num_embeddings, device=device)
-        return torch.cat([self.vectors(chunk) for chunk in ids.split(_DENSE_CHUNK)])
-
     def _run(self, bags: Bags) -> Tensor:
         fused = fused_stores(self._program, (self,)) if self.updated_in_kernel else None
         return self._program((self.stores(),), bags, fused)
-
-    def _run_plain_bags(self, ids: Tensor, offsets: Tensor, ends_are_given: bool) -> Tensor | None:
-        """See :meth:`Program.run_plain_bags`."""
-        parameters, buffers = self._parameters, self._buffers
-        stores = []
-        for name in self._store_names:
-            store = parameters[name] if name in parameters else buffers.get(name)
-            if store is None:  # parametrized
-                return None
-            stores.append(store)
-        return self._program.run_plain_bags(stores, ids, offsets, ends_are_given)
 
     @property
     def directory(self) -> str | None:
@@ -258,7 +142,7 @@ class CompressedTable(nn.Module):
         Raises:
             ValueError: stores that are not the plan's, or of another shape.
         """
-        _check_stores(plan, stores)
+        check_stores(plan, stores)
         self._drop_optimizer()
         for name in self._store_names:
             delattr(self, name)
@@ -288,7 +172,7 @@ class CompressedTable(nn.Module):
 
         Random numbers are drawn on the CPU, so they are the same on every device.
         """
-        stores = _empty_stores(plan, "cpu", directory=self.directory)
+        stores = empty_stores(plan, "cpu", directory=self.directory)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             initialize_stores(plan, stores, self.start_deviation)
@@ -376,10 +260,10 @@ class CompressedTable(nn.Module):
     def _in_own_form(self, store: Store, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A sparse store's values in the form in which it is held, where they are in the other."""
         given = {**self.stores(), **values}
-        is_latent = _is_latent(store, given[store.name])
-        if is_latent == (store.name in self.latents()):
+        latent = is_latent(store, given[store.name])
+        if latent == (store.name in self.latents()):
             return {}
-        return (pack_sparse if is_latent else unpack_sparse)(self._plan, store, given)
+        return (pack_sparse if latent else unpack_sparse)(self._plan, store, given)
 
     def fit_(
         self: TableType,
@@ -417,14 +301,9 @@ class CompressedTable(nn.Module):
         for name, tensor in packed.items():
             self.hold(name, tensor)
 
-    def _drop_optimizer(self) -> None:
-        for name in [name for name in self._buffers if name.startswith("optimizer_")]:
-            delattr(self, name)
-        self.fused_rule, self.updated_in_kernel = None, ()
-
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> CompressedTable:
         if self._plan.offloaded:  # before anything is moved
-            _check_device(self._plan, fn(torch.empty(0, device="cpu")).device)
+            check_device(self._plan, fn(torch.empty(0, device="cpu")).device)
         super()._apply(fn, recurse)
         self._return_to_files()
         floats = {s.name: getattr(self, s.name) for s in self._plan.stores if s.is_float}
@@ -450,97 +329,6 @@ class CompressedTable(nn.Module):
         super().__setstate__(state)
         self._return_to_files()
         self._hook_updates()
-
-    # -- fused optimizers
-
-    def runs_in_kernels(self) -> bool:
-        """Whether the kernels of the stores' device run the plan's head and its rows."""
-        return self._program.runs_on(next(iter(self.stores().values())).device)
-
-    def fuse(self, rule: UpdateRule, states: dict[Tensor, list[Tensor]]) -> None:
-        """Update the stores in the backward pass; see :func:`embcompress.fuse_optimizer`.
-
-        Args:
-            rule: how.
-            states: state of the stores that were fused already; new ones are added.
-        """
-        self.fused_rule = rule
-        floats = [store for store in self._plan.stores if store.is_float]
-        is_float32 = all(store.dtype == "float32" for store in floats)
-        compiled = rule.in_kernel and self._program.is_compiled and is_float32
-        if not compiled:
-            self.options = replace(self.options, sparse=True)
-            self._set_plan(replace(self._plan))  # a new object: collections notice the change
-        gathered = {name for _, name in self._program.stores}
-        in_kernel = []
-        for name, store in self.stores().items():
-            known = store in states
-            if not (known or store.requires_grad):  # packed, or frozen
-                continue
-            own = states[store] if known else states.setdefault(store, rule.new_states(store))
-            step, *values = own
-            self.register_buffer(f"optimizer_{name}_step", step)
-            for number, state in enumerate(values):
-                self.register_buffer(f"optimizer_{name}_{number}", state)
-            if compiled and name in gathered:
-                store.requires_grad_(False)
-                in_kernel.append(name)
-            elif not known:
-                store.register_post_accumulate_grad_hook(self._updater(name))
-        self.updated_in_kernel = tuple(in_kernel)
-
-    def _hook_updates(self) -> None:
-        """Updates in torch again: the parameters of a copy come without their hooks."""
-        if self.fused_rule is None:
-            return
-        for name, store in self.stores().items():
-            if name in self.updated_in_kernel or f"optimizer_{name}_step" not in self._buffers:
-                continue
-            if store._post_accumulate_grad_hooks is None:  # type: ignore[attr-defined]  # tied
-                store.register_post_accumulate_grad_hook(self._updater(name))
-
-    def unfuse(self, renewed: dict[Tensor, nn.Parameter]) -> None:
-        """See :func:`embcompress.optimizers.unfuse_optimizer`.
-
-        Args:
-            renewed: the new parameter of every store that was renewed already; it is added to.
-        """
-        fused = [n for n in self._store_names if f"optimizer_{n}_step" in self._buffers]
-        self._drop_optimizer()
-        for name in fused:
-            old = self.get_parameter(name)
-            # A new object: hooks that update it stay with the old one.
-            self.hold(name, renewed.setdefault(old, nn.Parameter(old.detach())))
-
-    def _updater(self, name: str) -> Callable[[Tensor], None]:
-        """A hook that updates one store by its gradient, in torch."""
-
-        def update(store: Tensor) -> None:
-            rule, gradient = self.fused_rule, store.grad
-            if rule is None:  # deployed since
-                return
-            assert gradient is not None
-            step = self.optimizer_step(name)
-            step += 1
-            rule.update(store, gradient, self.optimizer_states(name), int(step))
-            store.grad = None
-
-        return update
-
-    def optimizer_states(self, name: str) -> list[Tensor]:
-        """State of one store's fused optimizer; nothing for a frozen store."""
-        rule = self.fused_rule
-        if rule is None or f"optimizer_{name}_step" not in self._buffers:
-            return []
-        return [self.optimizer_state(name, number) for number in range(rule.num_states)]
-
-    def optimizer_state(self, name: str, number: int) -> Tensor:
-        """One tensor of the state of one store's fused optimizer."""
-        return cast(Tensor, self._buffers[f"optimizer_{name}_{number}"])
-
-    def optimizer_step(self, name: str) -> Tensor:
-        """(1,) int64: how often one store was updated."""
-        return cast(Tensor, self._buffers[f"optimizer_{name}_step"])
 
     # -- state
 
@@ -580,12 +368,12 @@ class CompressedTable(nn.Module):
         """Hold quantized and sparse stores as weights to be loaded do: as latents, or packed."""
         for store in self._plan.stores:
             own, saved = self.stores()[store.name], state_dict.get(prefix + store.name)
-            if not isinstance(saved, Tensor) or _is_latent(store, saved) == _is_latent(store, own):
+            if not isinstance(saved, Tensor) or is_latent(store, saved) == is_latent(store, own):
                 continue
-            deployed = not _is_latent(store, saved)
+            deployed = not is_latent(store, saved)
             if deployed and self.fused_rule is not None:
                 self._drop_optimizer()
-            self.hold(store.name, _new_store(self._plan, store, deployed, own.device))
+            self.hold(store.name, new_store(self._plan, store, deployed, own.device))
             if store.sparsity is not None:
                 index = self._plan.store(store.sparsity.index)
                 size = index.bytes if deployed else mask_bytes(store)
@@ -622,7 +410,7 @@ class CompressedTable(nn.Module):
         if shape != (self.num_embeddings, self.embedding_dim):
             return False
         device = next(iter(self.stores().values())).device
-        self.take_form(plan, _empty_stores(plan, device, directory=self.directory))
+        self.take_form(plan, empty_stores(plan, device, directory=self.directory))
         return True
 
     def extra_repr(self) -> str:
@@ -632,91 +420,6 @@ class CompressedTable(nn.Module):
         if self._plan.offloaded:
             text += f", bytes_in_files={self._plan.offloaded}"
         return f"{text}, bytes={self._plan.bytes}"
-
-
-def _is_latent(store: Store, values: Tensor) -> bool:
-    """Whether a quantized or sparse store is held in the form that is trained."""
-    if store.sparsity is not None:
-        return values.dim() == 2
-    return store.quantization is not None and values.is_floating_point()
-
-
-def _check_device(plan: LookupPlan, device: torch.device) -> None:
-    """Refuse to put rows that are in a file on a device whose kernels cannot read them."""
-    if device.type not in ("cpu", "meta"):
-        names = [store.name for store in plan.stores if store.is_in_file]
-        raise ValueError(
-            f"stores {names} are in files, which the CPU reads, and cannot be on device "
-            f"{str(device)!r}; leave this table on the CPU, or choose another method"
-        )
-
-
-def _new_store(
-    plan: LookupPlan,
-    store: Store,
-    deployed: bool,
-    device: torch.device | str | None,
-    directory: str | None = None,
-) -> Tensor:
-    """An uninitialized tensor for a store, in the form that is trained or the deployed one."""
-    if store.is_in_file:
-        own = torch.get_default_device() if device is None else torch.device(device)
-        if own.type == "cpu":
-            return file_tensor(store.shape, _training_dtype(plan, store), directory)
-    if store.is_float or (store.quantization is not None and not deployed):
-        shape: tuple[int, ...] = store.shape
-        if store.sparsity is not None and deployed:
-            shape = (store.sparsity.stored,)
-        return torch.empty(shape, device=device, dtype=_training_dtype(plan, store))
-    return torch.zeros(store.bytes, device=device, dtype=torch.uint8)
-
-
-def _training_dtype(plan: LookupPlan, store: Store) -> torch.dtype:
-    """The dtype in which a store of values is trained: latents are at least float32."""
-    if store.quantization is None:
-        return cast(torch.dtype, getattr(torch, store.dtype))
-    scale = plan.store(store.quantization.scale)
-    return torch.promote_types(torch.float32, getattr(torch, scale.dtype))
-
-
-def _empty_stores(
-    plan: LookupPlan,
-    device: torch.device | str | None,
-    deployed: bool = False,
-    directory: str | None = None,
-) -> dict[str, Tensor]:
-    """Tensors for the stores of a plan: floats of any value, codes that are zero.
-
-    Masks of latents keep as many numbers as the plan.
-
-    Raises:
-        ValueError: a store in a file, for another device than the CPU.
-        OSError: the file cannot be made (:func:`embcompress.file_tensors.file_tensor`).
-    """
-    if plan.offloaded:
-        own = torch.get_default_device() if device is None else torch.device(device)
-        _check_device(plan, own)
-    stores = {
-        store.name: _new_store(plan, store, deployed, device, directory) for store in plan.stores
-    }
-    for store in plan.stores:
-        if store.sparsity is not None and not deployed:
-            stores[store.sparsity.index] = even_mask(store, device)
-    return stores
-
-
-def _check_stores(plan: LookupPlan, stores: Mapping[str, Tensor]) -> None:
-    names = [store.name for store in plan.stores]
-    if set(stores) != set(names):
-        raise ValueError(f"the plan has stores {sorted(names)}, got {sorted(stores)}")
-    masks = {s.sparsity.index: mask_bytes(s) for s in plan.stores if s.sparsity is not None}
-    for store in plan.stores:
-        tensor, size = stores[store.name], masks.get(store.name, store.bytes)
-        shape = store.shape if tensor.is_floating_point() else (size,)
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"store {store.name!r} has shape {tuple(tensor.shape)}, the plan says {shape}"
-            )
 
 
 def _addressing(plan: LookupPlan) -> LookupPlan:
@@ -744,6 +447,3 @@ def tie_shared_stores(tables: Iterable[CompressedTable]) -> None:
                     f"{tuple(own.shape)} numbers"
                 )
             setattr(table, store.name, first)
-
-
-# --------------------------------------------------------------------------------- constructors

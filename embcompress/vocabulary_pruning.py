@@ -10,13 +10,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from embcompress.compressed_table import CompressedTable, dtype_name
+from embcompress.compressed_table import CompressedTable
 from embcompress.ids import count_ids, read_ids
 from embcompress.methods.pruned import Pruned
 from embcompress.modules import Embedding
 from embcompress.optimizer_state import Optimizers, as_optimizers, replace_parameter, take_rows
 from embcompress.plan import Digit
 from embcompress.pruned_layout import CODES, WEIGHT, PrunedLayout
+from embcompress.store_tensors import dtype_name
 from embcompress.token_vocabulary import FALLBACK, TokenVocabulary, load_backup, save_backup
 
 

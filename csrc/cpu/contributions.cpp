@@ -24,7 +24,7 @@ float damping_of(const Lookup& lookup, const Probe& probe) {
 EMBCOMPRESS_INLINE float others_product(const RowBlock& block, int t, int i, int64_t c) {
     float value = 1.0f;
     for (int u = 0; u < block.num_probes(); ++u) {
-        if (u != t) value *= block.scales(u)[i] * block.pointers(u)[i][c];
+        if (u != t) value *= block.scale(u, i) * block.pointers(u)[i][c];
     }
     return value;
 }
@@ -55,7 +55,7 @@ EMBCOMPRESS_INLINE void add_quantization_gradient(const Lookup& lookup, const Ro
     const float zero = q.bias_store < 0 ? static_cast<float>((1 << q.bits) - 1) / 2 : 0.0f;
     const int64_t row = block.rows(use.probe)[i];
     const bool latent_rows = is_latent(lookup, probe);
-    coefficient *= block.scales(use.probe)[i] * damping;
+    coefficient *= block.scale(use.probe, i) * damping;
     for (int64_t c = 0; c < probe.width; ++c) {
         float of_step, of_bias = 1.0f;
         if (latent_rows) {
@@ -129,7 +129,7 @@ EMBCOMPRESS_CLONES bool weights_range(const OutputGradient& gradient, int64_t nu
             const int probes = feature.combine == Combine::kMul ? 1 : block.num_probes();
             float total = 0.0f;
             for (int t = 0; t < probes && !block.skipped(i); ++t) {
-                total += block.scales(t)[i] * scale_gradient(block, t, i, mine);
+                total += block.scale(t, i) * scale_gradient(block, t, i, mine);
             }
             out[position + i] = total;
         }

@@ -236,12 +236,14 @@ class Heads {
   public:
     explicit Heads(const Lookup& lookup) {
         for (int64_t f = 0; f < lookup.header.num_features; ++f) {
-            columns_.push_back(load_head(lookup, lookup.features[f], true));
-            if (columns_.back().empty()) continue;
-            widest_ = std::max(widest_, lookup.features[f].width);
+            const Feature& feature = lookup.features[f];
+            if (feature.head_store < 0) continue;
+            columns_.resize(lookup.header.num_features);
+            columns_[f] = load_head(lookup, feature, true);
+            widest_ = std::max(widest_, feature.width);
         }
     }
-    bool has(int64_t feature) const { return !columns_[feature].empty(); }
+    bool has(int64_t feature) const { return !columns_.empty() && !columns_[feature].empty(); }
     const float* columns(int64_t feature) const { return columns_[feature].data(); }
     int64_t widest() const { return widest_; }
 

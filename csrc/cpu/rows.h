@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 
 #include "convert.h"
 
@@ -23,6 +24,7 @@ class RowBlock {
   public:
     explicit RowBlock(const Lookup& lookup) : lookup_(lookup) {
         int64_t most = 0, widest = 1, converted = 0, vectors = 0;
+        bool scaled = false;
         for (int64_t f = 0; f < lookup.header.num_features; ++f) {
             const Feature& feature = lookup.features[f];
             int64_t width = 0;
@@ -31,19 +33,28 @@ class RowBlock {
                 const Probe& probe = lookup.probes[feature.first_probe + t];
                 widest = std::max(widest, probe.width);
                 width += is_converted(probe) ? room_for(probe) : 0;
+                scaled |= probe.scale.kind != ScaleKind::kNone;
             }
             most = std::max(most, feature.num_probes);
             converted = std::max(converted, width);
         }
-        rows_.resize(most * kBlock);
-        pointers_.resize(most * kBlock);
-        scales_.assign(most * kBlock, 1.0f);
-        zeros_.assign(widest, 0.0f);
-        buffer_.resize(converted);
-        steps_.resize(2 * steps_room(widest));
-        buffers_.resize(most);
-        lines_.resize(most);
-        vectors_.resize(vectors);
+        const int64_t addresses = most * kBlock, scales = scaled ? addresses : 0;
+        const int64_t steps = 2 * steps_room(widest);
+        const int64_t floats = scales + widest + converted + steps + vectors;
+        memory_.reset(new char[(addresses + most) * 16 + floats * 4]);
+        char* free = memory_.get();
+        rows_ = take<int64_t>(free, addresses);
+        pointers_ = take<const float*>(free, addresses);
+        buffers_ = take<float*>(free, most);
+        lines_ = take<int64_t>(free, most);
+        scales_ = take<float>(free, scales);
+        buffer_ = take<float>(free, converted);
+        steps_ = take<float>(free, steps);
+        vectors_ = take<float>(free, vectors);
+        zeros_ = take<float>(free, widest);
+        std::fill(zeros_, zeros_ + widest, 0.0f);
+        num_scales_ = scales;
+        std::fill(scales_, scales_ + scales, 1.0f);
     }
 
     RowBlock(const Lookup& lookup, const Feature& feature) : RowBlock(lookup) { use(feature); }
@@ -53,10 +64,10 @@ class RowBlock {
         feature_ = &feature;
         probes_ = lookup_.probes + feature.first_probe;
         count_ = static_cast<int>(feature.num_probes);
-        if (scaled_) std::fill(scales_.begin(), scales_.end(), 1.0f);
+        if (scaled_) std::fill(scales_, scales_ + num_scales_, 1.0f);
         scaled_ = false;
         overlapping_ = overlap(feature);
-        float* buffer = buffer_.data();
+        float* buffer = buffer_;
         int64_t lines = 0;
         for (int t = 0; t < count_; ++t) {
             buffers_[t] = buffer;
@@ -78,11 +89,13 @@ class RowBlock {
     // Whether the columns of a probe are in part those of probes before it.
     bool overlapping() const { return overlapping_; }
     // Room for the vectors of a block's ids, where probes overlap.
-    float* vectors() { return vectors_.data(); }
-    const float* const* pointers(int t) const { return pointers_.data() + t * kBlock; }
-    const float* scales(int t) const { return scales_.data() + t * kBlock; }
+    float* vectors() { return vectors_; }
+    const float* const* pointers(int t) const { return pointers_ + t * kBlock; }
+    // Scales of the ids by probe t, where the feature has any.
+    const float* scales(int t) const { return scales_ + t * kBlock; }
+    float scale(int t, int i) const { return scaled_ ? scales(t)[i] : 1.0f; }
     // Row of each id in the store of probe t; -1 where absent or padding.
-    const int64_t* rows(int t) const { return rows_.data() + t * kBlock; }
+    const int64_t* rows(int t) const { return rows_ + t * kBlock; }
     const int64_t* ids() const { return ids_; }
     bool skipped(int i) const { return ids_[i] < 0; }
 
@@ -101,7 +114,7 @@ class RowBlock {
 
     // Rows of probe t for the present ids.
     EMBCOMPRESS_INLINE void find_rows(int t, int n) {
-        int64_t* rows = rows_.data() + t * kBlock;
+        int64_t* rows = rows_ + t * kBlock;
         const Probe& probe = probes_[t];
         addresses(probe.address, n, rows);
         if (probe.code.table.store >= 0) decode(probe.code, n, rows);
@@ -114,12 +127,12 @@ class RowBlock {
     // Pointers to the rows of probe t, after find_rows.
     EMBCOMPRESS_INLINE void find_pointers(int t, int n) {
         const Probe& probe = probes_[t];
-        const int64_t* rows = rows_.data() + t * kBlock;
-        const float** pointers = pointers_.data() + t * kBlock;
+        const int64_t* rows = rows_ + t * kBlock;
+        const float** pointers = pointers_ + t * kBlock;
         const StoreView& store = lookup_.stores[probe.store];
         if (!is_converted(probe)) {
             const float* data = static_cast<const float*>(store.data);
-            const float* zeros = zeros_.data();
+            const float* zeros = zeros_;
             const int64_t stride = probe.stride;
             for (int i = 0; i < n; ++i) {
                 pointers[i] = rows[i] < 0 ? zeros : data + rows[i] * stride;
@@ -133,17 +146,17 @@ class RowBlock {
 
     // Pointers to where `convert` writes the rows of probe t, after find_rows.
     EMBCOMPRESS_INLINE void point_to_converted(int t, int n) {
-        const int64_t* rows = rows_.data() + t * kBlock;
-        const float** pointers = pointers_.data() + t * kBlock;
+        const int64_t* rows = rows_ + t * kBlock;
+        const float** pointers = pointers_ + t * kBlock;
         for (int i = 0; i < n; ++i) {
-            pointers[i] = rows[i] < 0 ? zeros_.data() : buffers_[t] + i * probes_[t].width;
+            pointers[i] = rows[i] < 0 ? zeros_ : buffers_[t] + i * probes_[t].width;
         }
     }
 
     // Rows [begin, end) of the n of probe t, one range after the other from 0 on.
     EMBCOMPRESS_INLINE void convert(int t, int begin, int end, int n) {
-        const int64_t* rows = rows_.data() + t * kBlock;
-        convert_rows(lookup_, probes_[t], {rows, begin, end, n, buffers_[t]}, steps_.data());
+        const int64_t* rows = rows_ + t * kBlock;
+        convert_rows(lookup_, probes_[t], {rows, begin, end, n, buffers_[t]}, steps_);
     }
 
     bool is_converted(int t) const { return is_converted(probes_[t]); }
@@ -169,7 +182,7 @@ class RowBlock {
     // Prefetches rows of probe t, after find_pointers.
     EMBCOMPRESS_INLINE void fetch_rows(int t, int begin, int end) const {
         const int64_t lines = lines_[t];
-        const float* const* pointers = pointers_.data() + t * kBlock;
+        const float* const* pointers = pointers_ + t * kBlock;
         if (lines == 0) return;
         if (lines == 4) {
             for (int i = begin; i < end; ++i) {
@@ -223,6 +236,14 @@ class RowBlock {
             filled = probes[t].column + probes[t].width;
         }
         return false;
+    }
+
+    // The next of the arrays in `free`, the larger types first.
+    template <typename T>
+    static T* take(char*& free, int64_t count) {
+        T* array = reinterpret_cast<T*>(free);
+        free += count * sizeof(T);
+        return array;
     }
 
     static int64_t room_for(const Probe& probe) { return probe.width * kBlock + kUnpacked; }
@@ -297,7 +318,7 @@ class RowBlock {
 
     void find_scales(int t, int n) {
         const Scale& scale = probes_[t].scale;
-        float* values = scales_.data() + t * kBlock;
+        float* values = scales_ + t * kBlock;
         for (int i = 0; i < n; ++i) {
             values[i] = ids_[i] < 0 ? 0.0f : scale_of(lookup_, scale, ids_[i]);
         }
@@ -314,15 +335,17 @@ class RowBlock {
     int fetched_ = 0;
     int ids_ahead_ = kBlock;
     int64_t ids_[kBlock];
-    std::vector<int64_t> rows_;
-    std::vector<const float*> pointers_;
-    std::vector<float> scales_;
-    std::vector<float> buffer_;  // rows that are not float32, converted
-    std::vector<float*> buffers_;
-    std::vector<int64_t> lines_;  // of a row of each probe that are prefetched
-    std::vector<float> steps_;    // and biases, of a row
-    std::vector<float> zeros_;
-    std::vector<float> vectors_;
+    std::unique_ptr<char[]> memory_;  // of all the arrays: each of its own would cost a small batch
+    int64_t* rows_;
+    const float** pointers_;
+    float** buffers_;
+    int64_t* lines_;  // of a row of each probe that are prefetched
+    float* scales_;   // nothing where no probe has a scale
+    int64_t num_scales_;
+    float* buffer_;  // rows that are not float32, converted
+    float* steps_;   // and biases, of a row
+    float* vectors_;
+    float* zeros_;
 };
 
 }  // namespace embcompress

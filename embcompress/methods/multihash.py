@@ -85,8 +85,8 @@ class MultiHash(Method):
         Raises:
             ValueError: an array that is not 2-D, or a seed that is not 32 bits.
         """
-        from embcompress.compressed_table import dtype_name
         from embcompress.modules import Embedding
+        from embcompress.store_tensors import dtype_name
 
         if array.dim() != 2:
             raise ValueError(f"array must be 2-D, (rows, width), got {array.dim()}-D")

@@ -15,8 +15,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embcompress import plan as plan_module
-from embcompress import plan_json
 from embcompress.plan import (
     Code,
     Digit,
@@ -35,6 +33,12 @@ from embcompress.plan import (
     Store,
     TensorTrain,
     Weight,
+    addresses,
+    consistency,
+    heads,
+    probes,
+    serialization,
+    stores,
 )
 from tests.plan_cases import make_case, packed_sparse
 
@@ -495,7 +499,11 @@ def test_hostile_json_raises(what: str) -> None:
         LookupPlan.from_json(text)
 
 
-@pytest.mark.parametrize("module", [plan_module, plan_json], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module",
+    [addresses, consistency, heads, probes, serialization, stores],
+    ids=lambda module: module.__name__,
+)
 def test_every_rule_has_a_failing_example(
     module: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
