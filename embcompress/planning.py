@@ -15,8 +15,9 @@ from embcompress.methods import Method
 from embcompress.methods.auto import Auto
 from embcompress.plan import LookupPlan
 from embcompress.planner.lookups import count_lookups
+from embcompress.planner.progress import PlanProgress
 from embcompress.planner.search import PlanSearch, QualitySearch
-from embcompress.planner.trials import Trial, TrialData
+from embcompress.planner.trials import Trial, TrialData, silent
 from embcompress.table_building import Table, build_modules, put_in_place
 
 
@@ -46,6 +47,7 @@ def plan_with_data(
     max_auc_loss: float | None,
     data: Iterable[Any],
     seconds: float,
+    progress: bool,
 ) -> Planned:
     """Set the planner, and find the budget if there is none, by short trainings.
 
@@ -55,6 +57,7 @@ def plan_with_data(
         budget_bytes: None where ``max_auc_loss`` says what must be kept.
         data: batches (inputs, labels).
         seconds: trainings end after so long.
+        progress: whether to show it on standard error.
 
     Raises:
         ValueError: the planner is not the method of these tables.
@@ -64,6 +67,8 @@ def plan_with_data(
         raise ValueError("data is for the planner; one method='auto' must be among the methods")
     if max_auc_loss is not None and any(each.method != planners[0] for each in tables):
         raise ValueError("max_auc_loss needs method='auto' for all tables that are swapped")
+    show = PlanProgress(seconds) if progress else silent
+    show("reading data")
     trial_data = TrialData.of(data)
     known = _counted(model, tables, trial_data)
 
@@ -83,7 +88,7 @@ def plan_with_data(
         return method.expected_loss([each.spec for each in known], limit)
 
     dense = sum(each.spec.dense_bytes for each in known)
-    search = PlanSearch(build, plans, expected, dense, trial_data, seconds)
+    search = PlanSearch(build, plans, expected, dense, trial_data, seconds, show)
     quality = None
     if budget_bytes is None:
         assert max_auc_loss is not None

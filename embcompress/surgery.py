@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from embcompress.budget import Budget, allocate, format_bytes, parse_budget
 from embcompress.collection import full_plan
-from embcompress.compressed_table import CompressedTable, dtype_name
+from embcompress.compressed_table import CompressedTable
 from embcompress.compression_report import CompressionReport, TableChange
 from embcompress.fitting import relative_error
 from embcompress.methods import TableSpec
@@ -18,6 +18,7 @@ from embcompress.methods.auto import Auto
 from embcompress.plan import LookupPlan
 from embcompress.planner.explanation import Explanation, Tried
 from embcompress.planning import Planned, plan_with_data
+from embcompress.store_tensors import dtype_name
 from embcompress.table_building import Table, build_modules, put_in_place
 from embcompress.table_finding import (
     Candidate,
@@ -40,6 +41,7 @@ def compress(
     counts: Mapping[str, Tensor] | None = None,
     co_occurrence: Mapping[str, Tensor] | None = None,
     keep_weights: bool = False,
+    progress: bool = True,
 ) -> CompressionReport:
     """Swap the embedding tables of a model for compressed ones, in place.
 
@@ -61,7 +63,7 @@ def compress(
         max_auc_loss: instead of a budget: as few bytes as keep the model's AUC so far, by short
             trainings on ``data``.
         data: batches ``(inputs, labels)`` of training data, such as a ``DataLoader`` yields, for
-            the planner: it counts ids and tries plans on the first 2^17 examples, the last tenth
+            the planner: it counts ids and tries plans on the first 2^19 examples, the last tenth
             of which it compares by. Labels are 0 or 1, (B,) or (B, 1), and the model returns
             logits of that shape. Inputs are a tensor, a tuple of the model's arguments or a dict of
             named ones. The model itself is not trained.
@@ -76,6 +78,7 @@ def compress(
             the tables that miss it.
         keep_weights: start from the trained tables: each new table approximates the old one as
             well as its method can (:meth:`embcompress.Method.fit`), and the report says how well.
+        progress: whether planning with ``data`` says on standard error what it does.
 
     Returns:
         A report that prints as a table and says why a table was left alone.
@@ -118,7 +121,7 @@ def compress(
         tables = [replace(each, method=each.method.for_trained_tables()) for each in tables]
     planned = None
     if data is not None:
-        planned = plan_with_data(model, tables, limit, max_auc_loss, data, plan_seconds)
+        planned = plan_with_data(model, tables, limit, max_auc_loss, data, plan_seconds, progress)
         tables, limit = planned.tables, planned.budget_bytes
     assert limit is not None
     plans = allocate(

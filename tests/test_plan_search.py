@@ -287,6 +287,14 @@ def test_lookups_are_counted_and_the_model_is_left_as_it_was() -> None:
 # ----------------------------------------------------------------------------- compress(data=)
 
 
+@pytest.mark.parametrize("progress", [True, False])
+def test_planning_says_what_it_does(progress: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    ec.compress(Model(), budget="8%", data=batches(20), progress=progress)
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert ("planning, 0 of at most 100 s: reading data" in shown.err) == progress
+
+
 def test_a_model_of_tables_alone_is_tried_too() -> None:
     model = TablesAlone()
     report = ec.compress(model, budget="8%", data=batches())

@@ -20,6 +20,7 @@ from embcompress.planner.trials import (
     choose,
     distinct,
     full_training,
+    silent,
     standard_error,
 )
 from embcompress.planner.worth import measure_worths
@@ -89,6 +90,7 @@ class PlanSearch:
         dense_bytes: of the full tables.
         data: what is trained on and compared by.
         seconds: trainings end after so long.
+        show: is told what is being done.
     """
 
     build: Callable[[Method, int], nn.Module]
@@ -97,6 +99,7 @@ class PlanSearch:
     dense_bytes: int
     data: TrialData
     seconds: float
+    show: Callable[[str], None] = silent
     _end: float = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -113,10 +116,11 @@ class PlanSearch:
             return [Trial(methods[0])]
         with torch.random.fork_rng():
             if method.uses_worths:
+                self.show("what each table is worth, with full tables")
                 worths = measure_worths(self._seeded, self.dense_bytes, self.data, self._end)
                 methods = distinct(method.candidates(worths), plans)
             left = self._end - time.monotonic()
-            return choose(methods, self._builder(budget_bytes), self.data, left)
+            return choose(methods, self._builder(budget_bytes), self.data, left, self.show)
 
     def smallest(self, method: Method, max_auc_loss: float) -> QualitySearch:
         """The fewest bytes that lose no more AUC than that.
@@ -151,6 +155,7 @@ class PlanSearch:
 
     def _measure(self, method: Method, budget_bytes: int) -> float | None:
         """AUC of a short training, the best after any pass; None if the time ran out."""
+        self.show(f"what is lost in {budget_bytes:,} bytes")
         with torch.random.fork_rng():
             build = self._builder(budget_bytes)
             found = full_training(method, build, self.data, self._end, _PASSES)

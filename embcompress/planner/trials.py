@@ -267,11 +267,16 @@ def distinct(methods: Sequence[Method], plans: Callable[[Method], object]) -> li
     return list(first.values())
 
 
+def silent(_: str) -> None:
+    """Shows no progress."""
+
+
 def choose(
     methods: Sequence[Method],
     build: Callable[[Method], nn.Module],
     data: TrialData,
     seconds: float,
+    show: Callable[[str], None] = silent,
 ) -> list[Trial]:
     """Which of some plans a model learns best with: the first, unless another is clearly better.
 
@@ -288,6 +293,7 @@ def choose(
         data: what they are trained on and compared by.
         seconds: trainings end after so long; those that were not finished do not count. As long as
             the time is enough the result does not depend on how fast the machine is.
+        show: is told what is being done.
 
     Returns:
         All of them, the chosen one first, then those that came further before the others.
@@ -296,8 +302,10 @@ def choose(
     trials = [Trial(method) for method in methods]
     first, alive = trials[0], trials
     for share in _RUNGS:
-        for trial in alive:
-            trial.train(build, data, share * full_passes(data), end)
+        passes = share * full_passes(data)
+        for number, trial in enumerate(alive, 1):
+            show(f"plan {number} of {len(alive)}, trained for {passes:.3g} passes")
+            trial.train(build, data, passes, end)
         better = sorted(alive, key=_rank)[: max(1, len(alive) // 2)]
         alive = better if first in better else [*better, first]
         for trial in trials:
@@ -308,6 +316,8 @@ def choose(
     for trial in alive:
         trial.end()
     winner = min(alive, key=_rank)
+    if winner is not first:
+        show("the best plan against the closed forms' choice, on earlier examples")
     if not _is_ahead(winner, first) or not confirm(winner, first, build, data, end):
         winner = first
     return sorted(trials, key=lambda trial: (trial is not winner, *_rank(trial)))
