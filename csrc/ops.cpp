@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <memory>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -52,29 +53,30 @@ const float* floats(const Tensor& tensor) {
 
 float* mutable_floats(Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
-// An uninitialized matrix. torch::stable::empty looks its operator up by its name in every call,
-// which takes longer than all else that a call allocates.
-Tensor empty_floats(int64_t rows, int64_t columns) {
-    const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+// An uninitialized tensor of one or two dimensions. torch::stable::empty looks its operator up by
+// its name in every call, which takes longer than all else that a call allocates.
+Tensor empty(int32_t dtype, int64_t rows, std::optional<int64_t> columns = std::nullopt) {
+    const int64_t sizes[] = {rows, columns.value_or(1)}, strides[] = {columns.value_or(1), 1};
     AtenTensorHandle handle;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, sizes, strides, aoti_torch_dtype_float32(),
-                                                    aoti_torch_device_type_cpu(), 0, &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(columns.has_value() ? 2 : 1, sizes, strides,
+                                                    dtype, aoti_torch_device_type_cpu(), 0,
+                                                    &handle));
     return Tensor(handle);
+}
+
+Tensor empty_floats(int64_t rows, std::optional<int64_t> columns = std::nullopt) {
+    return empty(aoti_torch_dtype_float32(), rows, columns);
 }
 
 // Room for the touched rows of a wanted store and their gradients.
 struct Touched {
-    Tensor rows;
-    Tensor values;
+    std::unique_ptr<int64_t[]> rows;
+    std::unique_ptr<float[]> values;
 
-    Touched(const StoreGradients& gradients, size_t k, int64_t width)
-        : rows(torch::stable::empty({gradients.num_touched(k)}, ScalarType::Long)),
-          values(empty_floats(gradients.num_touched(k), width)) {}
+    Touched(int64_t count, int64_t width)
+        : rows(new int64_t[count]), values(new float[count * width]) {}
 
-    GradientSink sink() {
-        return {nullptr, static_cast<int64_t*>(rows.mutable_data_ptr()), mutable_floats(values),
-                nullptr};
-    }
+    GradientSink sink() { return {nullptr, rows.get(), values.get(), nullptr}; }
 };
 
 // ------------------------------------------------------------------------------------ operators
@@ -126,10 +128,12 @@ std::vector<Tensor> lookup_backward_sparse(Tensor grad, std::vector<Tensor> stor
     std::vector<Tensor> results;
     std::vector<GradientSink> sinks;
     for (size_t k = 0; k < wanted.size(); ++k) {
-        Touched touched(gradients, k, what.stores[wanted[k]].width);
-        sinks.push_back(touched.sink());
-        results.push_back(touched.rows);
-        results.push_back(touched.values);
+        Tensor rows = empty(aoti_torch_dtype_int64(), gradients.num_touched(k));
+        Tensor values = empty_floats(gradients.num_touched(k), what.stores[wanted[k]].width);
+        sinks.push_back({nullptr, static_cast<int64_t*>(rows.mutable_data_ptr()),
+                         mutable_floats(values), nullptr});
+        results.push_back(rows);
+        results.push_back(values);
     }
     gradients.reduce(sinks);
     return results;
@@ -140,7 +144,7 @@ Tensor lookup_backward_weights(Tensor grad, std::vector<Tensor> stores, Tensor i
                                Tensor encoding, bool ends_are_given) {
     const Lookup what = check_lookup(stores, ids, offsets, weights, encoding, ends_are_given);
     const Tensor gradient = check_gradient(grad, ids, what);
-    Tensor out = torch::stable::empty({what.num_ids}, ScalarType::Float);
+    Tensor out = empty_floats(what.num_ids);
     check_ids(weights_gradient(what, static_cast<const float*>(gradient.const_data_ptr()),
                                static_cast<float*>(out.mutable_data_ptr()), threads()));
     return out;
@@ -196,14 +200,14 @@ void lookup_backward_update(Tensor grad, std::vector<Tensor> stores, Tensor ids,
         if (gradients.may_update(k)) {
             sinks.push_back({nullptr, nullptr, nullptr, &updated[k]});
         } else {
-            later.emplace_back(k, Touched(gradients, k, updated[k].width));
+            later.emplace_back(k, Touched(gradients.num_touched(k), updated[k].width));
             sinks.push_back(later.back().second.sink());
         }
     }
     gradients.reduce(sinks);
     for (auto& [k, touched] : later) {
-        update_rows(updated[k], static_cast<const int64_t*>(touched.rows.const_data_ptr()),
-                    floats(touched.values), gradients.num_touched(k), threads());
+        update_rows(updated[k], touched.rows.get(), touched.values.get(), gradients.num_touched(k),
+                    threads());
     }
     for (size_t k = 0; k < wanted.size(); ++k) {
         *static_cast<int64_t*>(steps[k].mutable_data_ptr()) = updated[k].optimizer.step;
