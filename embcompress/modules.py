@@ -363,7 +363,7 @@ class EmbeddingBag(CompressedTable):
         Returns:
             (B, embedding_dim); zeros for empty bags.
         """
-        if not torch.is_grad_enabled() and offsets is not None and per_sample_weights is None:
+        if offsets is not None and per_sample_weights is None and not torch.is_grad_enabled():
             pooled = self._run_plain_bags(input, offsets, self.include_last_offset)
             if pooled is not None:
                 return pooled

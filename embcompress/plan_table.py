@@ -107,12 +107,15 @@ class PlanTable(nn.Module):
         return torch.cat([self.vectors(chunk) for chunk in ids.split(_DENSE_CHUNK)])
 
     def _run_plain_bags(self, ids: Tensor, offsets: Tensor, ends_are_given: bool) -> Tensor | None:
-        """See :meth:`Program.run_plain_bags`."""
-        parameters, buffers = self._parameters, self._buffers
+        """See :meth:`Program.run_plain_bags`; None where the program is not plain."""
+        program = self._program
+        if not program.is_plain or torch.compiler.is_compiling():
+            return None
+        parameters: dict[str, Any] = self._parameters
         stores = []
         for name in self._store_names:
-            store = parameters[name] if name in parameters else buffers.get(name)
+            store = parameters[name] if name in parameters else self._buffers.get(name)
             if store is None:  # parametrized
                 return None
             stores.append(store)
-        return self._program.run_plain_bags(stores, ids, offsets, ends_are_given)
+        return program.run_plain_bags(stores, ids, offsets, ends_are_given)

@@ -114,7 +114,7 @@ EMBCOMPRESS_INLINE bool are_single(const Pieces& pieces, int64_t piece, int64_t 
 }
 
 // Writes the vectors of the first n ids, each to a row of its own. Rows are fetched some ids ahead.
-EMBCOMPRESS_INLINE void write_ids(RowBlock& rows, int n, const float* weights, int64_t stride,
+EMBCOMPRESS_CLONES void write_ids(RowBlock& rows, int n, const float* weights, int64_t stride,
                                   float* out) {
     const int ahead = rows.ids_ahead(), step = ahead / 2;
     for (int begin = 0; begin < n; begin += step) {

@@ -55,19 +55,28 @@ struct ProbeRows {
     int count;
 };
 
-// Columns [column, column + lanes) of id number i, its probes combined. kProbes is their number,
-// unscaled, or 0 where neither is known.
-template <typename V, bool kMul, int kProbes>
-EMBCOMPRESS_INLINE V combine_lanes(const ProbeRows& rows, int i, int64_t column) {
+// kVectors vectors of columns, from `column` on, of id number i, its probes combined. kProbes is
+// their number, unscaled, or 0 where neither is known. Each pointer is read once: what is written
+// between might be pointers, for all that the compiler knows.
+template <typename V, int kVectors, bool kMul, int kProbes>
+EMBCOMPRESS_INLINE void combine_lanes(const ProbeRows& rows, int i, int64_t column,
+                                      V (&values)[kVectors]) {
+    constexpr int kLanes = sizeof(V) / sizeof(float);
     const int count = kProbes == 0 ? rows.count : kProbes;
-    V value = load_lanes<V>(rows.pointers[i] + column);
-    if (kProbes == 0 && rows.scales != nullptr) value *= rows.scales[i];
-    for (int t = 1; t < count; ++t) {
-        V next = load_lanes<V>(rows.pointers[t * kBlock + i] + column);
-        if (kProbes == 0 && rows.scales != nullptr) next *= rows.scales[t * kBlock + i];
-        value = kMul ? value * next : value + next;
+    const bool scaled = kProbes == 0 && rows.scales != nullptr;
+    const float* row = rows.pointers[i] + column;
+    for (int v = 0; v < kVectors; ++v) {
+        values[v] = load_lanes<V>(row + v * kLanes);
+        if (scaled) values[v] *= rows.scales[i];
     }
-    return value;
+    for (int t = 1; t < count; ++t) {
+        row = rows.pointers[t * kBlock + i] + column;
+        for (int v = 0; v < kVectors; ++v) {
+            V next = load_lanes<V>(row + v * kLanes);
+            if (scaled) next *= rows.scales[t * kBlock + i];
+            values[v] = kMul ? values[v] * next : values[v] + next;
+        }
+    }
 }
 
 // What becomes of a block's vectors: ids [begin, end) are added to `out` (to zero where `start`),
@@ -89,11 +98,12 @@ EMBCOMPRESS_INLINE void pool_lanes(const ProbeRows& rows, const Target& target, 
     float* out = target.out + column;
     if (target.stride != 0) {
         for (int i = target.begin; i < target.end; ++i) {
+            V values[kVectors];
+            combine_lanes<V, kVectors, kMul, kProbes>(rows, i, column, values);
             float* to = out + i * target.stride;
             for (int v = 0; v < kVectors; ++v) {
-                V value = combine_lanes<V, kMul, kProbes>(rows, i, column + v * kLanes);
-                if (target.weights != nullptr) value *= target.weights[i];
-                store_lanes(to + v * kLanes, value);
+                if (target.weights != nullptr) values[v] *= target.weights[i];
+                store_lanes(to + v * kLanes, values[v]);
             }
         }
         return;
@@ -103,10 +113,11 @@ EMBCOMPRESS_INLINE void pool_lanes(const ProbeRows& rows, const Target& target, 
         sums[v] = target.start ? V{} : load_lanes<V>(out + v * kLanes);
     }
     for (int i = target.begin; i < target.end; ++i) {
+        V values[kVectors];
+        combine_lanes<V, kVectors, kMul, kProbes>(rows, i, column, values);
         for (int v = 0; v < kVectors; ++v) {
-            V value = combine_lanes<V, kMul, kProbes>(rows, i, column + v * kLanes);
-            if (target.weights != nullptr) value *= target.weights[i];
-            sums[v] += value;
+            if (target.weights != nullptr) values[v] *= target.weights[i];
+            sums[v] += values[v];
         }
     }
     for (int v = 0; v < kVectors; ++v) store_lanes(out + v * kLanes, sums[v]);

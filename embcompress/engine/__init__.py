@@ -65,6 +65,7 @@ class Program:
 
     Attributes:
         stores: (owner, store name) of every tensor that the operators take, in order.
+        is_plain: whether one call of the operator is all that these plans need, on every device.
         parts: a program for each feature, where one call cannot run them all: maxima, and heads
             that are not linear; else empty.
     """
@@ -100,12 +101,13 @@ class Program:
         self._has_files = any(store.is_in_file for plan in plans for store in plan.stores)
         self._sparse = options.sparse or self._has_files
         self._dtype = _output_dtype(plans)
-        # One call of the operator, and nothing before or after it.
-        self._is_plain = (
+        # Whether one call of the operator is all, on every device.
+        self.is_plain = (
             self._encoded is not None
             and len(plans) == 1
             and not (self._dense or self._has_vectors)
             and self._dtype == torch.float32
+            and not (self._is_for_cpu and ops.has_kernels_without_heads())
         )
 
     def _encode(self) -> None:
@@ -211,32 +213,22 @@ class Program:
     ) -> Tensor | None:
         """Pooled bags without gradients, by one call of the operator, which checks everything.
 
-        For small batches, of which Python would take the half.
+        For small batches, of which Python would take the half; where :attr:`is_plain`.
 
         Args:
             stores: the tensors of the one plan, in its order.
 
         Returns:
-            (B, embedding_dim); None where this is not all that is needed, or the operator
-            refused: then :meth:`__call__` runs, or says what is wrong.
+            (B, embedding_dim); None where the operator refused: then :meth:`__call__` says what
+            is wrong.
         """
-        if not self._is_plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return None
-        if not self.runs_on(ids.device):
-            return None
-        assert self._encoded is not None
+        encoded = self._encoded
+        assert encoded is not None
         try:
             return ops.lookup_forward(
-                stores,
-                ids,
-                offsets,
-                None,
-                self._encoded.tensor,
-                ends_are_given,
-                1,
-                self._encoded.num_columns,
+                stores, ids, offsets, None, encoded.tensor, ends_are_given, 1, encoded.num_columns,
                 False,
-            )
+            )  # fmt: skip
         except RuntimeError as error:
             if ops.is_report(error):  # which is made once: another call would not raise it
                 self._check(Bags(ids, offsets, ends_are_given=ends_are_given).complete())
