@@ -53,6 +53,9 @@ class RowBlock {
         vectors_ = take<float>(free, vectors);
         zeros_ = take<float>(free, widest);
         std::fill(zeros_, zeros_ + widest, 0.0f);
+        // Unpacking computes with whole vectors of steps: what is behind a row must be tame
+        // numbers, because subnormal ones take a hundred times as long.
+        std::fill(steps_, steps_ + steps, 0.0f);
         num_scales_ = scales;
         std::fill(scales_, scales_ + scales, 1.0f);
     }
