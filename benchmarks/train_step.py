@@ -65,12 +65,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=default_methods())
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument(
-        "--matmul-precision",
-        default="highest",
-        choices=("highest", "high", "medium"),
-        help="of the DLRM's layers; medium: in bfloat16, where the processor has AMX",
-    )
     parser.add_argument("--no-tables", action="store_true", help="the DLRM alone")
     parser.add_argument("--no-dlrm", action="store_true", help="the single tables alone")
     parser.add_argument("--no-fbgemm", action="store_true")
@@ -303,7 +297,6 @@ def main() -> None:
     options = arguments()
     warn_if_busy()
     torch.set_num_threads(options.threads)
-    torch.set_float32_matmul_precision(options.matmul_precision)
     torch.manual_seed(0)
     warnings.filterwarnings("ignore", "Sparse invariant checks")  # of torch's own Adagrad
     print(f"embcompress runs {engine_name()}")

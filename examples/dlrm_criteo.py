@@ -41,12 +41,6 @@ def arguments() -> argparse.Namespace:
         "--min-count", type=int, help="rarer values share one id; default: 10, small file: 1"
     )
     parser.add_argument("--threads", type=int, help="of torch; default: all cores, small file: 1")
-    parser.add_argument(
-        "--matmul-precision",
-        default="highest",
-        choices=("highest", "high", "medium"),
-        help="of float32 matrix products; medium: in bfloat16, where the processor has AMX",
-    )
     parser.add_argument("--cache", help="where prepared data is kept")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -101,7 +95,6 @@ def main() -> None:
     small = len(log) < SMALL_ROWS
     # Threads that share out the operators of a small batch mostly wait for each other.
     torch.set_num_threads(options.threads or (1 if small else torch.get_num_threads()))
-    torch.set_float32_matmul_precision(options.matmul_precision)
     epochs = options.epochs or (2 if small else 1)
     batch_size = options.batch_size or (128 if small else 2048)
     split = log.split("time", validation=0.07, test=0.07)
