@@ -316,7 +316,7 @@ def choose(
     for trial in alive:
         trial.end()
     winner = min(alive, key=_rank)
-    if winner is not first:
+    if winner is not first and time.monotonic() < end:
         show("the best plan against the closed forms' choice, on earlier examples")
     if not _is_ahead(winner, first) or not confirm(winner, first, build, data, end):
         winner = first
