@@ -109,8 +109,9 @@ class PlanTable(nn.Module):
     def _run_plain_bags(self, ids: Tensor, offsets: Tensor, ends_are_given: bool) -> Tensor | None:
         """See :meth:`Program.run_plain_bags`; None where the program is not plain."""
         program = self._program
-        if not program.is_plain or torch.compiler.is_compiling():
+        if not program.is_plain or torch.compiler.is_compiling() or not program.runs_on(ids.device):
             return None
+        # Not by stores(): its dictionary would cost a small batch.
         parameters: dict[str, Any] = self._parameters
         stores = []
         for name in self._store_names:

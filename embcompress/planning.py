@@ -15,9 +15,9 @@ from embcompress.methods import Method
 from embcompress.methods.auto import Auto
 from embcompress.plan import LookupPlan
 from embcompress.planner.lookups import count_lookups
-from embcompress.planner.progress import PlanProgress
+from embcompress.planner.progress import PlanProgress, silent
 from embcompress.planner.search import PlanSearch, QualitySearch
-from embcompress.planner.trials import Trial, TrialData, silent
+from embcompress.planner.trials import Trial, TrialData
 from embcompress.table_building import Table, build_modules, put_in_place
 
 

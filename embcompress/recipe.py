@@ -46,8 +46,7 @@ def make_optimizer(
     Args:
         model: with compressed tables, or without.
         learning_rate: of both.
-        fused: update the layers by torch's fused kernel, which takes half the time and rounds
-            otherwise.
+        fused: update the layers by torch's fused kernel, which is faster and rounds otherwise.
 
     Returns:
         The optimizer of all other parameters.

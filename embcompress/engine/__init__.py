@@ -65,7 +65,8 @@ class Program:
 
     Attributes:
         stores: (owner, store name) of every tensor that the operators take, in order.
-        is_plain: whether one call of the operator is all that these plans need, on every device.
+        is_plain: whether one call of the operator is all that these plans need, where it
+            :meth:`runs_on` the device.
         parts: a program for each feature, where one call cannot run them all: maxima, and heads
             that are not linear; else empty.
     """
@@ -101,13 +102,11 @@ class Program:
         self._has_files = any(store.is_in_file for plan in plans for store in plan.stores)
         self._sparse = options.sparse or self._has_files
         self._dtype = _output_dtype(plans)
-        # Whether one call of the operator is all, on every device.
         self.is_plain = (
             self._encoded is not None
             and len(plans) == 1
             and not (self._dense or self._has_vectors)
             and self._dtype == torch.float32
-            and not (self._is_for_cpu and ops.has_kernels_without_heads())
         )
 
     def _encode(self) -> None:
@@ -213,7 +212,8 @@ class Program:
     ) -> Tensor | None:
         """Pooled bags without gradients, by one call of the operator, which checks everything.
 
-        For small batches, of which Python would take the half; where :attr:`is_plain`.
+        For small batches, of which Python would take the half. Where :attr:`is_plain`, on a device
+        that runs these plans.
 
         Args:
             stores: the tensors of the one plan, in its order.

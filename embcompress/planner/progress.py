@@ -25,3 +25,7 @@ class PlanProgress:
         self._last_line = now
         after = f"{now - self._started:.0f} of at most {self._seconds:.0f} s"
         print(f"planning, {after}: {text}", file=sys.stderr, flush=True)
+
+
+def silent(_: str) -> None:
+    """Shows no progress."""

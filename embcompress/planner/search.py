@@ -13,6 +13,7 @@ from torch import nn
 
 from embcompress.methods.base import Method
 from embcompress.methods.full import Full
+from embcompress.planner.progress import silent
 from embcompress.planner.trials import (
     TRIAL_SEED,
     Trial,
@@ -20,7 +21,6 @@ from embcompress.planner.trials import (
     choose,
     distinct,
     full_training,
-    silent,
     standard_error,
 )
 from embcompress.planner.worth import measure_worths

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from embcompress.budget import BudgetError
 from embcompress.methods.base import Method
 from embcompress.phases import Phase
+from embcompress.planner.progress import silent
 from embcompress.planner.ranking import Ranking
 from embcompress.recipe import binary_step, make_optimizer, validation_step
 from embcompress.training import TrainingProcedure
@@ -265,10 +266,6 @@ def distinct(methods: Sequence[Method], plans: Callable[[Method], object]) -> li
     if not first and failure is not None:
         raise failure
     return list(first.values())
-
-
-def silent(_: str) -> None:
-    """Shows no progress."""
 
 
 def choose(
