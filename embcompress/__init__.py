@@ -3,18 +3,18 @@
 from embcompress.budget import BudgetError
 from embcompress.collection import EmbeddingBagCollection, TableConfig
 from embcompress.deployment import deploy
-from embcompress.ids import count_ids, read_ids, write_ids
 from embcompress.memory import MemoryReport, memory
 from embcompress.methods import Method, method_classes, methods, register, resolve_method
 from embcompress.modules import Embedding, EmbeddingBag
 from embcompress.optimizers import fuse_optimizer, unfused_parameters
 from embcompress.plan import LookupPlan, PlanError
-from embcompress.pruning import prune_, restore_
+from embcompress.pruning.ids import count_ids, read_ids, write_ids
+from embcompress.pruning.tables import prune_, restore_
+from embcompress.pruning.token_vocabulary import TokenVocabulary
+from embcompress.pruning.vocabularies import prune_vocabulary, restore_vocabulary
 from embcompress.statistics import Profile, ProfileInterrupted, ProfileSettings, profile
-from embcompress.surgery import CompressionReport, compress
-from embcompress.token_vocabulary import TokenVocabulary
-from embcompress.training import TrainingProcedure
-from embcompress.vocabulary_pruning import prune_vocabulary, restore_vocabulary
+from embcompress.surgery.swapping import CompressionReport, compress
+from embcompress.training.training_procedure import TrainingProcedure
 
 __version__ = "0.1.0"
 

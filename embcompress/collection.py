@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from embcompress.budget import Budget, allocate, default_plans, parse_budget
-from embcompress.compressed_table import tie_shared_stores
 from embcompress.engine import Bags, GradientOptions, Program, make_bags
 from embcompress.engine.fused import FusedStores
-from embcompress.fused_table import fused_stores
 from embcompress.methods import Method, TableSpec, resolve_method
 from embcompress.methods.full import Full
 from embcompress.modules import EmbeddingBag
 from embcompress.plan import LookupPlan, Pool
-from embcompress.store_tensors import dtype_name
+from embcompress.tables.compressed_table import tie_shared_stores
+from embcompress.tables.fused_table import fused_stores
+from embcompress.tables.store_tensors import dtype_name
 
 #: What a feature of a batch may be: (B,) ids, (B, L) bags, a jagged nested tensor, or
 #: (ids, offsets) or (ids, offsets, per_sample_weights) as for EmbeddingBag.

@@ -9,9 +9,9 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from embcompress.compressed_table import CompressedTable
 from embcompress.modules import Embedding, EmbeddingBag
 from embcompress.plan import Digit, Linear, LookupPlan, Probe, Store
+from embcompress.tables.compressed_table import CompressedTable
 
 TableType = TypeVar("TableType", bound=CompressedTable)
 

@@ -8,10 +8,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from embcompress.compressed_table import CompressedTable
-from embcompress.latents import pack_latents
+from embcompress.layouts.latents import pack_latents
+from embcompress.layouts.sparse import pack_sparse
 from embcompress.plan import LookupPlan, Store
-from embcompress.sparse_layout import pack_sparse
+from embcompress.tables.compressed_table import CompressedTable
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from embcompress.head_initialization import draw_core, draw_layer
+from embcompress.layouts.sparse import clear_pruned
 from embcompress.plan import Linear, LookupPlan, Network, Probe, Slot, Store, TensorTrain, Weight
-from embcompress.sparse_layout import clear_pruned
 
 
 def store_deviation(plan: LookupPlan, std: float) -> float:

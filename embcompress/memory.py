@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from embcompress.budget import format_bytes
-from embcompress.compressed_table import CompressedTable
-from embcompress.file_tensors import is_in_file
+from embcompress.engine.file_tensors import is_in_file
 from embcompress.plan import LookupPlan
+from embcompress.tables.compressed_table import CompressedTable
 from embcompress.text_table import text_table
 
 DENSE_MODULES = (nn.Embedding, nn.EmbeddingBag)

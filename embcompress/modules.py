@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from embcompress.budget import Budget, default_plan, fit_plan, parse_budget
-from embcompress.compressed_table import CompressedTable, TableType
 from embcompress.engine import Bags, GradientOptions, make_bags
 from embcompress.methods import Method, TableSpec, resolve_method
 from embcompress.plan import LookupPlan, Pool
-from embcompress.store_tensors import dtype_name
+from embcompress.tables.compressed_table import CompressedTable, TableType
+from embcompress.tables.store_tensors import dtype_name
 
 
 def make_plan(table: TableSpec, method: Method, budget: Budget | None) -> LookupPlan:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from embcompress.compressed_table import CompressedTable
 from embcompress.engine.fused import OPTIMIZERS, UpdateRule
+from embcompress.tables.compressed_table import CompressedTable
 
 _DEFAULT_EPS = {"sgd": 0.0, "adagrad": 1e-10, "rowwise_adagrad": 1e-8, "adam": 1e-8}
 

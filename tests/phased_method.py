@@ -13,10 +13,10 @@ from torch import Tensor, nn
 import embcompress as ec
 from embcompress.collection import full_plan
 from embcompress.methods.low_dim import LowDim
-from embcompress.phases import Phase, PhasedTable, Score, TableForm
 from embcompress.plan import Digit, LookupPlan, Probe, Store
-from embcompress.procedure import Observes, TableProcedure, TrainedTable
-from embcompress.recipe import make_optimizer
+from embcompress.procedures.base import Observes, TableProcedure, TrainedTable
+from embcompress.procedures.phases import Phase, PhasedTable, Score, TableForm
+from embcompress.training.recipe import make_optimizer
 
 SEARCH, RETRAIN = Phase("search", 2, split="validation"), Phase("retrain", weights="initial")
 

@@ -7,8 +7,8 @@ import torch
 
 import embcompress as ec
 from embcompress.importance import observe_half
+from embcompress.layouts.pruned import PrunedLayout
 from embcompress.methods import TableSpec
-from embcompress.pruned_layout import PrunedLayout
 from tests.plan_cases import unpack_bits
 
 ROWS, WIDTH = 300, 4

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import embcompress as ec
-from embcompress.calibration import Share
-from embcompress.stochastic_rounding import uniform_numbers
+from embcompress.approximation.calibration import Share
+from embcompress.procedures.stochastic_rounding import uniform_numbers
 
 ROWS, WIDTH = 150, 8
 SHARES: tuple[Share, ...] = ("row", "column", "table")

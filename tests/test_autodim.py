@@ -9,7 +9,7 @@ import torch
 
 import embcompress as ec
 from embcompress.methods import TableSpec
-from embcompress.width_search import choose_sizes
+from embcompress.procedures.width_search import choose_sizes
 from tests.phased_method import Model, loss, new_optimizer, train
 
 

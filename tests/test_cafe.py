@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import embcompress as ec
-from embcompress.hot_sketch import EMPTY
-from embcompress.packing import absent_code, unpack_codes
-from embcompress.slot_layout import SlotLayout
+from embcompress.layouts.packing import absent_code, unpack_codes
+from embcompress.layouts.slots import SlotLayout
+from embcompress.procedures.hot_sketch import EMPTY
 
 ROWS, WIDTH = 600, 4
 

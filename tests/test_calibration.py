@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from embcompress.calibration import Share, calibrate, shape_of_steps
+from embcompress.approximation.calibration import Share, calibrate, shape_of_steps
 from embcompress.engine.quantization import code_positions, dequantize
 
 SHARES: tuple[Share, ...] = ("row", "column", "table")

@@ -12,7 +12,7 @@ import embcompress as ec
 from embcompress.hashing import hash_bucket, mix64
 from embcompress.methods.base import TableSpec
 from embcompress.plan import Hash, LookupPlan
-from embcompress.reclustering import ClusteredLayout
+from embcompress.procedures.reclustering import ClusteredLayout
 
 ROWS, WIDTH = 200, 8
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import embcompress as ec
-from embcompress.product_layout import ProductLayout
+from embcompress.layouts.product import ProductLayout
 
 ROWS, WIDTH = 200, 8
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import embcompress as ec
-from embcompress.deduplication import deduplicate
-from embcompress.packing import unpack_codes
+from embcompress.approximation.deduplication import deduplicate
+from embcompress.layouts.packing import unpack_codes
 from tests.phased_method import Model, new_optimizer, train
 
 ROWS, WIDTH = 120, 8

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import embcompress as ec
+from embcompress.approximation.fitting import principal_directions, relative_error
 from embcompress.clustering import cluster
-from embcompress.fitting import principal_directions, relative_error
 from embcompress.methods import resolve_method
 
 ROWS, WIDTH = 400, 8

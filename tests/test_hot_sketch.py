@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from embcompress import hot_sketch
 from embcompress.hashing import hash_bucket
-from embcompress.hot_sketch import EMPTY, add, add_reference, promote
+from embcompress.procedures import hot_sketch
+from embcompress.procedures.hot_sketch import EMPTY, add, add_reference, promote
 
 KEY = 0x9E3779B97F4A7C15
 

@@ -254,7 +254,7 @@ def test_stores_of_different_bits_train_in_one_plan(fused: bool) -> None:
 
 
 def ec_pack(codes: Tensor, bits: int) -> Tensor:
-    from embcompress.packing import pack_codes
+    from embcompress.layouts.packing import pack_codes
 
     return pack_codes(codes, bits)
 

@@ -9,7 +9,7 @@ import torch
 
 import embcompress as ec
 from embcompress.hashing import derive_key, hash_bucket
-from embcompress.nested_dropout import drawn_width
+from embcompress.procedures.nested_dropout import drawn_width
 from tests.phased_method import Model, assert_same, new_optimizer, run, score, train
 
 WIDTH = 8

@@ -13,8 +13,8 @@ from torch import nn
 import embcompress as ec
 from embcompress.engine.reference import address_rows
 from embcompress.hashing import derive_key, hash_bucket
+from embcompress.layouts.factors import root_ceiling
 from embcompress.methods import TableSpec, register
-from embcompress.methods.qr import root_ceiling
 
 ROWS, WIDTH = 1000, 12
 IDS = torch.arange(ROWS)

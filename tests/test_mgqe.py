@@ -10,8 +10,8 @@ from torch import Tensor
 
 import embcompress as ec
 from embcompress.budget import fit_plan
-from embcompress.granular_layout import GranularLayout, hot_ids
 from embcompress.hashing import derive_key, hash_bucket
+from embcompress.layouts.granular import GranularLayout, hot_ids
 from embcompress.methods import TableSpec
 from tests.plan_cases import unpack_bits
 

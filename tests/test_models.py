@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import embcompress as ec
 from embcompress.models import DCN, MODELS, ClickModel, DeepFM, WideDeep
-from embcompress.recipe import binary_step, initialize_tables, make_optimizer
+from embcompress.training.recipe import binary_step, initialize_tables, make_optimizer
 
 WIDTH, BATCH = 8, 2
 # Feature-major bags of two rows; the first bag of "b" has two ids, the second of "c" none.

@@ -16,7 +16,7 @@ from torch import nn
 
 import embcompress as ec
 from embcompress.budget import smallest_plan
-from embcompress.latents import fixed_steps
+from embcompress.layouts.latents import fixed_steps
 from embcompress.methods import TableSpec
 
 ROWS, WIDTH = 300, 8

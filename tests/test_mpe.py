@@ -12,16 +12,16 @@ import embcompress as ec
 from embcompress.budget import fit_plan, smallest_plan
 from embcompress.engine import Bags, lookup
 from embcompress.engine.reference import address_rows, lookup_reference
-from embcompress.methods import TableSpec
-from embcompress.plan import LookupPlan, Slot
-from embcompress.precision_layout import (
+from embcompress.layouts.precision import (
     PRECISIONS,
     PrecisionLayout,
     bucket_ranges,
     rows_name,
     ways_of,
 )
-from embcompress.precision_search import ERRORS, SearchedTable, choose_plans, group_sizes
+from embcompress.methods import TableSpec
+from embcompress.plan import LookupPlan, Slot
+from embcompress.procedures.precision_search import ERRORS, SearchedTable, choose_plans, group_sizes
 from tests.phased_method import Model, assert_same, batch, loss, new_optimizer, run, train
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import embcompress as ec
 from embcompress.engine import ops
-from embcompress.file_tensors import directory_of, file_tensor, is_in_file
+from embcompress.engine.file_tensors import directory_of, file_tensor, is_in_file
 from embcompress.hashing import derive_key, hash_bucket
 from embcompress.lowering.tables import why_not
 from embcompress.methods import TableSpec

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import embcompress as ec
-from embcompress.evolution import Evolution
-from embcompress.kept_rows import KeptRows, codes_of, strongest_within
+from embcompress.layouts.kept_rows import KeptRows, codes_of, strongest_within
+from embcompress.layouts.packing import unpack_codes
 from embcompress.methods import TableSpec
-from embcompress.packing import unpack_codes
-from embcompress.row_thresholds import step_slope
+from embcompress.procedures.evolution import Evolution
+from embcompress.procedures.row_thresholds import step_slope
 from tests.phased_method import Model, batch, loss, new_optimizer, score, train
 
 

@@ -10,8 +10,8 @@ import torch
 
 import embcompress as ec
 from embcompress.optimizers import unfuse_optimizer
-from embcompress.phases import Phase, common_phases
-from embcompress.recipe import make_optimizer
+from embcompress.procedures.phases import Phase, common_phases
+from embcompress.training.recipe import make_optimizer
 from tests.phased_method import (
     RETRAIN,
     SEARCH,

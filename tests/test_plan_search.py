@@ -28,7 +28,7 @@ from embcompress.planner.trials import (
     standard_error,
     training_order,
 )
-from embcompress.recipe import OverfittingGuard, initialize_tables
+from embcompress.training.recipe import OverfittingGuard, initialize_tables
 
 USERS, ITEMS = 300, 1000
 

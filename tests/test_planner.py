@@ -13,9 +13,9 @@ from torch import Tensor
 import embcompress as ec
 from embcompress.budget import allocate, fit_group
 from embcompress.collection import full_plan
+from embcompress.layouts.packing import absent_code
 from embcompress.methods.auto import _plan as auto_plan
 from embcompress.methods.base import TableSpec
-from embcompress.packing import absent_code
 from embcompress.plan import Code, LookupPlan, total_bytes
 from embcompress.planner.even import TIE, even_plans, tables_frontier
 from embcompress.planner.loss import QUANTIZATION_LOSS, table_value

@@ -8,10 +8,10 @@ import torch
 import embcompress as ec
 from embcompress.hashing import derive_key, hash_bucket, mix64
 from embcompress.importance import strongest, weakest
+from embcompress.layouts.packing import pack_codes, unpack_codes, write_codes
+from embcompress.layouts.pruned import PrunedLayout
 from embcompress.methods import TableSpec
-from embcompress.packing import pack_codes, unpack_codes, write_codes
 from embcompress.plan import LookupPlan
-from embcompress.pruned_layout import PrunedLayout
 from tests.plan_cases import pack_bits, unpack_bits
 
 ROWS, WIDTH = 1000, 12
@@ -170,7 +170,7 @@ def test_packing_is_the_plans_stream_of_bits(bits: int, count: int) -> None:
 
 
 def test_packing_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embcompress.packing._CHUNK", 16)
+    monkeypatch.setattr("embcompress.layouts.packing._CHUNK", 16)
     codes = torch.randint(0, 2**11, (100,))
     assert torch.equal(pack_codes(codes, 11), pack_bits(codes.tolist(), 11))
     assert torch.equal(unpack_codes(pack_codes(codes, 11), 5, 99, 11), codes[5:99])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import embcompress as ec
-from embcompress.pruned_layout import PrunedLayout
+from embcompress.layouts.pruned import PrunedLayout
 from tests.test_training_procedure import FUSED, OPTIMIZERS
 
 ROWS, WIDTH = 200, 6

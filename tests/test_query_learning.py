@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 import embcompress as ec
+from embcompress.families.product_method import ProductMethod
+from embcompress.layouts.product import ProductLayout
 from embcompress.methods import TableSpec
 from embcompress.plan import total_bytes
-from embcompress.product_layout import ProductLayout
-from embcompress.product_method import ProductMethod
-from embcompress.query_learning import _spacing, soft_gradients
+from embcompress.procedures.query_learning import _spacing, soft_gradients
 
 ROWS, WIDTH = 200, 8
 DPQ, CLUSTERED = ec.DifferentiableProductQuantization, ec.Clustered

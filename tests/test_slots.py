@@ -7,9 +7,9 @@ import torch
 
 import embcompress as ec
 from embcompress.hashing import derive_key, hash_bucket
+from embcompress.layouts.packing import absent_code, unpack_codes
+from embcompress.layouts.slots import SlotLayout
 from embcompress.methods import TableSpec
-from embcompress.packing import absent_code, unpack_codes
-from embcompress.slot_layout import SlotLayout
 from tests.plan_cases import unpack_bits
 
 ROWS, WIDTH = 1000, 12

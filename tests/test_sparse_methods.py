@@ -14,13 +14,13 @@ import embcompress as ec
 from embcompress.budget import fit_plan, smallest_plan
 from embcompress.engine import Bags, lookup
 from embcompress.engine.reference import lookup_reference, unpack_bits
+from embcompress.layouts.packing import unpack_codes
+from embcompress.layouts.sparse import mask_of_largest, read_mask
 from embcompress.methods import TableSpec
 from embcompress.methods.autosrh import GATES, GROUPS, gate_scores
 from embcompress.methods.cerp import rows_of
-from embcompress.packing import unpack_codes
 from embcompress.plan import Digit, LookupPlan, Probe, Store
-from embcompress.soft_thresholds import GRANULARITIES
-from embcompress.sparse_layout import mask_of_largest, read_mask
+from embcompress.procedures.soft_thresholds import GRANULARITIES
 from tests.phased_method import Model, assert_same, batch, new_optimizer, run, train
 
 METHODS: dict[str, ec.Method] = {

@@ -12,8 +12,7 @@ from torch.autograd import gradcheck
 import embcompress as ec
 from embcompress.engine import Bags, ops
 from embcompress.engine.reference import lookup_reference
-from embcompress.plan import Digit, LookupPlan, Probe, Store
-from embcompress.sparse_layout import (
+from embcompress.layouts.sparse import (
     even_mask,
     mask_of_largest,
     pack_sparse,
@@ -21,6 +20,7 @@ from embcompress.sparse_layout import (
     sparse_store,
     unpack_sparse,
 )
+from embcompress.plan import Digit, LookupPlan, Probe, Store
 
 ROWS, WIDTH = 90, 6
 IDS = torch.arange(ROWS)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import embcompress as ec
 from embcompress.hashing import derive_key, hash_bucket
-from embcompress.stochastic_rounding import round_stochastically, uniform_numbers
+from embcompress.procedures.stochastic_rounding import round_stochastically, uniform_numbers
 
 ROWS, WIDTH = 200, 6
 

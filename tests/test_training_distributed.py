@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import embcompress as ec
-from embcompress.pruned_layout import PrunedLayout
+from embcompress.layouts.pruned import PrunedLayout
 
 ROWS, BATCH = 200, 30
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import embcompress as ec
+from embcompress.layouts.pruned import PrunedLayout
 from embcompress.models import DLRM
-from embcompress.pruned_layout import PrunedLayout
 
 ROWS, WIDTH = 300, 6
 OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {

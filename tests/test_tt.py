@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import embcompress as ec
+from embcompress.layouts.factors import balanced_factors
+from embcompress.layouts.tensor_train import TrainLayout, balanced_digits
 from embcompress.methods import TableSpec
-from embcompress.tensor_train import TrainLayout, balanced_digits, balanced_factors
 
 ROWS, WIDTH = 1000, 12
 IDS = torch.arange(ROWS)

@@ -14,7 +14,7 @@ from embcompress.methods.base import Method
 from embcompress.planner import worth
 from embcompress.planner.trials import TrialData, log_loss
 from embcompress.planner.worth import measure_worths
-from embcompress.recipe import initialize_tables
+from embcompress.training.recipe import initialize_tables
 
 ROWS = 50
 Build = Callable[[Method, int], nn.Module]

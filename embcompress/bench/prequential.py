@@ -16,7 +16,7 @@ from embcompress.bench.training import (
     score,
 )
 from embcompress.data.click_log import ClickLog, Split
-from embcompress.recipe import OverfittingGuard
+from embcompress.training.recipe import OverfittingGuard
 
 #: Share of the training rows that phases of a search choose by.
 _HELD_OUT = 0.1

@@ -10,7 +10,7 @@ from typing import Any
 from embcompress.budget import parse_budget
 from embcompress.methods import method_class
 from embcompress.models import MODELS
-from embcompress.recipe import TABLE_STD
+from embcompress.training.recipe import TABLE_STD
 
 FULL_BUDGET = "100%"
 SPLITS = ("random", "time", "day", "prequential")

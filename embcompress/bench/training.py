@@ -14,26 +14,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from embcompress.approximation.co_occurrence import CoOccurrence, tokens
 from embcompress.bench.settings import TrainingSettings
 from embcompress.budget import Budget
-from embcompress.co_occurrence import CoOccurrence, tokens
 from embcompress.collection import EmbeddingBagCollection, TableConfig
-from embcompress.compressed_table import CompressedTable
 from embcompress.data.click_log import Batch, ClickLog, Split
 from embcompress.deployment import deploy
 from embcompress.memory import memory
 from embcompress.methods import Method
 from embcompress.models import MODELS, ClickModel
-from embcompress.phases import Phase
-from embcompress.phases import Score as PhaseScore
-from embcompress.recipe import (
+from embcompress.procedures.phases import Phase
+from embcompress.procedures.phases import Score as PhaseScore
+from embcompress.tables.compressed_table import CompressedTable
+from embcompress.training.recipe import (
     OverfittingGuard,
     binary_step,
     initialize_tables,
     make_optimizer,
     validation_step,
 )
-from embcompress.training import TrainingProcedure
+from embcompress.training.training_procedure import TrainingProcedure
 
 _EVALUATION_ROWS = 8192
 #: Rows that are looked at for what ids occur with: every pair of features costs.
@@ -138,7 +138,8 @@ def sample_co_occurrence(log: ClickLog, rows: NDArray[np.int64]) -> dict[str, Te
     One pass over the rows, or over as many of them as :data:`_CO_OCCURRENCE_ROWS`, evenly spread.
 
     Returns:
-        (num_embeddings, 16) int64 by feature; see :class:`embcompress.co_occurrence.CoOccurrence`.
+        (num_embeddings, 16) int64 by feature; see
+        :class:`embcompress.approximation.co_occurrence.CoOccurrence`.
     """
     rows = rows[:: max(1, -(-len(rows) // _CO_OCCURRENCE_ROWS))]
     found = {f.name: CoOccurrence(f.num_embeddings) for f in log.features}

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from embcompress.engine import ops
-from embcompress.file_tensors import zeros_beside
+from embcompress.engine.file_tensors import zeros_beside
 
 #: Number of each optimizer in ``csrc/optimizer.h``.
 OPTIMIZERS = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 2, "adam": 3}

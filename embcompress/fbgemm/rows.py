@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from embcompress.compressed_table import CompressedTable
+from embcompress.layouts.packing import pack_codes, unpack_codes
 from embcompress.modules import Embedding
-from embcompress.packing import pack_codes, unpack_codes
 from embcompress.plan import Digit, LookupPlan, Probe, Quantization, Store
+from embcompress.tables.compressed_table import CompressedTable
 
 BITS = (16, 8, 4, 2)
 _CHUNK_ROWS = 1 << 16

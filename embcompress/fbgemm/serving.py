@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from embcompress.collection import EmbeddingBagCollection
 from embcompress.engine import Bags, make_bags
+from embcompress.layouts.packing import pack_codes, unpack_codes
 from embcompress.lowering.readers import Jagged, PooledReader
 from embcompress.lowering.tables import is_summed, pooled_reads
 from embcompress.memory import storage_key
 from embcompress.modules import EmbeddingBag
-from embcompress.packing import pack_codes, unpack_codes
 from embcompress.plan import LookupPlan, Sign, Store
 
 _FLOATS = {"float32": "FP32", "float16": "FP16"}

@@ -9,15 +9,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from embcompress.calibration import check_finite
+from embcompress.approximation.calibration import check_finite
 from embcompress.importance import observe_half, strongest
-from embcompress.kept_ids import choose_kept_ids
+from embcompress.layouts.kept_ids import choose_kept_ids
+from embcompress.layouts.pruned import CODES, MOST_ROWS, WEIGHT, PrunedLayout
 from embcompress.methods import register
 from embcompress.methods.base import Method, TableSpec
 from embcompress.plan import LookupPlan
-from embcompress.procedure import TableProcedure, TrainedTable
-from embcompress.pruned_layout import CODES, MOST_ROWS, WEIGHT, PrunedLayout
-from embcompress.reallocation import IMPORTANCE, Reallocation
+from embcompress.procedures.base import TableProcedure, TrainedTable
+from embcompress.procedures.reallocation import IMPORTANCE, Reallocation
 
 
 @register
@@ -97,7 +97,7 @@ class AdaEmbed(Method):
 
     @property
     def importance(self) -> Literal["gradient"]:
-        """What :class:`~embcompress.reallocation.Reallocation` goes by."""
+        """What :class:`~embcompress.procedures.reallocation.Reallocation` goes by."""
         return "gradient"
 
     @property

@@ -8,11 +8,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from embcompress.hot_rows import HotRows
+from embcompress.layouts.hot_rows import HotRows
+from embcompress.layouts.slots import KEYS, SlotLayout, static_keys
 from embcompress.methods import register
 from embcompress.methods.base import TableSpec
 from embcompress.plan import LookupPlan
-from embcompress.slot_layout import KEYS, SlotLayout, static_keys
 
 
 @register

@@ -9,15 +9,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from embcompress.calibration import Share, calibrate, check_finite, check_share, shape_of_steps
-from embcompress.fitting import principal_directions
-from embcompress.latents import pack_latents
+from embcompress.approximation.calibration import (
+    Share,
+    calibrate,
+    check_finite,
+    check_share,
+    shape_of_steps,
+)
+from embcompress.approximation.fitting import principal_directions
+from embcompress.layouts.latents import pack_latents
 from embcompress.methods import register
 from embcompress.methods.base import Method, TableSpec
 from embcompress.methods.narrow import NarrowRows
 from embcompress.plan import Digit, Linear, LookupPlan, Probe, Quantization, Store
-from embcompress.procedure import TableProcedure
-from embcompress.scale_learning import ScaleLearning
+from embcompress.procedures.base import TableProcedure
+from embcompress.procedures.scale_learning import ScaleLearning
 
 _BITS = (2, 4, 8)
 
@@ -30,8 +36,9 @@ class Alpt(NarrowRows):
     A step of training is two: the optimizer moves the rows, then
     :class:`~embcompress.TrainingProcedure` moves the steps Δ by their gradient at the moved rows,
     times 1/√(B·d·(2^(b−1) − 1)) for a batch of B ids, and rounds the rows stochastically to codes
-    (:class:`embcompress.scale_learning.ScaleLearning`). Without a procedure rows are float latents
-    and steps stand still. Under a small budget rows are narrower, and a projection follows.
+    (:class:`embcompress.procedures.scale_learning.ScaleLearning`). Without a procedure rows are
+    float latents and steps stand still. Under a small budget rows are narrower, and a projection
+    follows.
 
     Memory: n·w·b / 8 bytes and a number for each row (or column): 4·n bytes, as much as four
     numbers of 8 bits; for w < d also d·w numbers. Where that is too much, fewer bits or a step for

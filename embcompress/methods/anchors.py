@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from embcompress.anchors import nearest_anchors
+from embcompress.approximation.anchors import nearest_anchors
 from embcompress.engine.reference import hash_bucket
 from embcompress.importance import strongest
+from embcompress.layouts.packing import pack_codes
 from embcompress.methods import register
 from embcompress.methods.base import Method, TableSpec
-from embcompress.packing import pack_codes
 from embcompress.plan import Code, Digit, Linear, LookupPlan, Probe, Store
 
 _CODES, _WEIGHT, _HEAD = "codes", "weight", "projection"
@@ -27,13 +27,13 @@ class Anchors(Method):
 
     A few ids, the most frequent ones, are anchors and have rows; every other id has the numbers of
     the anchors nearest to it in the graph that joins ids to what they occur with
-    (:func:`embcompress.anchors.nearest_anchors`). Their rows, of d/k columns, side by side, go
-    through a linear encoder. Ids with the same anchors have the same vector.
+    (:func:`embcompress.approximation.anchors.nearest_anchors`). Their rows, of d/k columns, side by
+    side, go through a linear encoder. Ids with the same anchors have the same vector.
 
     It needs :attr:`TableConfig.co_occurrence <embcompress.TableConfig>`, see
-    :class:`embcompress.co_occurrence.CoOccurrence`; ids that reach no anchor in it, and all ids of
-    a table without it, get k anchors by keyed hashes. Without counts the anchors are the ids with
-    the smallest keyed hash.
+    :class:`embcompress.approximation.co_occurrence.CoOccurrence`; ids that reach no anchor in it,
+    and all ids of a table without it, get k anchors by keyed hashes. Without counts the anchors are
+    the ids with the smallest keyed hash.
 
     Memory: m·d/k numbers for m anchors, n·k codes of ⌈log2(m + 1)⌉ bits, and d² numbers.
 

@@ -10,15 +10,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from embcompress.calibration import calibrate
+from embcompress.approximation.calibration import calibrate
+from embcompress.approximation.fitting import principal_directions
 from embcompress.engine.reference import address_rows
-from embcompress.fitting import principal_directions
 from embcompress.importance import strongest
-from embcompress.latents import pack_latents
+from embcompress.layouts.latents import pack_latents
+from embcompress.layouts.packing import pack_codes
 from embcompress.methods import register
 from embcompress.methods.base import JointMethod, TableSpec
 from embcompress.methods.low_bit import LowBit
-from embcompress.packing import pack_codes
 from embcompress.plan import (
     Code,
     Combine,

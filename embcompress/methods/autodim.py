@@ -9,15 +9,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from embcompress.gated_table import COLUMNS, WEIGHT, gated_plan
 from embcompress.methods import register
 from embcompress.methods.base import JointMethod, TableSpec
 from embcompress.methods.full import Full
 from embcompress.methods.low_dim import LowDim
-from embcompress.phases import Phase, PhasedTable, Score, TableForm
 from embcompress.plan import LookupPlan, total_bytes
-from embcompress.procedure import TableProcedure
-from embcompress.width_search import LOGITS, WidthSearch, choose_sizes
+from embcompress.procedures.base import TableProcedure
+from embcompress.procedures.gated_table import COLUMNS, WEIGHT, gated_plan
+from embcompress.procedures.phases import Phase, PhasedTable, Score, TableForm
+from embcompress.procedures.width_search import LOGITS, WidthSearch, choose_sizes
 
 _SEARCH, _RETRAIN = "search", "retrain"
 

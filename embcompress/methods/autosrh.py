@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from embcompress.engine.reference import unpack_bits
+from embcompress.families.sparse_rows import WEIGHT, SparseRows, best_mask, final_form, full_weight
+from embcompress.layouts.packing import pack_codes, unpack_codes
 from embcompress.methods import register
-from embcompress.packing import pack_codes, unpack_codes
-from embcompress.phases import Phase, PhasedTable, TableForm
 from embcompress.plan import Code, Digit, LookupPlan, Probe, Store
-from embcompress.procedure import Observes, TableProcedure, TrainedTable
-from embcompress.sparse_rows import WEIGHT, SparseRows, best_mask, final_form, full_weight
+from embcompress.procedures.base import Observes, TableProcedure, TrainedTable
+from embcompress.procedures.phases import Phase, PhasedTable, TableForm
 
 GATES, GROUPS = "gates", "groups"
 _EPSILON = 1e-10

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from embcompress.hashing import derive_key
-from embcompress.phases import ONE_PHASE, Phase, PhasedTable, Score, TableForm
 from embcompress.plan import LookupPlan
-from embcompress.procedure import TableProcedure
+from embcompress.procedures.base import TableProcedure
+from embcompress.procedures.phases import ONE_PHASE, Phase, PhasedTable, Score, TableForm
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class TableSpec:
             that is not known.
         queries: ids that an example looks up, on average.
         co_occurrence: (num_embeddings, k) int64, for each id up to k tokens of what it occurs with
-            in the training data (:class:`embcompress.co_occurrence.CoOccurrence`), -1 behind the
-            last; None where that is not known.
+            in the training data (:class:`embcompress.approximation.co_occurrence.CoOccurrence`), -1
+            behind the last; None where that is not known.
     """
 
     num_embeddings: int
@@ -141,17 +141,17 @@ class Method(ABC):
             Tensors by store name: float stores of their shape, (rows, width) unless rows overlap;
             packed ones (bytes,) uint8, also quantized ones. A module that holds latents for a
             quantized store turns its codes into the latents that read as them
-            (:meth:`embcompress.compressed_table.CompressedTable.load_stores`).
+            (:meth:`embcompress.tables.compressed_table.CompressedTable.load_stores`).
 
-        Here by least squares through the lookup itself (:mod:`embcompress.fitting`), which
-        serves every plan of float stores: means of colliding rows for hashes, alternating fits of
-        the factors for products and projections.
+        Here by least squares through the lookup itself (:mod:`embcompress.approximation.fitting`),
+        which serves every plan of float stores: means of colliding rows for hashes, alternating
+        fits of the factors for products and projections.
 
         Raises:
             ValueError: the method cannot start from a trained table, or the table has numbers
                 that are NaN or infinite.
         """
-        from embcompress.fitting import fit_stores, new_stores
+        from embcompress.approximation.fitting import fit_stores, new_stores
 
         if any(s.quantization is not None or s.sparsity is not None for s in plan.stores):
             raise ValueError(

@@ -8,13 +8,13 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from embcompress.hot_rows import HotRows
+from embcompress.layouts.hot_rows import HotRows
+from embcompress.layouts.slots import KEYS, SlotLayout, static_keys
 from embcompress.methods import register
 from embcompress.methods.base import TableSpec
 from embcompress.plan import LookupPlan
-from embcompress.procedure import TableProcedure
-from embcompress.promotion import Promotion
-from embcompress.slot_layout import KEYS, SlotLayout, static_keys
+from embcompress.procedures.base import TableProcedure
+from embcompress.procedures.promotion import Promotion
 
 
 @register
@@ -23,12 +23,12 @@ class Cafe(HotRows):
     """CAFE: ids with large gradients come to own rows in training; the others share, E[h(x)].
 
     A hash table of keys with ``ways`` slots a bucket says which ids own a row. Under
-    :class:`~embcompress.TrainingProcedure` a sketch (:mod:`embcompress.hot_sketch`) sums the norms
-    of the gradients of an id's vectors, with ``watched`` more slots a bucket than there are
-    rows. Every ``interval`` steps the strongest candidates of a bucket take over the rows of its
-    weakest ids (score > ``margin`` · score), and all scores are multiplied by ``decay``. A promoted
-    id's row starts as the shared row that it read before. No memory, neither in serving nor in
-    training, grows with the number of ids, so tables can be compressed 10,000 times.
+    :class:`~embcompress.TrainingProcedure` a sketch (:mod:`embcompress.procedures.hot_sketch`) sums
+    the norms of the gradients of an id's vectors, with ``watched`` more slots a bucket than there
+    are rows. Every ``interval`` steps the strongest candidates of a bucket take over the rows of
+    its weakest ids (score > ``margin`` · score), and all scores are multiplied by ``decay``. A
+    promoted id's row starts as the shared row that it read before. No memory, neither in serving
+    nor in training, grows with the number of ids, so tables can be compressed 10,000 times.
 
     Memory: m·d numbers for m rows, and ⌈log2(n + 1)⌉ bits for every row that is owned (32 where ids
     have more bits: then about one id in 2**32 / ``ways`` is taken for another). Training holds 12

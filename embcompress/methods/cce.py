@@ -10,15 +10,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from embcompress.calibration import check_finite
+from embcompress.approximation.calibration import check_finite
+from embcompress.approximation.fitting import fit_stores, new_stores
 from embcompress.clustering import cluster
 from embcompress.engine.reference import hash_bucket
-from embcompress.fitting import fit_stores, new_stores
 from embcompress.methods import register
 from embcompress.methods.base import Method, TableSpec
 from embcompress.plan import LookupPlan
-from embcompress.procedure import TableProcedure
-from embcompress.reclustering import CODES, ClusteredLayout, Reclustering
+from embcompress.procedures.base import TableProcedure
+from embcompress.procedures.reclustering import CODES, ClusteredLayout, Reclustering
 
 _CHUNK = 1 << 18  # ids
 #: From this many bits of a code on, so many chunks: codes of few bits gain more from a bit.

@@ -8,15 +8,15 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from embcompress.fitting import fit_stores, new_stores
+from embcompress.approximation.fitting import fit_stores, new_stores
+from embcompress.families.sparse_rows import WEIGHT, best_mask, kept_stores
+from embcompress.families.thresholded_rows import ThresholdedRows
+from embcompress.layouts.factors import root_ceiling
+from embcompress.layouts.sparse import sparse_store
 from embcompress.methods import register
 from embcompress.methods.base import TableSpec
-from embcompress.methods.qr import root_ceiling
-from embcompress.phases import PhasedTable
 from embcompress.plan import MOST_STORED, Digit, LookupPlan, Probe
-from embcompress.sparse_layout import sparse_store
-from embcompress.sparse_rows import WEIGHT, best_mask, kept_stores
-from embcompress.thresholded_rows import ThresholdedRows
+from embcompress.procedures.phases import PhasedTable
 
 
 @register
@@ -44,8 +44,9 @@ class CERP(ThresholdedRows):
 
     Attributes:
         density: share of the numbers that is kept, in (0, 1], at budgets that allow it.
-        granularity: as in :class:`~embcompress.thresholded_rows.ThresholdedRows`, and so are all
-            others; with ``"table"`` and ``"column"`` P and Q have their thresholds in common.
+        granularity: as in :class:`~embcompress.families.thresholded_rows.ThresholdedRows`, and so
+            are all others; with ``"table"`` and ``"column"`` P and Q have their thresholds in
+            common.
     """
 
     name: ClassVar[str] = "cerp"

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from embcompress.families.product_method import CodeShape, ProductMethod
+from embcompress.families.train_then_fit import GO_ON, form_of, train_then_fit
+from embcompress.layouts.product import ProductLayout
 from embcompress.methods import register
 from embcompress.methods.base import TableSpec
-from embcompress.phases import Phase, PhasedTable, Score, TableForm
-from embcompress.procedure import TableProcedure
-from embcompress.product_layout import ProductLayout
-from embcompress.product_method import CodeShape, ProductMethod
-from embcompress.query_learning import QueryLearning
-from embcompress.train_then_fit import GO_ON, form_of, train_then_fit
+from embcompress.procedures.base import TableProcedure
+from embcompress.procedures.phases import Phase, PhasedTable, Score, TableForm
+from embcompress.procedures.query_learning import QueryLearning
 
 
 @register

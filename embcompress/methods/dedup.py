@@ -9,16 +9,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from embcompress.calibration import check_finite
-from embcompress.deduplication import deduplicate
+from embcompress.approximation.calibration import check_finite
+from embcompress.approximation.deduplication import deduplicate
 from embcompress.engine.reference import hash_bucket
+from embcompress.layouts.packing import pack_codes
+from embcompress.layouts.pruned import MOST_ROWS
 from embcompress.methods import register
 from embcompress.methods.base import Method, TableSpec
 from embcompress.methods.full import Full
-from embcompress.packing import pack_codes
-from embcompress.phases import Phase, PhasedTable, Score, TableForm
 from embcompress.plan import Code, Digit, LookupPlan, Probe, Store
-from embcompress.pruned_layout import MOST_ROWS
+from embcompress.procedures.phases import Phase, PhasedTable, Score, TableForm
 
 BLOCKS, CODES = "blocks", "codes"
 _TRAIN, _FINE_TUNE = "train", "fine_tune"
@@ -46,7 +46,7 @@ class Dedup(Method):
     block is a tile of several rows. Ids that are next to each other have nothing in common here, so
     blocks of several rows are rarely near-equal, and a block lies within a row. There blocks of
     one bucket of a locality-sensitive hash are duplicates; here they are clustered by k-means
-    (:mod:`embcompress.deduplication`), and duplicates take their mean.
+    (:mod:`embcompress.approximation.deduplication`), and duplicates take their mean.
 
     Attributes:
         pieces: s, a divisor of the width.
@@ -94,7 +94,7 @@ class Dedup(Method):
             stores[CODES][first : first + len(packed)].copy_(packed)
 
     def fit(self, table: TableSpec, plan: LookupPlan, weight: Tensor) -> dict[str, Tensor]:
-        """The blocks of the table; see :func:`embcompress.deduplication.deduplicate`.
+        """The blocks of the table; see :func:`embcompress.approximation.deduplication.deduplicate`.
 
         Raises:
             ValueError: numbers that are NaN or infinite.

@@ -8,10 +8,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from embcompress.families.sparse_rows import (
+    WEIGHT,
+    SparseRows,
+    best_mask,
+    final_form,
+    unpruned_form,
+)
 from embcompress.methods import register
-from embcompress.phases import Phase, PhasedTable, TableForm
-from embcompress.procedure import TableProcedure, TrainedTable
-from embcompress.sparse_rows import WEIGHT, SparseRows, best_mask, final_form, unpruned_form
+from embcompress.procedures.base import TableProcedure, TrainedTable
+from embcompress.procedures.phases import Phase, PhasedTable, TableForm
 
 _DECAY = 0.99
 

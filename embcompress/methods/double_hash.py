@@ -8,10 +8,10 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from embcompress.layouts.slots import KEYS, SlotLayout, check_split, static_keys
 from embcompress.methods import register
 from embcompress.methods.base import Method, TableSpec
 from embcompress.plan import Hash, LookupPlan, Probe, Store
-from embcompress.slot_layout import KEYS, SlotLayout, check_split, static_keys
 
 
 @register

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from embcompress.families.product_method import ProductMethod
 from embcompress.methods import register
-from embcompress.procedure import TableProcedure
-from embcompress.product_method import ProductMethod
-from embcompress.query_learning import QueryLearning
+from embcompress.procedures.base import TableProcedure
+from embcompress.procedures.query_learning import QueryLearning
 
 
 @register

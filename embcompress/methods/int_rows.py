@@ -8,22 +8,22 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from embcompress.calibration import (
+from embcompress.approximation.calibration import (
     Share,
     calibrate,
     check_finite,
     check_share,
     shape_of_steps,
 )
-from embcompress.fitting import principal_directions
-from embcompress.latents import pack_latents
+from embcompress.approximation.fitting import principal_directions
+from embcompress.layouts.latents import pack_latents
 from embcompress.methods import register
 from embcompress.methods.base import TableSpec
 from embcompress.methods.narrow import NarrowRows
 from embcompress.plan import Digit, Linear, LookupPlan, Probe, Quantization, Store
-from embcompress.procedure import TableProcedure
-from embcompress.step_damping import StepDamping
-from embcompress.stochastic_rounding import StochasticRounding
+from embcompress.procedures.base import TableProcedure
+from embcompress.procedures.step_damping import StepDamping
+from embcompress.procedures.stochastic_rounding import StochasticRounding
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class IntRows(NarrowRows):
         rounding: what training leaves of an updated number: with ``"nearest"`` a float latent,
             which lookups read rounded to the nearest code; with ``"stochastic"``, where there is
             a :class:`~embcompress.TrainingProcedure`, one of the two nearest codes by chance
-            (:class:`embcompress.stochastic_rounding.StochasticRounding`).
+            (:class:`embcompress.procedures.stochastic_rounding.StochasticRounding`).
         rounding_seed: of these chances; the same seed gives the same bits.
     """
 
@@ -71,7 +71,7 @@ class IntRows(NarrowRows):
         return LookupPlan(rows, table.embedding_dim, tuple(stores), probes, head=head)
 
     def fit(self, table: TableSpec, plan: LookupPlan, weight: Tensor) -> dict[str, Tensor]:
-        """Post-training quantization; see :func:`embcompress.calibration.calibrate`.
+        """Post-training quantization; see :func:`embcompress.approximation.calibration.calibrate`.
 
         Narrower rows are the table's leading singular vectors'.
 
@@ -118,7 +118,7 @@ class Int8(IntRows):
     is learned as in Esser et al., "Learned step size quantization", ICLR 2020, equation 3. What
     differs: where there is a :class:`~embcompress.TrainingProcedure`, optimizers that divide
     gradients by their size move shared steps by less than other numbers
-    (:class:`embcompress.step_damping.StepDamping`).
+    (:class:`embcompress.procedures.step_damping.StepDamping`).
     """
 
     name: ClassVar[str] = "int8"

@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from embcompress.co_occurrence import minhash
+from embcompress.approximation.co_occurrence import minhash
 from embcompress.engine.reference import hash_bucket
+from embcompress.layouts.packing import pack_codes
 from embcompress.methods import register
 from embcompress.methods.base import Method, TableSpec
-from embcompress.packing import pack_codes
 from embcompress.plan import Address, Code, Digit, Hash, LookupPlan, Probe, Store
 
 _CODES, _WEIGHT = "codes", "weight"
@@ -31,8 +31,9 @@ class Lma(Method):
     Addresses cannot be computed from the id alone, so they are stored, as packed codes.
 
     It needs :attr:`TableConfig.co_occurrence <embcompress.TableConfig>`, see
-    :class:`embcompress.co_occurrence.CoOccurrence`. A table without it has nothing to be alike in:
-    its parts are read by plain keyed hashes of the id, without codes, and the plan says so.
+    :class:`embcompress.approximation.co_occurrence.CoOccurrence`. A table without it has nothing to
+    be alike in: its parts are read by plain keyed hashes of the id, without codes, and the plan
+    says so.
 
     Memory: m·d/p numbers, and n·p codes of ⌈log2(m + 1)⌉ bits; samples of tokens that addresses
     could be computed from would take 64 bits each, which is more for any m.

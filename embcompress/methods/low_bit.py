@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from embcompress.calibration import calibrate, check_finite
+from embcompress.approximation.calibration import calibrate, check_finite
 from embcompress.engine.quantization import code_positions, dequantize
-from embcompress.latents import pack_latents
+from embcompress.layouts.latents import pack_latents
 from embcompress.methods import register
 from embcompress.methods.base import JointMethod, TableSpec
 from embcompress.methods.full import Full

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from embcompress.calibration import check_finite
-from embcompress.fitting import principal_directions
+from embcompress.approximation.calibration import check_finite
+from embcompress.approximation.fitting import principal_directions
 from embcompress.methods import register
 from embcompress.methods.base import Method, TableSpec
 from embcompress.plan import Digit, Linear, LookupPlan, Probe, Store

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from embcompress.calibration import check_finite
-from embcompress.fitting import principal_directions
+from embcompress.approximation.calibration import check_finite
+from embcompress.approximation.fitting import principal_directions
 from embcompress.methods import register
 from embcompress.methods.base import Method, TableSpec
 from embcompress.methods.full import Full
-from embcompress.nested_dropout import MASK, NestedDropout
-from embcompress.phases import Phase, PhasedTable, Score, TableForm
 from embcompress.plan import Digit, Linear, LookupPlan, Probe, Store
-from embcompress.procedure import TableProcedure
+from embcompress.procedures.base import TableProcedure
+from embcompress.procedures.nested_dropout import MASK, NestedDropout
+from embcompress.procedures.phases import Phase, PhasedTable, Score, TableForm
 
 if TYPE_CHECKING:
-    from embcompress.compressed_table import CompressedTable
+    from embcompress.tables.compressed_table import CompressedTable
 
 TableType = TypeVar("TableType", bound="CompressedTable")
 

@@ -9,18 +9,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from embcompress.calibration import check_finite
+from embcompress.approximation.calibration import check_finite
 from embcompress.clustering import cluster, nearest
-from embcompress.granular_layout import GranularLayout, hot_ids
+from embcompress.families.product_method import CodeShape
+from embcompress.layouts.granular import GranularLayout, hot_ids
+from embcompress.layouts.packing import pack_codes
+from embcompress.layouts.product import CODES, HOT_CODES, codebook
 from embcompress.methods import register
 from embcompress.methods.base import TableSpec
 from embcompress.methods.dpq import DifferentiableProductQuantization
-from embcompress.packing import pack_codes
 from embcompress.plan import LookupPlan
-from embcompress.procedure import TableProcedure
-from embcompress.product_layout import CODES, HOT_CODES, codebook
-from embcompress.product_method import CodeShape
-from embcompress.query_learning import QueryLearning
+from embcompress.procedures.base import TableProcedure
+from embcompress.procedures.query_learning import QueryLearning
 
 #: What is tried where settings leave it open: so many bits fewer than codes of hot ids have those
 #: of others, and so many percent of the ids have rows for codes of hot ids.

@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from embcompress.calibration import check_finite
-from embcompress.fitting import principal_directions
+from embcompress.approximation.calibration import check_finite
+from embcompress.approximation.fitting import principal_directions
+from embcompress.layouts.packing import pack_codes
 from embcompress.methods import register
 from embcompress.methods.base import JointMethod, TableSpec
 from embcompress.methods.full import Full
-from embcompress.packing import pack_codes
 from embcompress.plan import Code, Digit, Hash, Linear, LookupPlan, Probe, Store
 
 #: Steps of the dial for each column of the widest block, and below one column.

@@ -12,17 +12,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from embcompress.calibration import calibrate, check_finite
+from embcompress.approximation.calibration import calibrate, check_finite
 from embcompress.engine.reference import address_rows, gather_rows
-from embcompress.kept_ids import choose_kept_ids
-from embcompress.latents import pack_latents
+from embcompress.layouts.kept_ids import choose_kept_ids
+from embcompress.layouts.latents import pack_latents
+from embcompress.layouts.precision import PrecisionLayout, bucket_ranges, scale_name
 from embcompress.methods import register
 from embcompress.methods.base import Method, TableSpec
 from embcompress.methods.full import Full
-from embcompress.phases import Phase, PhasedTable, Score, TableForm
 from embcompress.plan import LookupPlan, Slot, total_bytes
-from embcompress.precision_layout import PrecisionLayout, bucket_ranges, scale_name
-from embcompress.precision_search import (
+from embcompress.procedures.base import TableProcedure
+from embcompress.procedures.phases import Phase, PhasedTable, Score, TableForm
+from embcompress.procedures.precision_search import (
     SENSITIVITY,
     SearchedTable,
     Segments,
@@ -31,7 +32,6 @@ from embcompress.precision_search import (
     choose_plans,
     group_sizes,
 )
-from embcompress.procedure import TableProcedure
 
 _SEARCH, _RETRAIN = "search", "retrain"
 #: Bits of the rows of all ids, and of those of frequent ids: the layouts of the dial.
@@ -47,10 +47,10 @@ class MPE(Method):
     The ids are put into groups by falling count: the last one has half of the ids, the one before
     it half of the others, and so on; without counts there is one group. In the first phase the
     full table is trained, and it is measured how much the loss minds errors in the rows of each
-    group (:class:`embcompress.precision_search.SensitivitySearch`). Then one price of a bit is
-    found for the groups of all tables at which their precisions, 0, 1, 2, 4 or 8 bits a number,
-    meet the budget, and rows of these precisions are trained from start values. A table that
-    would take no fewer bytes stays full.
+    group (:class:`embcompress.procedures.precision_search.SensitivitySearch`). Then one price of a
+    bit is found for the groups of all tables at which their precisions, 0, 1, 2, 4 or 8 bits a
+    number, meet the budget, and rows of these precisions are trained from start values. A table
+    that would take no fewer bytes stays full.
 
     Rows of a precision are found in slots, which hold keys of the ids that have one: nothing is
     stored for ids of 0 bits. Where that is cheaper, all ids have a row of the lowest precision,

@@ -86,7 +86,7 @@ class MultiHash(Method):
             ValueError: an array that is not 2-D, or a seed that is not 32 bits.
         """
         from embcompress.modules import Embedding
-        from embcompress.store_tensors import dtype_name
+        from embcompress.tables.store_tensors import dtype_name
 
         if array.dim() != 2:
             raise ValueError(f"array must be 2-D, (rows, width), got {array.dim()}-D")

@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from embcompress.calibration import check_finite
+from embcompress.approximation.calibration import check_finite
 from embcompress.engine.reference import address_rows
+from embcompress.layouts.slots import KEYS, WEIGHT, SlotLayout, static_keys
 from embcompress.methods import register
 from embcompress.methods.base import Method, TableSpec
 from embcompress.plan import Digit, LookupPlan, Probe, Slot, Store
-from embcompress.slot_layout import KEYS, WEIGHT, SlotLayout, static_keys
 
 FILE = "file_weight"
 _CHUNK = 1 << 18

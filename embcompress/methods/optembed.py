@@ -9,11 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from embcompress.calibration import check_finite
-from embcompress.evolution import Evolution, Genes
-from embcompress.gated_table import COLUMNS, ROWS, gated_plan, generator_of, up_to
+from embcompress.approximation.calibration import check_finite
 from embcompress.importance import strongest
-from embcompress.kept_rows import (
+from embcompress.layouts.kept_rows import (
     CODES,
     PROJECTION,
     WEIGHT,
@@ -21,15 +19,17 @@ from embcompress.kept_rows import (
     codes_of,
     strongest_within,
 )
+from embcompress.layouts.pruned import MOST_ROWS
 from embcompress.methods import register
 from embcompress.methods.base import Method, TableSpec
 from embcompress.methods.full import Full
 from embcompress.methods.pruned import Pruned
-from embcompress.phases import Phase, PhasedTable, Score, TableForm
 from embcompress.plan import LookupPlan, total_bytes
-from embcompress.procedure import TableProcedure
-from embcompress.pruned_layout import MOST_ROWS
-from embcompress.row_thresholds import THRESHOLD, RowThresholds, row_norms
+from embcompress.procedures.base import TableProcedure
+from embcompress.procedures.evolution import Evolution, Genes
+from embcompress.procedures.gated_table import COLUMNS, ROWS, gated_plan, generator_of, up_to
+from embcompress.procedures.phases import Phase, PhasedTable, Score, TableForm
+from embcompress.procedures.row_thresholds import THRESHOLD, RowThresholds, row_norms
 
 _SUPERNET, _RETRAIN = "supernet", "retrain"
 #: Number of the key that the evolution draws by; it is far from those of steps.
@@ -44,7 +44,7 @@ class OptEmbed(Method):
     Training has two phases. In the first a supernet is trained: full tables, in which a row counts
     as zero while its norm ‖E[x]‖₁ is below the table's threshold, and of which every batch sees
     another number of columns. The thresholds are learned with the rows
-    (:class:`embcompress.row_thresholds.RowThresholds`).
+    (:class:`embcompress.procedures.row_thresholds.RowThresholds`).
 
     Then evolution looks for the widths with which the supernet scores best on validation examples,
     without further training. To widths belong rows: those above the thresholds or, where these do

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from embcompress.families.thresholded_rows import ThresholdedRows
 from embcompress.methods import register
-from embcompress.thresholded_rows import ThresholdedRows
 
 
 @register
@@ -32,7 +32,7 @@ class PEP(ThresholdedRows):
     What differs: thresholds start at a share of the deviation of the start values and shrink by a
     decay of their own, not by the optimizer's; the mask has exactly as many numbers as the plan.
 
-    Settings: :class:`~embcompress.thresholded_rows.ThresholdedRows`.
+    Settings: :class:`~embcompress.families.thresholded_rows.ThresholdedRows`.
     """
 
     name: ClassVar[str] = "pep"

@@ -7,12 +7,12 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from embcompress.code_learning import CodeLearning
+from embcompress.families.product_method import CodeShape, ProductMethod
+from embcompress.layouts.product import ProductLayout
 from embcompress.methods import register
 from embcompress.methods.base import TableSpec
-from embcompress.procedure import TableProcedure
-from embcompress.product_layout import ProductLayout
-from embcompress.product_method import CodeShape, ProductMethod
+from embcompress.procedures.base import TableProcedure
+from embcompress.procedures.code_learning import CodeLearning
 
 
 @register

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from embcompress.importance import strongest
-from embcompress.kept_ids import choose_kept_ids
+from embcompress.layouts.kept_ids import choose_kept_ids
+from embcompress.layouts.pruned import CODES, MOST_ROWS, WEIGHT, PrunedLayout
 from embcompress.methods import register
 from embcompress.methods.base import Method, TableSpec
 from embcompress.plan import Digit, Hash, LookupPlan
-from embcompress.procedure import TableProcedure
-from embcompress.pruned_layout import CODES, MOST_ROWS, WEIGHT, PrunedLayout
-from embcompress.reallocation import Reallocation
+from embcompress.procedures.base import TableProcedure
+from embcompress.procedures.reallocation import Reallocation
 
 
 @register
@@ -130,7 +130,8 @@ class Pruned(Method):
         padding_idx: int | None = None,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        """(size,) int64 the ids to keep; see :func:`embcompress.kept_ids.choose_kept_ids`."""
+        """(size,) int64 the ids to keep; see
+        :func:`embcompress.layouts.kept_ids.choose_kept_ids`."""
         return choose_kept_ids(table, size, padding_idx, device)
 
     def fill(self, table: TableSpec, plan: LookupPlan, stores: Mapping[str, Tensor]) -> None:

@@ -7,19 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from embcompress.layouts.factors import root_ceiling
 from embcompress.methods import register
 from embcompress.methods.base import Method, TableSpec
 from embcompress.plan import Combine, Digit, Hash, LookupPlan, Probe, Store
-
-
-def root_ceiling(n: int, k: int) -> int:
-    """Smallest integer ``m`` ≥ 1 with ``m**k >= n``; the float root is only a first guess."""
-    root = max(1, round(n ** (1 / k)))
-    while root**k < n:
-        root += 1
-    while root > 1 and (root - 1) ** k >= n:
-        root -= 1
-    return root
 
 
 @register

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from embcompress.calibration import check_finite
-from embcompress.fitting import principal_directions
-from embcompress.latents import pack_latents
+from embcompress.approximation.calibration import check_finite
+from embcompress.approximation.fitting import principal_directions
+from embcompress.layouts.latents import pack_latents
 from embcompress.methods import register
 from embcompress.methods.base import Method, TableSpec
 from embcompress.methods.full import Full
-from embcompress.phases import Phase, PhasedTable, Score, TableForm
 from embcompress.plan import Digit, Linear, LookupPlan, Probe, Quantization, Store
+from embcompress.procedures.phases import Phase, PhasedTable, Score, TableForm
 
 if TYPE_CHECKING:
-    from embcompress.compressed_table import CompressedTable
+    from embcompress.tables.compressed_table import CompressedTable
 
 TableType = TypeVar("TableType", bound="CompressedTable")
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from embcompress.families.product_method import ProductMethod
+from embcompress.families.train_then_fit import form_of, train_then_fit
 from embcompress.methods import register
-from embcompress.phases import Phase, PhasedTable, Score, TableForm
-from embcompress.product_method import ProductMethod
-from embcompress.train_then_fit import form_of, train_then_fit
+from embcompress.procedures.phases import Phase, PhasedTable, Score, TableForm
 
 
 @register

@@ -7,11 +7,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from embcompress.calibration import check_finite
+from embcompress.approximation.calibration import check_finite
+from embcompress.layouts.factors import balanced_factors
+from embcompress.layouts.tensor_train import TrainLayout, balanced_digits
 from embcompress.methods import register
 from embcompress.methods.base import Method, TableSpec
 from embcompress.plan import LookupPlan, TensorTrain
-from embcompress.tensor_train import TrainLayout, balanced_digits, balanced_factors
 
 
 @register
@@ -63,7 +64,7 @@ class TensorTrainTable(Method):
         Raises:
             ValueError: numbers that are NaN or infinite.
         """
-        from embcompress.fitting import fit_stores
+        from embcompress.approximation.fitting import fit_stores
 
         check_finite(weight)
         assert isinstance(plan.head, TensorTrain)

@@ -99,7 +99,7 @@ class Store:
             columns: numbers are read through it, ``sign(v) * max(|v| - sigmoid(t), 0)``. For
             searches; the reference engine alone runs it.
         location: ``"memory"``, or for plain float stores ``"file"``: the rows are in a file that is
-            mapped into memory, and are not resident (:mod:`embcompress.file_tensors`).
+            mapped into memory, and are not resident (:mod:`embcompress.engine.file_tensors`).
     """
 
     name: str

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from embcompress.collection import EmbeddingBagCollection
-from embcompress.compressed_table import CompressedTable
-from embcompress.observation import observe_collection
 from embcompress.planner.trials import Example, call_model
+from embcompress.tables.compressed_table import CompressedTable
+from embcompress.training.observation import observe_collection
 
 
 @torch.no_grad()

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from embcompress.budget import BudgetError
 from embcompress.methods.base import Method
-from embcompress.phases import Phase
 from embcompress.planner.progress import silent
 from embcompress.planner.ranking import Ranking
-from embcompress.recipe import binary_step, make_optimizer, validation_step
-from embcompress.training import TrainingProcedure
+from embcompress.procedures.phases import Phase
+from embcompress.training.recipe import binary_step, make_optimizer, validation_step
+from embcompress.training.training_procedure import TrainingProcedure
 
 #: What a model is called with (a tensor, a tuple of arguments, a dict of named ones), and labels.
 Example = tuple[Any, Tensor]

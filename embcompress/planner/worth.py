@@ -8,13 +8,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from embcompress.compressed_table import CompressedTable
 from embcompress.engine.reference import address_rows
 from embcompress.methods.base import Method
 from embcompress.methods.full import Full
 from embcompress.methods.hash import Hashing
 from embcompress.planner.lookups import count_lookups
 from embcompress.planner.trials import TrialData, full_training, log_loss
+from embcompress.tables.compressed_table import CompressedTable
 
 #: Full tables are trained where they take no more bytes; else tables of hashed rows that do.
 MOST_BYTES = 1 << 30

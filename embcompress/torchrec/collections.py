@@ -21,9 +21,9 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from embcompress.collection import EmbeddingBagCollection
-from embcompress.compressed_table import CompressedTable
 from embcompress.lowering.tables import LogicalTable
 from embcompress.modules import Embedding, EmbeddingBag
+from embcompress.tables.compressed_table import CompressedTable
 
 
 def by_feature(features: KeyedJaggedTensor, names: Sequence[str]) -> dict[str, JaggedTensor]:

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from embcompress.budget import format_bytes
-from embcompress.compressed_table import CompressedTable, tie_shared_stores
 from embcompress.lowering.tables import (
     Lowering,
     PhysicalTable,
@@ -21,7 +20,8 @@ from embcompress.lowering.tables import (
 )
 from embcompress.memory import storage_key
 from embcompress.modules import Embedding, EmbeddingBag
-from embcompress.table_building import swap_modules
+from embcompress.surgery.table_building import swap_modules
+from embcompress.tables.compressed_table import CompressedTable, tie_shared_stores
 from embcompress.text_table import text_table
 from embcompress.torchrec.collections import (
     COMPRESSED,

@@ -16,10 +16,10 @@ from torchrec.modules.embedding_modules import (
 )
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
-from embcompress.compressed_table import CompressedTable
 from embcompress.lowering.tables import (
     Lowering,
 )
+from embcompress.tables.compressed_table import CompressedTable
 from embcompress.torchrec.collections import (
     CompressedEmbeddingBagCollection,
     CompressedEmbeddingCollection,

@@ -13,11 +13,11 @@ from torch.nn.utils import parametrize
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from embcompress.collection import full_plan
-from embcompress.compressed_table import CompressedTable
 from embcompress.methods import TableSpec
 from embcompress.modules import Embedding, EmbeddingBag
 from embcompress.plan import Pool
-from embcompress.store_tensors import dtype_name
+from embcompress.tables.compressed_table import CompressedTable
+from embcompress.tables.store_tensors import dtype_name
 from embcompress.torchrec.collections import (
     CompressedEmbeddingBagCollection,
     CompressedEmbeddingCollection,

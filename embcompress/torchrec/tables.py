@@ -21,7 +21,6 @@ from torchrec.modules.embedding_modules import (
 )
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
-from embcompress.compressed_table import CompressedTable
 from embcompress.engine import Bags
 from embcompress.lowering.readers import (
     Jagged,
@@ -38,6 +37,7 @@ from embcompress.lowering.tables import (
 )
 from embcompress.memory import HeldTable, HoldsTables
 from embcompress.plan import LookupPlan
+from embcompress.tables.compressed_table import CompressedTable
 
 ConfigType = TypeVar("ConfigType", bound=BaseEmbeddingConfig)
 _DATA_TYPES = {"float32": DataType.FP32, "float16": DataType.FP16}

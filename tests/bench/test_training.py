@@ -34,7 +34,7 @@ from embcompress.bench.training import (
 from embcompress.data import ClickLog, load_click_log
 from embcompress.models import MODELS
 from embcompress.planner.trials import Trial, TrialData, choose
-from embcompress.recipe import binary_step, make_optimizer
+from embcompress.training.recipe import binary_step, make_optimizer
 from tests.phased_method import Searched
 
 DATA = "synthetic:rows=1500,ids=300,features=3"

@@ -11,8 +11,8 @@ from torch import Tensor
 from embcompress.engine import Bags, GradientOptions, lookup, ops
 from embcompress.engine.encoding import encode_plans
 from embcompress.engine.reference import lookup_reference
+from embcompress.layouts.sparse import mask_of_largest, pack_sparse
 from embcompress.plan import Digit, Hash, LookupPlan, Probe, Sign, Sparsity, Store
-from embcompress.sparse_layout import mask_of_largest, pack_sparse
 
 pytestmark = pytest.mark.skipif(not ops.is_available(), reason="the C++ extension is not built")
 

@@ -1,0 +1,1 @@
+"""Modules that hold and read the stores of a plan, their start values and fused optimizer."""
