@@ -269,7 +269,7 @@ def test_compress_takes_co_occurrence_and_says_where_it_is_missing(method: str) 
     assert torch.equal(model["item"].codes, expected.embedding_bags["item"].codes)
     assert "co_occurrence" not in text
     plain, text = compressed()
-    assert "no likeness is known: give co_occurrence=" in text
+    assert "no likeness is known: give data= or co_occurrence=" in text
     assert plain["item"].plan != model["item"].plan or not torch.equal(
         plain["item"].codes, model["item"].codes
     )

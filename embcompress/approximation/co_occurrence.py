@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -72,6 +75,47 @@ class CoOccurrence:
     def samples(self) -> Tensor:
         """(num_embeddings, size) int64 rising tokens, :data:`NOTHING` behind the last."""
         return torch.from_numpy(self._samples.copy())
+
+
+@dataclass(frozen=True)
+class Occurrences:
+    """Ids of one feature in a batch of examples.
+
+    Attributes:
+        feature: its name.
+        ids: (N,) int64.
+        rows: (N,) int64 the example that each is of, rising.
+    """
+
+    feature: str
+    ids: Tensor
+    rows: Tensor
+
+
+def add_company(samples: Mapping[str, CoOccurrence], batch: Sequence[Occurrences]) -> None:
+    """Take note of what ids occur with in a batch: the ids that *other* features have there.
+
+    Args:
+        samples: what to add to, by feature.
+        batch: all features' ids.
+    """
+    marks = [tokens(each.feature, each.ids) for each in batch]
+    for own in batch:
+        if own.feature not in samples:
+            continue
+        for other, mark in zip(batch, marks, strict=True):
+            if other.feature != own.feature:
+                left, right = _same_row(own.rows, other.rows)
+                samples[own.feature].add(own.ids[left], mark[right])
+
+
+def _same_row(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """All pairs of positions with the same row; rows rise on both sides."""
+    first = torch.searchsorted(right, left)
+    count = torch.searchsorted(right, left, right=True) - first
+    which = torch.arange(len(left)).repeat_interleave(count)
+    start = (count.cumsum(0) - count)[which]
+    return which, first[which] + torch.arange(len(which)) - start
 
 
 def ranks(sorted_values: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from embcompress.approximation.co_occurrence import CoOccurrence, tokens
+from embcompress.approximation.co_occurrence import CoOccurrence, Occurrences, add_company
 from embcompress.bench.settings import TrainingSettings
 from embcompress.budget import Budget
 from embcompress.collection import EmbeddingBagCollection, TableConfig
@@ -148,25 +148,15 @@ def sample_co_occurrence(log: ClickLog, rows: NDArray[np.int64]) -> dict[str, Te
         size = (len(batch.offsets) - 1) // len(log.features)
         lengths = batch.offsets.diff()
         row = torch.arange(size).repeat(len(log.features)).repeat_interleave(lengths)
-        ends = batch.offsets[::size]
-        own = [slice(int(first), int(last)) for first, last in pairwise(ends)]
-        marks = [tokens(f.name, batch.ids[part]) for f, part in zip(log.features, own, strict=True)]
-        for number, feature in enumerate(log.features):
-            for other in range(len(log.features)):
-                if other == number:
-                    continue
-                left, right = _same_row(row[own[number]], row[own[other]])
-                found[feature.name].add(batch.ids[own[number]][left], marks[other][right])
+        own = [slice(int(first), int(last)) for first, last in pairwise(batch.offsets[::size])]
+        add_company(
+            found,
+            [
+                Occurrences(feature.name, batch.ids[part], row[part])
+                for feature, part in zip(log.features, own, strict=True)
+            ],
+        )
     return {name: each.samples() for name, each in found.items()}
-
-
-def _same_row(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """All pairs of positions with the same row; rows rise on both sides."""
-    first = torch.searchsorted(right, left)
-    count = torch.searchsorted(right, left, right=True) - first
-    which = torch.arange(len(left)).repeat_interleave(count)
-    start = (count.cumsum(0) - count)[which]
-    return which, first[which] + torch.arange(len(which)) - start
 
 
 def build_model(

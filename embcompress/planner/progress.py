@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 
 _LINE_SECONDS = 2.0
+#: Is told what is done at present.
+Show = Callable[[str], None]
 
 
 class PlanProgress:

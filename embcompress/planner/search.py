@@ -13,7 +13,7 @@ from torch import nn
 
 from embcompress.methods.base import Method
 from embcompress.methods.full import Full
-from embcompress.planner.progress import silent
+from embcompress.planner.progress import Show, silent
 from embcompress.planner.trials import (
     TRIAL_SEED,
     Trial,
@@ -99,7 +99,7 @@ class PlanSearch:
     dense_bytes: int
     data: TrialData
     seconds: float
-    show: Callable[[str], None] = silent
+    show: Show = silent
     _end: float = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from embcompress.budget import BudgetError
 from embcompress.methods.base import Method
-from embcompress.planner.progress import silent
+from embcompress.planner.progress import Show, silent
 from embcompress.planner.ranking import Ranking
 from embcompress.procedures.phases import Phase
 from embcompress.training.recipe import binary_step, make_optimizer, validation_step
@@ -41,6 +41,31 @@ _CONFIRMATIONS = 3
 _ERRORS_AHEAD = 2.5
 
 
+def first_batches(data: Iterable[Example], max_examples: int = MOST_EXAMPLES) -> list[Example]:
+    """So many of the batches as have the first ``max_examples``, with labels as floats.
+
+    Raises:
+        TypeError: batches that are not pairs.
+        ValueError: no batches.
+    """
+    batches: list[Example] = []
+    count = 0
+    for batch in data:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise TypeError(
+                "data must yield pairs (inputs, labels); inputs are a tensor, a tuple of the "
+                f"model's arguments or a dict of named ones; got {type(batch).__name__}"
+            )
+        inputs, labels = batch
+        batches.append((inputs, torch.as_tensor(labels).float()))
+        count += batches[-1][1].numel()
+        if count >= max_examples:
+            break
+    if not batches:
+        raise ValueError("data yields no batches; give a loader, or an iterator not used up yet")
+    return batches
+
+
 @dataclass(frozen=True)
 class TrialData:
     """Batches to try plans on.
@@ -61,19 +86,7 @@ class TrialData:
             TypeError: batches that are not pairs.
             ValueError: fewer than two batches, or held-out labels that are all alike.
         """
-        batches: list[Example] = []
-        count = 0
-        for batch in data:
-            if not isinstance(batch, tuple | list) or len(batch) != 2:
-                raise TypeError(
-                    "data must yield pairs (inputs, labels); inputs are a tensor, a tuple of the "
-                    f"model's arguments or a dict of named ones; got {type(batch).__name__}"
-                )
-            inputs, labels = batch
-            batches.append((inputs, torch.as_tensor(labels).float()))
-            count += batches[-1][1].numel()
-            if count >= max_examples:
-                break
+        batches = first_batches(data, max_examples)
         if len(batches) < 2:
             raise ValueError(f"data must yield at least 2 batches, got {len(batches)}")
         held_out = max(1, round(len(batches) * _HELD_OUT))
@@ -273,7 +286,7 @@ def choose(
     build: Callable[[Method], nn.Module],
     data: TrialData,
     seconds: float,
-    show: Callable[[str], None] = silent,
+    show: Show = silent,
 ) -> list[Trial]:
     """Which of some plans a model learns best with: the first, unless another is clearly better.
 

@@ -1,11 +1,10 @@
-"""Planning the tables of a model by short trainings of copies of it."""
+"""What data are good for: statistics of ids, and plans chosen by short trainings of copies."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
@@ -14,21 +13,22 @@ from embcompress.collection import full_plan
 from embcompress.methods import Method
 from embcompress.methods.auto import Auto
 from embcompress.plan import LookupPlan
-from embcompress.planner.lookups import count_lookups
-from embcompress.planner.progress import PlanProgress, silent
+from embcompress.planner.progress import PlanProgress, Show, silent
 from embcompress.planner.search import PlanSearch, QualitySearch
-from embcompress.planner.trials import Trial, TrialData
+from embcompress.planner.trials import Example, Trial, TrialData, first_batches
+from embcompress.surgery.id_statistics import with_statistics
 from embcompress.surgery.table_building import Table, build_modules, put_in_place
+from embcompress.surgery.table_finding import Candidate
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What short trainings chose.
+    """What data led to.
 
     Attributes:
-        tables: with the planner's method as it was set, and with counts.
+        tables: with statistics of their ids, and with the planner as it was set.
         budget_bytes: for all tables together.
-        tried: settings of the planner, the chosen one first.
+        tried: settings of the planner, the chosen one first; none without a planner.
         examples: number of examples that they were trained on.
         quality: how the bytes were found, where a quality was asked for.
     """
@@ -42,79 +42,90 @@ class Planned:
 
 def plan_with_data(
     model: nn.Module,
+    candidates: Sequence[Candidate],
     tables: Sequence[Table],
     budget_bytes: int | None,
     max_auc_loss: float | None,
-    data: Iterable[Any],
+    data: Iterable[Example],
     seconds: float,
     progress: bool,
 ) -> Planned:
-    """Set the planner, and find the budget if there is none, by short trainings.
+    """See what the data say of the tables' ids, and set the planner, where it is among the methods.
 
     Args:
         model: is copied for every training, without its tables.
-        tables: those of the model that are to be swapped.
+        candidates: all its tables.
+        tables: those that are to be swapped.
         budget_bytes: None where ``max_auc_loss`` says what must be kept.
         data: batches (inputs, labels).
-        seconds: trainings end after so long.
+        seconds: the planner's trainings end after so long.
         progress: whether to show it on standard error.
 
     Raises:
-        ValueError: the planner is not the method of these tables.
+        ValueError: there are several planners, or ``max_auc_loss`` with another method.
     """
     planners = list(dict.fromkeys(each.method for each in tables if isinstance(each.method, Auto)))
-    if len(planners) != 1:
-        raise ValueError("data is for the planner; one method='auto' must be among the methods")
-    if max_auc_loss is not None and any(each.method != planners[0] for each in tables):
+    if len(planners) > 1:
+        raise ValueError(
+            "data is for one planner: give method='auto' the same settings for all tables; got "
+            f"{len(planners)} different ones"
+        )
+    if max_auc_loss is not None and any(each.method not in planners for each in tables):
         raise ValueError("max_auc_loss needs method='auto' for all tables that are swapped")
     show = PlanProgress(seconds) if progress else silent
     show("reading data")
-    trial_data = TrialData.of(data)
-    known = _counted(model, tables, trial_data)
+    if planners:
+        trial_data = TrialData.of(data)
+        known = with_statistics(model, candidates, tables, trial_data.training)
+        return _planned(
+            model, known, planners[0], budget_bytes, max_auc_loss, trial_data, seconds, show
+        )
+    assert budget_bytes is not None
+    known = with_statistics(model, candidates, tables, first_batches(data))
+    return Planned(known, budget_bytes, [], 0, None)
+
+
+def _planned(
+    model: nn.Module,
+    tables: Sequence[Table],
+    planner: Auto,
+    budget_bytes: int | None,
+    max_auc_loss: float | None,
+    data: TrialData,
+    seconds: float,
+    show: Show,
+) -> Planned:
+    """Settings of the planner, and the budget if there is none, by short trainings."""
+
+    def planned_by(method: Method) -> list[Table]:
+        return [
+            replace(each, method=method) if isinstance(each.method, Auto) else each
+            for each in tables
+        ]
 
     def plans_of(method: Method, limit: int) -> list[LookupPlan]:
-        methods = [method if isinstance(each.method, Auto) else each.method for each in known]
-        return allocate([each.spec for each in known], methods, limit, full_plan)
+        methods = [each.method for each in planned_by(method)]
+        return allocate([each.spec for each in tables], methods, limit, full_plan)
 
     def build(method: Method, limit: int) -> nn.Module:
-        used = [replace(each, method=method) for each in known]
-        return _copy_with_tables(model, used, plans_of(method, limit))
+        return _copy_with_tables(model, planned_by(method), plans_of(method, limit))
 
     def plans(method: Method, limit: int) -> Hashable:
         return tuple(plans_of(method, limit))
 
     def expected(method: Method, limit: int) -> float:
         assert isinstance(method, Auto)
-        return method.expected_loss([each.spec for each in known], limit)
+        return method.expected_loss([each.spec for each in tables], limit)
 
-    dense = sum(each.spec.dense_bytes for each in known)
-    search = PlanSearch(build, plans, expected, dense, trial_data, seconds, show)
+    dense = sum(each.spec.dense_bytes for each in tables)
+    search = PlanSearch(build, plans, expected, dense, data, seconds, show)
     quality = None
     if budget_bytes is None:
         assert max_auc_loss is not None
-        quality = search.smallest(planners[0], max_auc_loss)
+        quality = search.smallest(planner, max_auc_loss)
         budget_bytes = quality.budget_bytes
-    tried = search.settings(planners[0], budget_bytes)
-    chosen = [
-        replace(each, method=tried[0].method) if isinstance(each.method, Auto) else each
-        for each in known
-    ]
-    return Planned(chosen, budget_bytes, tried, trial_data.examples, quality)
-
-
-def _counted(model: nn.Module, tables: Sequence[Table], data: TrialData) -> list[Table]:
-    """The tables with counts of their ids in the data, where none were given."""
-    owners = {module: each for each in tables for module in each.candidate.modules}
-    unknown = [module for module, each in owners.items() if each.spec.counts is None]
-    if not unknown:
-        return list(tables)
-    seen = count_lookups(model, unknown, data.training)
-    result = []
-    for each in tables:
-        counts = [seen[module] for module in each.candidate.modules if module in seen]
-        spec = each.spec if not counts else replace(each.spec, counts=sum(counts[1:], counts[0]))
-        result.append(replace(each, spec=spec))
-    return result
+    tried = search.settings(planner, budget_bytes)
+    return Planned(planned_by(tried[0].method), budget_bytes, tried, data.examples, quality)
 
 
 def _copy_with_tables(

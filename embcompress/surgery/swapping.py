@@ -62,11 +62,12 @@ def compress(
             A table is left full where that is the better use of bytes.
         max_auc_loss: instead of a budget: as few bytes as keep the model's AUC so far, by short
             trainings on ``data``.
-        data: batches ``(inputs, labels)`` of training data, such as a ``DataLoader`` yields, for
-            the planner: it counts ids and tries plans on the first 2^19 examples, the last tenth
-            of which it compares by. Labels are 0 or 1, (B,) or (B, 1), and the model returns
-            logits of that shape. Inputs are a tensor, a tuple of the model's arguments or a dict of
-            named ones. The model itself is not trained.
+        data: batches ``(inputs, labels)`` of training data, such as a ``DataLoader`` yields, the
+            first 2^19 examples of which are used. Inputs are a tensor, a tuple of the model's
+            arguments or a dict of named ones. The model is called with them, not trained, to see
+            ``counts`` and ``co_occurrence`` where these are not given. The planner tries its plans
+            on them besides, and compares by their last tenth; its labels are 0 or 1, (B,) or
+            (B, 1), and the model returns logits of that shape.
         plan_seconds: the planner's trainings end after so long.
         seed: hash keys are derived from it and from the tables' paths. The planner's random numbers
             are its own: the same data give the same plan.
@@ -78,7 +79,7 @@ def compress(
             names the tables that miss it.
         keep_weights: start from the trained tables: each new table approximates the old one as
             well as its method can (:meth:`embcompress.Method.fit`), and the report says how well.
-        progress: whether planning with ``data`` says on standard error what it does.
+        progress: whether work with ``data`` says on standard error what it does.
 
     Returns:
         A report that prints as a table and says why a table was left alone.
@@ -99,7 +100,7 @@ def compress(
             "model is itself a collection, which cannot be swapped in place; put it into a module, "
             "such as nn.ModuleDict({'tables': collection})"
         )
-    _check_arguments(budget, max_auc_loss, data is not None, plan_seconds, keep_weights)
+    _check_arguments(budget, max_auc_loss, data is not None, plan_seconds)
     candidates = find_candidates(model)
     if not candidates:
         raise ValueError("the model contains no nn.Embedding or nn.EmbeddingBag")
@@ -118,10 +119,13 @@ def compress(
     dense = sum(table.spec.dense_bytes for table in tables)
     limit = None if budget is None else parse_budget(budget, dense)
     if keep_weights:
+        _check_trained(tables, data is not None)
         tables = [replace(each, method=each.method.for_trained_tables()) for each in tables]
     planned = None
     if data is not None:
-        planned = plan_with_data(model, tables, limit, max_auc_loss, data, plan_seconds, progress)
+        planned = plan_with_data(
+            model, candidates, tables, limit, max_auc_loss, data, plan_seconds, progress
+        )
         tables, limit = planned.tables, planned.budget_bytes
     assert limit is not None
     plans = allocate(
@@ -155,7 +159,6 @@ def _check_arguments(
     max_auc_loss: float | None,
     has_data: bool,
     plan_seconds: float,
-    keep_weights: bool,
 ) -> None:
     if (budget is None) == (max_auc_loss is None):
         raise ValueError("give either budget or max_auc_loss")
@@ -165,10 +168,13 @@ def _check_arguments(
         raise ValueError("max_auc_loss is measured on data; give data=batches of (inputs, labels)")
     if not plan_seconds > 0:
         raise ValueError(f"plan_seconds must be positive, got {plan_seconds}")
-    if has_data and keep_weights:
+
+
+def _check_trained(tables: Sequence[Table], has_data: bool) -> None:
+    if has_data and any(isinstance(each.method, Auto) for each in tables):
         raise ValueError(
-            "data serves to train plans from the start, and keep_weights to go on from trained "
-            "tables; leave one of them out"
+            "method='auto' trains plans on data from the start, and keep_weights goes on from "
+            "trained tables; leave one of them out"
         )
 
 
@@ -233,7 +239,7 @@ def _changed(table: Table, plan: LookupPlan, shared: set[str], error: float | No
     shared.update(store.shared for store in plan.stores if store.shared)
     notes = ["tied tables stay tied"] if len(candidate.modules) > 1 else []
     if table.method.uses_co_occurrence and table.spec.co_occurrence is None:
-        notes.append("no likeness is known: give co_occurrence=")
+        notes.append("no likeness is known: give data= or co_occurrence=")
     if plan.offloaded:
         notes.append(f"{format_bytes(plan.offloaded)} in a file")
     return TableChange(
