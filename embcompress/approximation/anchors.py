@@ -72,13 +72,16 @@ def _spread(known: _Known, sources: Integers, targets: Integers, step: int) -> _
 def _nearest(known: _Known, most: int, key: int) -> _Known:
     """The nearest ``most`` anchors of every node, each once, ordered by node and nearness."""
     nodes, anchors, distances = known
-    order = np.lexsort((distances, anchors, nodes))
-    nodes, anchors, distances = nodes[order], anchors[order], distances[order]
-    new = np.ones(len(nodes), bool)
-    new[1:] = (nodes[1:] != nodes[:-1]) | (anchors[1:] != anchors[:-1])
-    nodes, anchors, distances = nodes[new], anchors[new], distances[new]
+    # Three keys in one integer: sorting is faster than np.lexsort of three columns.
+    size, steps = int(anchors.max(initial=0)) + 1, _HOPS + 1
+    packed = np.sort((nodes * size + anchors) * steps + distances)
+    pairs = packed // steps
+    new = np.ones(len(pairs), bool)
+    new[1:] = pairs[1:] != pairs[:-1]
+    distances = (packed % steps)[new]
+    nodes, anchors = np.divmod(pairs[new], size)
     mixed = torch.from_numpy(nodes) * 0x9E3779B9 + torch.from_numpy(anchors)
-    order = np.lexsort((hash_bucket(mixed, key, _BUCKETS).numpy(), distances, nodes))
+    order = np.lexsort((hash_bucket(mixed, key, _BUCKETS).numpy(), nodes * steps + distances))
     nodes, anchors, distances = nodes[order], anchors[order], distances[order]
     kept = ranks(nodes) < most
     return nodes[kept], anchors[kept], distances[kept]

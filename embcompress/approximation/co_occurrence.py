@@ -16,6 +16,8 @@ from embcompress.hashing import derive_key
 #: Stands for "no more" in a sample.
 NOTHING = -1
 _POSITIVE = 2**63 - 1
+#: Pairs that wait to be merged, at most: 16 MiB.
+_MOST_PENDING = 1 << 20
 
 
 def tokens(feature: str, ids: Tensor) -> Tensor:
@@ -49,6 +51,8 @@ class CoOccurrence:
         if size < 1:
             raise ValueError(f"size must be at least 1, got {size}")
         self._samples = np.full((num_embeddings, size), NOTHING, np.int64)
+        self._pending: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+        self._pending_pairs = 0
 
     def add(self, ids: Tensor, company: Tensor) -> None:
         """Take note of pairs.
@@ -57,12 +61,27 @@ class CoOccurrence:
             ids: (N,) int64.
             company: (N,) int64 the token (:func:`tokens`) that each occurs with.
         """
+        new_ids, values = ids.numpy(), company.numpy()
+        # Of an id whose sample is full, most pairs are known not to be among the smallest.
+        largest = self._samples[new_ids, -1]
+        wanted = (largest == NOTHING) | (values < largest)
+        self._pending.append((new_ids[wanted], values[wanted]))
+        self._pending_pairs += int(wanted.sum())
+        # Sorting many pairs at once spares sorting the samples of their ids again and again.
+        if self._pending_pairs >= _MOST_PENDING:
+            self._merge()
+
+    def _merge(self) -> None:
+        if not self._pending:
+            return
+        ids, company = (np.concatenate(part) for part in zip(*self._pending, strict=True))
+        self._pending, self._pending_pairs = [], 0
         size = self._samples.shape[1]
-        touched = np.unique(ids.numpy())
+        touched = np.unique(ids)
         held = self._samples[touched]
         known = held != NOTHING
-        every = np.concatenate([ids.numpy(), np.repeat(touched, known.sum(1))])
-        values = np.concatenate([company.numpy(), held[known]])
+        every = np.concatenate([ids, np.repeat(touched, known.sum(1))])
+        values = np.concatenate([company, held[known]])
         order = np.lexsort((values, every))
         every, values = every[order], values[order]
         new = np.ones(len(every), bool)
@@ -74,6 +93,7 @@ class CoOccurrence:
 
     def samples(self) -> Tensor:
         """(num_embeddings, size) int64 rising tokens, :data:`NOTHING` behind the last."""
+        self._merge()
         return torch.from_numpy(self._samples.copy())
 
 

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from embcompress.approximation.co_occurrence import CoOccurrence, Occurrences, add_company
 from embcompress.collection import EmbeddingBagCollection
 from embcompress.engine import make_bags
+from embcompress.planner.progress import Show, silent
 from embcompress.planner.trials import Example, call_model
 from embcompress.tables.compressed_table import CompressedTable
 from embcompress.training.observation import observe_collection
 
 #: Pairs of ids that are looked at for company, at most, which takes seconds.
-_MOST_PAIRS = 1 << 25
+_MOST_PAIRS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,10 @@ class Lookup:
 
 
 def read_lookups(
-    model: nn.Module, tables: Iterable[nn.Module], batches: Iterable[Example]
+    model: nn.Module,
+    tables: Iterable[nn.Module],
+    batches: Sequence[Example],
+    show: Show = silent,
 ) -> Iterator[list[Lookup]]:
     """Call a model with one batch after the other, and see what its tables are asked for.
 
@@ -49,6 +53,7 @@ def read_lookups(
         model: is called in evaluation mode, and left as it was.
         tables: embedding modules of it, torch's or ours.
         batches: what to call it with.
+        show: is told which batch it is.
     """
     tables = set(tables)
     ours = {table for table in tables if isinstance(table, CompressedTable)}
@@ -69,7 +74,8 @@ def read_lookups(
     ]
     try:
         with _evaluating(model):
-            for inputs, _ in batches:
+            for number, (inputs, _) in enumerate(batches, 1):
+                show(f"ids of batch {number:,} of {len(batches):,}")
                 with torch.no_grad():
                     call_model(model, inputs)
                 yield list(seen)
@@ -80,7 +86,10 @@ def read_lookups(
 
 
 def count_lookups(
-    model: nn.Module, tables: Iterable[nn.Module], batches: Iterable[Example]
+    model: nn.Module,
+    tables: Iterable[nn.Module],
+    batches: Sequence[Example],
+    show: Show = silent,
 ) -> dict[nn.Module, Tensor]:
     """How often each id is looked up (:func:`read_lookups`).
 
@@ -89,7 +98,7 @@ def count_lookups(
     """
     tables = list(tables)
     counts = {table: torch.zeros(_size(table), dtype=torch.int64) for table in tables}
-    for seen in read_lookups(model, tables, batches):
+    for seen in read_lookups(model, tables, batches, show):
         for each in seen:
             counts[each.table].index_add_(0, each.ids, torch.ones_like(each.ids))
     return counts
@@ -100,6 +109,7 @@ def sample_company(
     features: Mapping[nn.Module, str],
     samples: Mapping[str, CoOccurrence],
     batches: Sequence[Example],
+    show: Show = silent,
 ) -> None:
     """Take note of what ids occur with: those that other tables are asked for by the same example.
 
@@ -110,11 +120,12 @@ def sample_company(
         features: names of all embedding modules, whose ids are company.
         samples: what to add to, by these names.
         batches: as many of them are used as have :data:`_MOST_PAIRS` pairs, evenly spread.
+        show: is told which batch it is.
     """
     [first] = read_lookups(model, features, batches[:1])
     pairs = _count_pairs(_occurrences(first, features, batches[0]), samples)
     chosen = batches[:: max(1, -(-pairs * len(batches) // _MOST_PAIRS))]
-    for batch, seen in zip(chosen, read_lookups(model, features, chosen), strict=True):
+    for batch, seen in zip(chosen, read_lookups(model, features, chosen, show), strict=True):
         add_company(samples, _occurrences(seen, features, batch))
 
 

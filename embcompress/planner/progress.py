@@ -15,10 +15,10 @@ class PlanProgress:
     """Prints what it is told to standard error, the last of it every two seconds at most.
 
     Args:
-        seconds: the planner's trainings end after so long.
+        seconds: the planner's trainings end after so long; None without trainings.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float | None) -> None:
         self._seconds, self._started, self._last_line = seconds, time.monotonic(), 0.0
 
     def __call__(self, text: str) -> None:
@@ -26,7 +26,9 @@ class PlanProgress:
         if now - self._last_line < _LINE_SECONDS:
             return
         self._last_line = now
-        after = f"{now - self._started:.0f} of at most {self._seconds:.0f} s"
+        after = f"{now - self._started:.0f} s"
+        if self._seconds is not None:
+            after = f"{now - self._started:.0f} of at most {self._seconds:.0f} s"
         print(f"planning, {after}: {text}", file=sys.stderr, flush=True)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from embcompress.approximation.co_occurrence import NOTHING, CoOccurrence
 from embcompress.planner.lookups import count_lookups, sample_company
+from embcompress.planner.progress import Show, silent
 from embcompress.planner.trials import Example
 from embcompress.surgery.table_building import Table
 from embcompress.surgery.table_finding import Candidate
@@ -19,6 +20,7 @@ def with_statistics(
     candidates: Sequence[Candidate],
     tables: Sequence[Table],
     batches: Sequence[Example],
+    show: Show = silent,
 ) -> list[Table]:
     """The tables with counts of their ids and, for methods that use it, what these occur with.
 
@@ -29,19 +31,21 @@ def with_statistics(
         candidates: all tables of the model, whose ids are the company of the others.
         tables: those that are to be swapped.
         batches: (inputs, labels).
+        show: is told which batch it is.
     """
-    return _with_company(model, candidates, _with_counts(model, tables, batches), batches)
+    counted = _with_counts(model, tables, batches, show)
+    return _with_company(model, candidates, counted, batches, show)
 
 
 def _with_counts(
-    model: nn.Module, tables: Sequence[Table], batches: Sequence[Example]
+    model: nn.Module, tables: Sequence[Table], batches: Sequence[Example], show: Show
 ) -> list[Table]:
     unknown = [
         module for each in tables if each.spec.counts is None for module in each.candidate.modules
     ]
     if not unknown:
         return list(tables)
-    seen = count_lookups(model, unknown, batches)
+    seen = count_lookups(model, unknown, batches, show)
     result = []
     for each in tables:
         counts = [seen[module] for module in each.candidate.modules if module in seen]
@@ -55,6 +59,7 @@ def _with_company(
     candidates: Sequence[Candidate],
     tables: Sequence[Table],
     batches: Sequence[Example],
+    show: Show,
 ) -> list[Table]:
     features = {module: paths[0] for each in candidates for module, paths in each.modules.items()}
     found: dict[int, CoOccurrence] = {}
@@ -67,7 +72,7 @@ def _with_company(
             )
     if not found:
         return list(tables)
-    sample_company(model, features, samples, batches)
+    sample_company(model, features, samples, batches, show)
     known = {number: company.samples() for number, company in found.items()}
     return [
         replace(each, spec=replace(each.spec, co_occurrence=known[number]))

@@ -72,16 +72,16 @@ def plan_with_data(
         )
     if max_auc_loss is not None and any(each.method not in planners for each in tables):
         raise ValueError("max_auc_loss needs method='auto' for all tables that are swapped")
-    show = PlanProgress(seconds) if progress else silent
+    show = PlanProgress(seconds if planners else None) if progress else silent
     show("reading data")
     if planners:
         trial_data = TrialData.of(data)
-        known = with_statistics(model, candidates, tables, trial_data.training)
+        known = with_statistics(model, candidates, tables, trial_data.training, show)
         return _planned(
             model, known, planners[0], budget_bytes, max_auc_loss, trial_data, seconds, show
         )
     assert budget_bytes is not None
-    known = with_statistics(model, candidates, tables, first_batches(data))
+    known = with_statistics(model, candidates, tables, first_batches(data), show)
     return Planned(known, budget_bytes, [], 0, None)
 
 
