@@ -18,6 +18,7 @@ from embcompress.plan import Digit, LookupPlan, Probe, Quantization, Slot, Store
 #: Bits of a number that ids may have; 0: no row.
 PRECISIONS = (0, 1, 2, 4, 8)
 _WAYS, _MOST_TAG = 8, 2**32 - 1
+_OFFERED = 2  # ids for every slot: hardly one then stays empty
 
 
 def rows_name(bits: int) -> str:
@@ -94,11 +95,9 @@ class PrecisionLayout:
         stores: list[Store] = []
         probes = []
         for bits, count in self.buckets:
-            rows = count * self.ways
-            tag = Digit(count, -(-n // count))
-            keys = Store(keys_name(bits), count, self.ways, f"uint{tag.size.bit_length()}")
-            stores += [keys, *quantized_rows(rows, d, bits, dtype)]
-            probes.append(Probe(rows_name(bits), Slot(keys.name, rows, Digit(1, count), tag)))
+            keys, slot = slots(keys_name(bits), n, count)
+            stores += [keys, *quantized_rows(slot.size, d, bits, dtype)]
+            probes.append(Probe(rows_name(bits), slot))
         if self.base:
             stores += quantized_rows(n, d, self.base, dtype)
             probes.append(Probe(rows_name(self.base), Digit(1, n)))
@@ -114,18 +113,7 @@ class PrecisionLayout:
         """
         keys = {}
         for bits, count in self.buckets:
-            offered = ids[: 2 * count * self.ways]
-            bucket = offered % count
-            order = bucket.sort(stable=True).indices
-            in_order = bucket[order]
-            way = torch.arange(len(order), device=ids.device)
-            way -= torch.searchsorted(in_order, in_order)
-            fits = way < self.ways
-            tag_bits = (-(-self.num_embeddings // count)).bit_length()
-            tags = torch.full((count * self.ways,), absent_code(tag_bits), device=ids.device)
-            placed = order[fits]
-            tags[(in_order * self.ways + way)[fits]] = offered[placed] // count
-            keys[keys_name(bits)] = pack_codes(tags, tag_bits)
+            keys[keys_name(bits)], placed = fill_slots(self.num_embeddings, count, ids)
             left = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
             left[placed] = False
             ids = ids[left]
@@ -134,12 +122,52 @@ class PrecisionLayout:
     @property
     def offered(self) -> int:
         """How many ids :meth:`keys` looks at, at most: hardly a slot then stays empty."""
-        return min(2 * self.slots, self.num_embeddings)
+        return min(_OFFERED * self.slots, self.num_embeddings)
 
 
 def ways_of(num_embeddings: int) -> int:
     """Slots of a bucket; fewer for a few ids, so that budgets are used well."""
     return max(1, min(_WAYS, num_embeddings // 16))
+
+
+def tag_bits(num_embeddings: int, buckets: int) -> int:
+    """Bits of a slot, which holds an id divided by the number of buckets, or nothing."""
+    return (-(-num_embeddings // buckets)).bit_length()
+
+
+def slots(name: str, num_embeddings: int, buckets: int) -> tuple[Store, Slot]:
+    """A store of keys of that name, and the address of the rows of the ids that it holds."""
+    ways = ways_of(num_embeddings)
+    tag = Digit(buckets, -(-num_embeddings // buckets))
+    keys = Store(name, buckets, ways, f"uint{tag_bits(num_embeddings, buckets)}")
+    return keys, Slot(name, buckets * ways, Digit(1, buckets), tag)
+
+
+def fill_slots(num_embeddings: int, buckets: int, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed keys, and the places of those ids that found a slot.
+
+    Args:
+        ids: distinct, the most important first; an id whose bucket is full has none.
+    """
+    ways = ways_of(num_embeddings)
+    offered = ids[: _OFFERED * buckets * ways]
+    bucket = offered % buckets
+    order = bucket.sort(stable=True).indices
+    in_order = bucket[order]
+    way = torch.arange(len(order), device=ids.device)
+    way -= torch.searchsorted(in_order, in_order)
+    fits = way < ways
+    bits = tag_bits(num_embeddings, buckets)
+    tags = torch.full((buckets * ways,), absent_code(bits), device=ids.device)
+    placed = order[fits]
+    tags[(in_order * ways + way)[fits]] = offered[placed] // buckets
+    return pack_codes(tags, bits), placed
+
+
+def buckets_for(num_embeddings: int, ids: int) -> int:
+    """The fewest buckets with slots for so many ids."""
+    fewest = -(-num_embeddings // _MOST_TAG)
+    return max(fewest, -(-ids // ways_of(num_embeddings)))
 
 
 def bucket_ranges(num_embeddings: int) -> list[range]:
@@ -148,7 +176,7 @@ def bucket_ranges(num_embeddings: int) -> list[range]:
     most = max(1, n // ways_of(n))
     fewest, ranges = -(-n // _MOST_TAG), []
     while fewest <= most:
-        bits = (-(-n // fewest)).bit_length()
+        bits = tag_bits(n, fewest)
         end = -(-n // (2 ** (bits - 1) - 1)) if bits > 1 else most + 1
         ranges.append(range(fewest, min(end, most + 1)))
         fewest = end

@@ -13,14 +13,13 @@ from torch import Tensor
 from embcompress.approximation.calibration import calibrate
 from embcompress.approximation.fitting import principal_directions
 from embcompress.engine.reference import address_rows
-from embcompress.importance import strongest
+from embcompress.layouts.kept_ids import choose_kept_ids
 from embcompress.layouts.latents import pack_latents
-from embcompress.layouts.packing import pack_codes
+from embcompress.layouts.precision import fill_slots, slots
 from embcompress.methods import register
 from embcompress.methods.base import JointMethod, TableSpec
 from embcompress.methods.low_bit import LowBit
 from embcompress.plan import (
-    Code,
     Combine,
     Digit,
     Hash,
@@ -34,10 +33,10 @@ from embcompress.planner.even import tables_frontier
 from embcompress.planner.explanation import Explanation
 from embcompress.planner.frontier import Frontier
 from embcompress.planner.loss import FLOAT, NARROWNESS, table_values
-from embcompress.planner.options import Choices, Option
+from embcompress.planner.options import Choices, Hot, Option
 
 _CHUNK = 1 << 18  # ids
-_NARROWNESS_FACTORS = (1, 4, 12, 40)
+_NARROWNESS_FACTORS = (1, 12, 40)
 
 
 @register
@@ -64,6 +63,7 @@ class Auto(JointMethod):
             that share one part differ in others (as in :class:`~embcompress.Unified`).
         hot: whether, where counts are known, the ids that occur most may have columns of their
             own beside the others'.
+        few: whether these may be the only ids that have rows; the others' vectors are zero.
         even: whether all tables have alike rows, each table a projection of its own, where the
             closed forms expect hardly more from others (:mod:`embcompress.planner.even`).
         worths: by table name, what the model loses without each table, in any unit; then a table
@@ -77,6 +77,7 @@ class Auto(JointMethod):
     narrowness: float = NARROWNESS
     chunks: int = 4
     hot: bool = True
+    few: bool = True
     even: bool = True
     worths: Mapping[str, float] | Sequence[tuple[str, float]] | None = field(
         default=None, repr=False
@@ -99,8 +100,8 @@ class Auto(JointMethod):
 
         How much of what ids tell one column can hold depends on the data more than anything else
         here does. Which ids are hot may change with time, and what shares a row by parts needs
-        more examples to be told apart. Where it was measured what tables are worth, plans
-        without these in which tables count by that, not by their entropy, are tried, too.
+        more examples to be told apart. Where it was measured what tables are worth, all these are
+        tried also with tables that count by that, not by their entropy.
         """
         free = replace(self, even=False)
         plain = replace(free, chunks=1, hot=False)
@@ -110,7 +111,7 @@ class Auto(JointMethod):
             for each in (free, plain)
         ]
         if worths is not None:
-            others += [replace(each, worths=worths) for each in others[1::2]]
+            others += [replace(each, worths=worths) for each in others]
         return list(dict.fromkeys((self, *others)))
 
     def __str__(self) -> str:
@@ -121,7 +122,7 @@ class Auto(JointMethod):
     def choices(self) -> Choices:
         """What a table may be given."""
         return Choices(
-            self.share_projection, self.narrowness, self.hot, self.chunks, even=self.even
+            self.share_projection, self.narrowness, self.hot, self.few, self.chunks, even=self.even
         )
 
     @property
@@ -155,15 +156,13 @@ class Auto(JointMethod):
         return replace(self, share_projection=False, hot=False, chunks=1)
 
     def fill(self, table: TableSpec, plan: LookupPlan, stores: Mapping[str, Tensor]) -> None:
-        """Codes: the number of their row for the ids that occur most, absent for the others."""
-        if "codes" not in stores or stores["codes"].device.type == "meta":
+        """Slots of the ids that occur most."""
+        if "keys" not in stores or stores["keys"].device.type == "meta":
             return
         assert table.counts is not None  # without, no id is known to be hot
-        bits = plan.store("codes").bits
-        codes = torch.full((table.num_embeddings,), 2**bits - 1)
-        hot = strongest(table.counts.cpu(), plan.store("hot").rows)
-        codes[hot] = torch.arange(len(hot))
-        stores["codes"].copy_(pack_codes(codes, bits))
+        order = choose_kept_ids(table, table.num_embeddings, plan.padding_idx)
+        keys, _ = fill_slots(table.num_embeddings, plan.store("keys").rows, order)
+        stores["keys"].copy_(keys)
 
     def explain(self, tables: Sequence[TableSpec], plans: Sequence[LookupPlan]) -> Explanation:
         return Explanation.of(tables, plans, self.choices, self._worth_of)
@@ -190,26 +189,39 @@ class Auto(JointMethod):
 
 def _plan(table: TableSpec, option: Option) -> LookupPlan:
     n, d, width, rows = table.num_embeddings, table.embedding_dim, option.width, option.rows
-    parts = option.parts
-    stores = _values("weight", "scale", (rows * parts, width // parts), option.bits, table.dtype)
-    addresses = (
-        [Digit(1, n)]
-        if rows == n
-        else [Hash(table.key(part), rows * parts) for part in range(parts)]
-    )
-    probes: list[Probe] = [Probe("weight", address) for address in addresses]
+    stores, probes = _rows(table, option) if rows else ([], [])
     if (hot := option.hot) is not None:
-        stores.append(Store("codes", n, 1, f"uint{hot.ids.bit_length()}"))
-        stores += _values("hot", "hot_scale", (hot.ids, hot.columns), hot.bits, table.dtype)
-        probes.append(Probe("hot", Code("codes", hot.ids, Digit(1, n))))
+        more, probe = _hot_rows(table, hot)
+        stores += more
+        probes.append(probe)
         width += hot.columns
     head = None
-    if width != d or hot is not None:
+    if width != d or (rows and hot is not None):
         name = f"auto_{d}x{width}" if option.shares else ""
         stores.append(Store("projection", d, width, table.dtype, shared=name))
         head = Linear("projection")
     combine: Combine = "concat" if len(probes) > 1 else "sum"
     return LookupPlan(n, d, tuple(stores), tuple(probes), combine, head=head)
+
+
+def _rows(table: TableSpec, option: Option) -> tuple[list[Store], list[Probe]]:
+    """Rows of all ids, or such that they share."""
+    n, rows, parts = table.num_embeddings, option.rows, option.parts
+    shape = rows * parts, option.width // parts
+    addresses = (
+        [Digit(1, n)]
+        if rows == n
+        else [Hash(table.key(part), rows * parts) for part in range(parts)]
+    )
+    stores = _values("weight", "scale", shape, option.bits, table.dtype)
+    return stores, [Probe("weight", address) for address in addresses]
+
+
+def _hot_rows(table: TableSpec, hot: Hot) -> tuple[list[Store], Probe]:
+    """Rows of the ids that occur most, and the slots that these are found in."""
+    keys, slot = slots("keys", table.num_embeddings, hot.buckets)
+    values = _values("hot", "hot_scale", (slot.size, hot.columns), hot.bits, table.dtype)
+    return [keys, *values], Probe("hot", slot)
 
 
 def _values(name: str, scale: str, shape: tuple[int, int], bits: int, dtype: str) -> list[Store]:

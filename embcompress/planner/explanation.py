@@ -42,11 +42,29 @@ class TableChoice:
     @property
     def sentence(self) -> str:
         """In words."""
+        if not self.rows:
+            return f"of its {self.ids:,} ids, {self.hot}"
         shared = "of their own" if self.rows == self.ids else f"among {self.rows:,} that they share"
         if self.rows == 1 < self.ids:
             shared = "in common, one for all"
         hot = f"; {self.hot}" if self.hot else ""
         return f"its {self.ids:,} ids have rows {shared}, {_numbers(self.width, self.bits)}{hot}"
+
+    @property
+    def kind(self) -> str:
+        """Whether its rows are an id's own, or how many are shared."""
+        if not self.rows:
+            return "none"
+        return "own" if self.rows == self.ids else f"{self.rows:,} shared"
+
+    @property
+    def label(self) -> str:
+        """In few words."""
+        if not self.rows:
+            return self.hot
+        own = "" if self.rows == self.ids else f", {self.rows:,} shared rows"
+        hot = f", {self.hot}" if self.hot else ""
+        return f"{self.width} × {_bits(self.bits)}{own}{hot}"
 
 
 @dataclass(frozen=True)
@@ -160,7 +178,7 @@ class Explanation:
             (
                 choice.name,
                 f"{choice.ids:,}",
-                "own" if choice.rows == choice.ids else f"{choice.rows:,} shared",
+                choice.kind,
                 choice.width,
                 "float" if choice.bits == FLOAT else choice.bits,
                 choice.hot,
@@ -199,10 +217,8 @@ class Explanation:
         shown = self.tables[:20][::-1]
         bars.barh([choice.name or "table" for choice in shown], [c.bytes for c in shown])
         for number, choice in enumerate(shown):
-            own = "" if choice.rows == choice.ids else f", {choice.rows:,} shared rows"
-            hot = f", {choice.hot}" if choice.hot else ""
             bars.annotate(
-                f" {choice.width} × {_bits(choice.bits)}{own}{hot}",
+                f" {choice.label}",
                 (choice.bytes, number),
                 va="center",
                 fontsize=7,
@@ -228,7 +244,10 @@ def _choice(
     table: TableSpec, plan: LookupPlan, table_value: TableValue, option: Option
 ) -> TableChoice:
     value, hot = table_value.value, option.hot
-    more = f"{hot.ids:,} hot ids {_numbers(hot.columns, hot.bits)} more" if hot is not None else ""
+    more = ""
+    if hot is not None:
+        also = "more" if option.rows else "alone"
+        more = f"{hot.ids:,} hot ids {_numbers(hot.columns, hot.bits)} {also}"
     return TableChoice(
         name=table.name,
         ids=table.num_embeddings,

@@ -35,8 +35,8 @@ _HALF_LEARNED = 4.0
 #: Without counts, ids are taken to occur as often as 1 / (rank + 2)^1.05 says; so many ranks are
 #: taken one by one.
 _SINGLE_RANKS = 1 << 10
-#: Bits of a code that says which row of its own a frequent id has.
-_MOST_HEAD_BITS = 16
+#: The most frequent ids that are looked at are fewer than 2 to this power.
+_HEAD_DOUBLINGS = 17
 #: Numbers of rows that are tried, for each halving.
 _STEPS_A_HALVING = 4
 
@@ -66,8 +66,8 @@ class TableValue:
             by how much of it can be learned from its count, or what was measured.
         rows: numbers of rows that ids may share, rising; the last one is one a row each.
         kept: for each, the share of the value that is left where ids share rows by a hash.
-        heads: the most frequent ids, 2^c - 1 of them for c = 1, 2, …; none where counts are not
-            known.
+        heads: the most frequent ids, 1, 2, 3, 5, 7, 11, 15, … of them, two numbers to a doubling;
+            none where counts are not known.
     """
 
     value: float
@@ -179,8 +179,10 @@ def _own_share(probability: Array, rows: int) -> Array:
 
 
 def _head_sizes(num_ids: int) -> list[int]:
-    """2^c - 1 for every c, below the number of ids that occur."""
-    sizes = [2**bits - 1 for bits in range(1, _MOST_HEAD_BITS + 1)]
+    """Two to a doubling, below the number of ids that occur."""
+    sizes = [
+        size for step in range(1, _HEAD_DOUBLINGS) for size in (2**step - 1, 3 * 2**step // 2 - 1)
+    ]
     return [size for size in sizes if size < num_ids]
 
 

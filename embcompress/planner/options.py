@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from embcompress.layouts.precision import buckets_for, tag_bits, ways_of
 from embcompress.planner.loss import (
     FLOAT,
     NARROWNESS,
@@ -23,10 +24,11 @@ _HOT_BITS = (4, 8)
 
 @dataclass(frozen=True)
 class Hot:
-    """Columns of their own, beside the others, for the ids that occur most.
+    """Columns of their own, beside the others or alone, for the ids that occur most.
 
     Attributes:
-        ids: their number; a code of every id of the table says which are theirs.
+        ids: their number.
+        buckets: of the slots in which they are found.
         columns, bits: of their rows.
         width: columns that a vector of theirs has altogether.
         share: of the table's value that is theirs.
@@ -34,6 +36,7 @@ class Hot:
     """
 
     ids: int
+    buckets: int
     columns: int
     bits: int
     width: int
@@ -47,11 +50,11 @@ class Option:
 
     Attributes:
         width: columns of its rows.
-        rows: its rows; fewer than ids are shared by a hash.
+        rows: its rows; fewer than ids are shared by a hash, and none are for hot ids alone.
         parts: of a shared row, each found by a hash of its own.
         bits: of a number, or :data:`~embcompress.planner.loss.FLOAT`.
         shares: whether its projection is the one that tables share.
-        bytes: of rows, steps, codes, and a projection of its own.
+        bytes: of rows, steps, slots, and a projection of its own.
         kept: share of the table's value that bits, sharing and the projection leave; of the ids
             that are not hot.
         loss: expected, in the unit of the table's value, where all tables are as wide.
@@ -77,6 +80,7 @@ class Choices:
         share_projection: whether tables of one width may share a projection.
         narrowness: what one column of many loses (:data:`~embcompress.planner.loss.NARROWNESS`).
         hot: whether frequent ids may have columns of their own.
+        few: whether they may be the only ones that have any.
         chunks: parts of a shared row, at most.
         widths: numbers of columns; None for all.
         bits: of a number; None for all.
@@ -88,6 +92,7 @@ class Choices:
     share_projection: bool = True
     narrowness: float = NARROWNESS
     hot: bool = True
+    few: bool = True
     chunks: int = 1
     widths: tuple[int, ...] | None = None
     bits: tuple[int, ...] | None = None
@@ -110,10 +115,34 @@ def candidate_widths(dim: int, allowed: tuple[int, ...] | None = None) -> list[i
 
 
 @dataclass(frozen=True)
-class _Many:
-    """Options of one width and one way to treat hot ids, as arrays."""
+class HotRows:
+    """Rows of frequent ids, which are found in slots.
 
-    hot: tuple[Head, int, int] | None  # the ids, their columns and bits
+    A code of every id would take more bytes: its bits are those of the number of hot ids, where a
+    slot for each of these has those of how seldom they are.
+    """
+
+    head: Head
+    columns: int
+    bits: int
+
+    def buckets(self, ids: int) -> int:
+        """Of slots, in a table of so many ids."""
+        return buckets_for(ids, self.head.ids)
+
+    def bytes(self, ids: int) -> int:
+        """Of slots, rows and steps."""
+        buckets = self.buckets(ids)
+        rows = buckets * ways_of(ids)
+        keys = -(-rows * tag_bits(ids, buckets) // 8)
+        return keys - (-rows * self.columns * self.bits // 8) + self.columns * FLOAT_BYTES
+
+
+@dataclass(frozen=True)
+class _Many:
+    """Options of one width, as arrays."""
+
+    hot: Sequence[HotRows | None]
     bits: NDArray[np.int64]
     rows: NDArray[np.int64]
     bytes: NDArray[np.int64]
@@ -140,23 +169,30 @@ def table_options(
     groups = list(_groups(value, width, dim, choices, shares, parts))
     sizes = np.concatenate([group.bytes for group in groups])
     losses = np.concatenate([group.loss for group in groups])
-    of_group = np.repeat(np.arange(len(groups)), len(groups[0].bytes))
+    starts = np.cumsum([0, *(len(group.bytes) for group in groups)])
     order = np.lexsort((losses, sizes))
     options = []
     for position in order[falling(losses[order])].tolist():
-        group = groups[of_group[position]]
-        k = position % len(group.bytes)
+        number = int(np.searchsorted(starts, position, side="right")) - 1
+        group, k = groups[number], position - int(starts[number])
         kept, hot_kept = float(group.kept[k]), float(group.hot_kept[k])
         rows, bits, hot = int(group.rows[k]), int(group.bits[k]), None
         has_own_rows = rows == value.rows[-1]
-        if group.hot is not None:
-            head, columns, hot_bits = group.hot
-            whole = _hot_width(width, columns, dim, has_own_rows)
-            hot = Hot(head.ids, columns, hot_bits, whole, head.share, hot_kept)
+        if (own := group.hot[k]) is not None:
+            whole = _hot_width(width if rows else 0, own.columns, dim, has_own_rows)
+            hot = Hot(
+                own.head.ids,
+                own.buckets(value.rows[-1]),
+                own.columns,
+                own.bits,
+                whole,
+                own.head.share,
+                hot_kept,
+            )
         options.append(
             Option(
-                width, rows, 1 if has_own_rows else parts, bits, shares, int(group.bytes[k]), kept,
-                float(group.loss[k]), hot,
+                width if rows else 0, rows, 1 if has_own_rows or not rows else parts, bits, shares,
+                int(group.bytes[k]), kept, float(group.loss[k]), hot,
             )
         )  # fmt: skip
     return options
@@ -189,25 +225,50 @@ def _groups(
         return np.asarray((1 - coarse) * np.tile(own[first:], len(numbers)) * whole)
 
     kept, none = kept_of(value.kept), np.zeros(len(bits))
-    yield _Many(None, bits, rows, sizes, kept, none, value.value * (1 - kept * narrow(width)))
-    if shares or width == dim or not choices.hot or choices.bits or choices.widths:
+    losses = value.value * (1 - kept * narrow(width))
+    yield _Many([None] * len(bits), bits, rows, sizes, kept, none, losses)
+    if shares or not choices.hot or choices.bits or choices.widths:
         return
-    for each in value.heads[1::2]:
+    if choices.few and not choices.own_rows:
+        yield _few(value, width, dim, choices.narrowness)
+    if width == dim:
+        return
+    for each in value.heads[2::4]:
         kept = kept_of(each.kept)
-        codes = -(-ids * each.ids.bit_length() // 8)
         for columns in sorted({min(width, dim), min(3 * width, dim), dim}):
             own, alone = (narrow(_hot_width(width, columns, dim, has)) for has in (True, False))
             for hot_bits in _HOT_BITS:
-                extra = codes - (-each.ids * columns * hot_bits // 8)
-                extra += columns * FLOAT_BYTES * (1 + dim)
+                hot = HotRows(each, columns, hot_bits)
+                extra = hot.bytes(ids) + columns * FLOAT_BYTES * dim
                 loss = QUANTIZATION_LOSS[hot_bits]
                 mixed = (width * coarse + columns * loss) / (width + columns)
                 hot_kept = each.share * (1 - np.where(is_own, mixed, loss))
                 left = kept * narrow(width) + hot_kept * np.where(is_own, own, alone)
                 losses = value.value * (1 - left)
-                yield _Many(
-                    (each, columns, hot_bits), bits, rows, sizes + extra, kept, hot_kept, losses
-                )
+                yield _Many([hot] * len(bits), bits, rows, sizes + extra, kept, hot_kept, losses)
+
+
+def _few(value: TableValue, width: int, dim: int, narrowness: float) -> _Many:
+    """Frequent ids have rows, and the others nothing at all: their vectors are zero."""
+    ids = value.rows[-1]
+    found = [
+        HotRows(head, width, bits)
+        for head in value.heads
+        for bits in QUANTIZATION_LOSS
+        if bits != FLOAT
+    ]
+    head = 0 if width == dim else width * dim * FLOAT_BYTES
+    kept = np.array([each.head.share * (1 - QUANTIZATION_LOSS[each.bits]) for each in found])
+    none = np.zeros(len(found), dtype=np.int64)
+    return _Many(
+        found,
+        none,
+        none,
+        np.array([each.bytes(ids) + head for each in found], dtype=np.int64),
+        none.astype(np.float64),
+        kept,
+        value.value * (1 - kept * columns_kept(width, dim, narrowness)),
+    )
 
 
 def _hot_width(width: int, columns: int, dim: int, has_own_row: bool) -> int:
