@@ -52,7 +52,7 @@ class Auto(JointMethod):
     less the one in which all tables have alike rows. Where w = d there is no projection.
 
     Memory: Σ ⌈R·w·b/8⌉ bytes for R rows a table, 4·w for the steps of each, 4·d·w for the
-    projections.
+    projections; (w·b + t)·k/8 for k hot ids, whose slots have about t = log2(8·n/k) bits.
 
     Source: ours; see docs/planner.md.
 
