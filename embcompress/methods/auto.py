@@ -63,7 +63,8 @@ class Auto(JointMethod):
             that share one part differ in others (as in :class:`~embcompress.Unified`).
         hot: whether, where counts are known, the ids that occur most may have columns of their
             own beside the others'.
-        few: whether these may be the only ids that have rows; the others' vectors are zero.
+        few: whether these may be the only ids that have rows; the others' vectors are zero, which
+            short trainings have to show to be better.
         even: whether all tables have alike rows, each table a projection of its own, where the
             closed forms expect hardly more from others (:mod:`embcompress.planner.even`).
         worths: by table name, what the model loses without each table, in any unit; then a table
@@ -77,7 +78,7 @@ class Auto(JointMethod):
     narrowness: float = NARROWNESS
     chunks: int = 4
     hot: bool = True
-    few: bool = True
+    few: bool = False
     even: bool = True
     worths: Mapping[str, float] | Sequence[tuple[str, float]] | None = field(
         default=None, repr=False
@@ -103,8 +104,8 @@ class Auto(JointMethod):
         more examples to be told apart. Where it was measured what tables are worth, all these are
         tried also with tables that count by that, not by their entropy.
         """
-        free = replace(self, even=False)
-        plain = replace(free, chunks=1, hot=False)
+        free = replace(self, even=False, few=self.hot)
+        plain = replace(free, chunks=1, hot=False, few=False)
         others = [
             replace(each, narrowness=round(factor * self.narrowness, 6))
             for factor in _NARROWNESS_FACTORS

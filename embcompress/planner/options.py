@@ -92,7 +92,7 @@ class Choices:
     share_projection: bool = True
     narrowness: float = NARROWNESS
     hot: bool = True
-    few: bool = True
+    few: bool = False
     chunks: int = 1
     widths: tuple[int, ...] | None = None
     bits: tuple[int, ...] | None = None
