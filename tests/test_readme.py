@@ -55,9 +55,3 @@ def test_the_example_runs(capsys: object) -> None:
     table = namespace["table"]
     assert isinstance(table, ec.EmbeddingBag)
     assert f"# {ec.memory(table).total} bytes" in code[1]
-
-
-def test_every_file_has_its_row_in_the_architecture() -> None:
-    text = (ROOT / "docs" / "architecture.md").read_text()
-    files = {path.name for path in (ROOT / "embcompress").glob("*.py")} - {"__init__.py"}
-    assert [name for name in sorted(files) if f"`{name}`" not in text] == []

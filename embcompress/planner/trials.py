@@ -38,7 +38,7 @@ _RUNGS = (1 / 8, 1 / 4, 1 / 2, 1)
 #: Earlier parts of the examples by which the winner has to beat the best guess again.
 _CONFIRMATIONS = 3
 #: Standard errors of its lead, at least.
-_ERRORS_AHEAD = 1.5
+_ERRORS_AHEAD = 2.5
 
 
 def first_batches(data: Iterable[Example], max_examples: int = MOST_EXAMPLES) -> list[Example]:
@@ -355,7 +355,7 @@ def confirm(
     """Whether the challenger beats the first on earlier examples, too; its lead is noted.
 
     It must be ahead in each of up to three earlier parts, because trainings have a noise of their
-    own, and on average by 1.5 standard errors of what the draw of the examples does. Parts for
+    own, and on average by 2.5 standard errors of what the draw of the examples does. Parts for
     which there was no time do not count; without any, it does not beat the first.
     """
     leads: list[float] = []
