@@ -159,13 +159,24 @@ def _section(summary: Summary, plots: list[Path]) -> str:
     )
 
 
+def _environment_lines(records: list[Record]) -> list[str]:
+    """Where the runs were made: a line for each machine and each set of versions."""
+    dates: dict[str, list[str]] = {}
+    for record in records:
+        dates.setdefault(_environment_text(record), []).append(record["date"])
+    return [
+        f"{len(runs)} run{'s' if len(runs) > 1 else ''} on {where}; last run {max(runs)}"
+        for where, runs in dates.items()
+    ]
+
+
 def _environment_text(record: Record) -> str:
     hardware: dict[str, Any] = record["hardware"]
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     engine = f"{record['engine']} engine; " if "engine" in record else ""
     return (
         f"{hardware['processor']}, {hardware['threads']} threads of {hardware['cores']} cores; "
-        f"{engine}{versions}; last run {record['date']}"
+        f"{engine}{versions}"
     )
 
 
@@ -196,7 +207,7 @@ def write_report(directory: Path, command: str = "") -> list[Summary]:
     for summary in summaries:
         stem = "" if len(summaries) == 1 else re.sub(r"\W+", "-", summary.title).strip("-") + "-"
         sections.append(_section(summary, save_plots(summary, directory, stem)))
-    finished = [record for record in records if "auc" in record]
+    environments = _environment_lines([record for record in records if "auc" in record])
     failures = _html_table(failure_table(records), few=True)
     commands = [command] if command else _commands(records, directory)
     shown = "".join(f"<p><code>{html.escape(text)}</code></p>" for text in commands)
@@ -205,8 +216,8 @@ def write_report(directory: Path, command: str = "") -> list[Summary]:
         f"<style>{_STYLE}</style><h1>Memory-budget sweep</h1>{shown}"
         "<p>Mean ± sample deviation over seeds; learning rate and epoch are chosen on validation "
         "rows. Bytes are all that is resident at lookup time, read off the storages.</p>"
-        f"{failures}{''.join(sections)}<p class=small>"
-        f"{html.escape(_environment_text(finished[-1])) if finished else ''}</p></html>"
+        f"{failures}{''.join(sections)}"
+        f"{''.join(f'<p class=small>{html.escape(line)}' for line in environments)}</html>"
     )
     aside = directory / "report.html.tmp"
     aside.write_text(page)

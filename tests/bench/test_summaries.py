@@ -13,7 +13,7 @@ import pytest
 
 from embcompress.bench.environment import environment, torch_threads
 from embcompress.bench.records import Record, RecordFile
-from embcompress.bench.report import _OPTIONS, sweep_command
+from embcompress.bench.report import _OPTIONS, _environment_lines, sweep_command
 from embcompress.bench.settings import FULL_BUDGET, Run, SweepSettings, TrainingSettings
 from embcompress.bench.summary import Statistic, summarize
 from embcompress.bench.tables import percent_at_least, table_rows
@@ -145,6 +145,20 @@ def test_threads_are_as_before_afterwards() -> None:
     with torch_threads(before + 1):
         assert environment()["hardware"]["threads"] == before + 1
     assert environment()["hardware"]["threads"] == before
+
+
+def test_a_report_names_every_machine() -> None:
+    one = {
+        "hardware": {"processor": "A", "threads": 1, "cores": 2},
+        "versions": {"torch": "2.13.0"},
+        "engine": "compiled",
+        "date": "2026-01-02",
+    }
+    other = {**one, "hardware": {**one["hardware"], "processor": "B"}, "date": "2026-01-03"}
+    assert _environment_lines([one, other, {**one, "date": "2026-01-01"}]) == [
+        "2 runs on A, 1 threads of 2 cores; compiled engine; torch 2.13.0; last run 2026-01-02",
+        "1 run on B, 1 threads of 2 cores; compiled engine; torch 2.13.0; last run 2026-01-03",
+    ]
 
 
 def test_the_command_of_a_report_names_every_setting_that_can_be_given() -> None:
