@@ -83,7 +83,8 @@ def markdown_lead(summaries: Mapping[str, Summary], method: str) -> str:
 
     Args:
         summaries: by what the first column says of each.
-        method: whose AUC is compared; the best other one is chosen afterwards, by its test AUC.
+        method: whose AUC is compared; the best other one is chosen afterwards, by its test AUC, of
+            those that have no more bytes in files.
     """
     header = [
         "click log",
@@ -101,7 +102,7 @@ def markdown_lead(summaries: Mapping[str, Summary], method: str) -> str:
             means = {
                 cell.method: cell.auc.mean
                 for cell in summary.cells
-                if cell.budget == budget and cell.auc is not None
+                if cell.budget == budget and cell.auc is not None and not cell.offloaded_bytes
             }
             own, full = summary.find(method, budget), summary.full
             others = {other: mean for other, mean in means.items() if other != method}

@@ -11,7 +11,13 @@ from embcompress.bench.plots import _MOST_LINES, budget_figure
 from embcompress.bench.records import Record
 from embcompress.bench.settings import FULL_BUDGET, Run, TrainingSettings
 from embcompress.bench.summary import Summary, load_records, summarize
-from embcompress.bench.tables import details_table, difference_table, ranking_table, table_rows
+from embcompress.bench.tables import (
+    details_table,
+    difference_table,
+    markdown_lead,
+    ranking_table,
+    table_rows,
+)
 from tests.bench.test_summaries import TRAINING, record
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -53,6 +59,16 @@ def test_ranks_are_means_of_places_and_who_cannot_comes_last() -> None:
     assert (found["qr"].met, found["qr"].budgets) == (1, 2)
     assert found["qr"].loss == pytest.approx(0.05)
     assert ranking_table(summary)[1][-1][3][0] == "1 of 2"
+
+
+def test_the_lead_is_over_methods_without_files() -> None:
+    records = [
+        record("full", FULL_BUDGET, 0, 0.80), record("auto", "10%", 0, 0.78),
+        record("qr", "10%", 0, 0.75), record("hash", "10%", 0, 0.70),
+        {**record("offloaded", "10%", 0, 0.79), "offloaded_bytes": 1},
+    ]  # fmt: skip
+    text = markdown_lead({"log": summary_of(records)}, "auto")
+    assert "| log | 10% | 0.8000 | 0.7800 | +0.0200 | qr 0.7500 | +0.0300 | 0.7000 |" in text
 
 
 def test_budgets_that_were_not_run_do_not_count() -> None:
