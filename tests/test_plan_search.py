@@ -360,12 +360,13 @@ def test_arguments_that_do_not_go_together(arguments: dict[str, Any], message: s
     assert type(model.user) is nn.Embedding
 
 
-def test_other_methods_may_stand_beside_the_planner() -> None:
+@pytest.mark.parametrize("method", ["hash", "pruned", "double_hash"])
+def test_other_methods_may_stand_beside_the_planner(method: str) -> None:
     model = Model()
     report = ec.compress(
-        model, method={"user": "hash", "item": "auto"}, budget="10%", data=batches(20)
+        model, method={"user": method, "item": "auto"}, budget="10%", data=batches(20)
     )
-    assert [table.method for table in report.tables] == ["hash", "auto"]
+    assert [table.method for table in report.tables] == [method, "auto"]
     assert len(report.explanations) == 1 and report.explanations[0].tables[0].name == "item"
 
 

@@ -25,6 +25,7 @@ METHODS = [
     ec.Auto(narrowness=3.0, even=False),
     ec.Auto(share_projection=False, chunks=1),
     ec.Auto(hot=False, chunks=3),
+    ec.Auto(few=True, narrowness=0.9, even=False),
 ]
 
 
@@ -232,6 +233,15 @@ def test_hot_ids_have_columns_of_their_own(few: bool) -> None:
     assert changed[order[: rows // 2]].float().mean() >= 0.9
     assert not changed[order[2 * rows :]].any()
     assert not few or not before[~changed].any()
+
+
+def test_the_explanation_says_that_hot_ids_alone_have_rows() -> None:
+    table = hot_plan(True)[0]
+    method = ec.Auto(narrowness=0.9, few=True)
+    plans = allocate([table], [method], 2_000, full_plan)
+    assert plans[0].stores[0].name == "keys"
+    text = str(method.explain([table], plans))
+    assert "of its 20,000 ids, only " in text and " hot ids have rows, " in text
 
 
 def test_the_bytes_of_hot_rows_are_those_of_their_plan() -> None:

@@ -122,7 +122,8 @@ class PrecisionLayout:
     @property
     def offered(self) -> int:
         """How many ids :meth:`keys` looks at, at most: hardly a slot then stays empty."""
-        return min(_OFFERED * self.slots, self.num_embeddings)
+        buckets = sum(count for _, count in self.buckets)
+        return offered_ids(self.num_embeddings, buckets)
 
 
 def ways_of(num_embeddings: int) -> int:
@@ -143,6 +144,11 @@ def slots(name: str, num_embeddings: int, buckets: int) -> tuple[Store, Slot]:
     return keys, Slot(name, buckets * ways, Digit(1, buckets), tag)
 
 
+def offered_ids(num_embeddings: int, buckets: int) -> int:
+    """How many ids are looked at to fill so many buckets, at most."""
+    return min(_OFFERED * buckets * ways_of(num_embeddings), num_embeddings)
+
+
 def fill_slots(num_embeddings: int, buckets: int, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Packed keys, and the places of those ids that found a slot.
 
@@ -150,7 +156,7 @@ def fill_slots(num_embeddings: int, buckets: int, ids: Tensor) -> tuple[Tensor, 
         ids: distinct, the most important first; an id whose bucket is full has none.
     """
     ways = ways_of(num_embeddings)
-    offered = ids[: _OFFERED * buckets * ways]
+    offered = ids[: offered_ids(num_embeddings, buckets)]
     bucket = offered % buckets
     order = bucket.sort(stable=True).indices
     in_order = bucket[order]

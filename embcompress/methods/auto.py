@@ -15,7 +15,7 @@ from embcompress.approximation.fitting import principal_directions
 from embcompress.engine.reference import address_rows
 from embcompress.layouts.kept_ids import choose_kept_ids
 from embcompress.layouts.latents import pack_latents
-from embcompress.layouts.precision import fill_slots, slots
+from embcompress.layouts.precision import fill_slots, offered_ids, slots
 from embcompress.methods import register
 from embcompress.methods.base import JointMethod, TableSpec
 from embcompress.methods.low_bit import LowBit
@@ -161,9 +161,9 @@ class Auto(JointMethod):
         if "keys" not in stores or stores["keys"].device.type == "meta":
             return
         assert table.counts is not None  # without, no id is known to be hot
-        order = choose_kept_ids(table, table.num_embeddings, plan.padding_idx)
-        keys, _ = fill_slots(table.num_embeddings, plan.store("keys").rows, order)
-        stores["keys"].copy_(keys)
+        n, buckets = table.num_embeddings, plan.store("keys").rows
+        ids = choose_kept_ids(table, offered_ids(n, buckets), plan.padding_idx)
+        stores["keys"].copy_(fill_slots(n, buckets, ids)[0])
 
     def explain(self, tables: Sequence[TableSpec], plans: Sequence[LookupPlan]) -> Explanation:
         return Explanation.of(tables, plans, self.choices, self._worth_of)

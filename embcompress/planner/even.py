@@ -14,9 +14,7 @@ from embcompress.planner.options import FLOAT_BYTES, Choices, Option, columns_ke
 
 #: Expected losses say nothing if they differ by less than both: a share of the tables' value (on
 #: validation rows of MovieLens-100K, 0.01 is 0.0013 of AUC), and a share of the smaller one, whose
-#: constants are not known better: even rows that were expected to lose 0.0272 instead of 0.0245
-#: lost 0.0020 ± 0.0011 less of AUC (10 seeds), and such that were to lose 0.0272 instead of 0.0236
-#: lost 0.0018 more (5 seeds).
+#: constants are not known better.
 TIE, RELATIVE_TIE = 0.01, 0.15
 #: Share of the bytes that an even plan must use.
 _USED = 0.9

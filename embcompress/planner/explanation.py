@@ -246,8 +246,10 @@ def _choice(
     value, hot = table_value.value, option.hot
     more = ""
     if hot is not None:
-        also = "more" if option.rows else "alone"
-        more = f"{hot.ids:,} hot ids {_numbers(hot.columns, hot.bits)} {also}"
+        numbers = _numbers(hot.columns, hot.bits)
+        more = f"{hot.ids:,} hot ids {numbers} more"
+        if not option.rows:
+            more = f"only {hot.ids:,} hot ids have rows, {numbers}"
     return TableChoice(
         name=table.name,
         ids=table.num_embeddings,

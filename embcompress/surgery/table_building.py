@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from embcompress.methods import Method, TableSpec
+from embcompress.methods.full import Full
 from embcompress.modules import Embedding, EmbeddingBag
 from embcompress.plan import LookupPlan, Pool
 from embcompress.surgery.table_finding import TABLES, Candidate, torchrec_swapping
@@ -39,6 +40,8 @@ def build_modules(
 ) -> dict[nn.Module, nn.Module]:
     """New modules for those that hold a table; tied ones share their stores."""
     candidate, method = table.candidate, table.method
+    if plan.is_dense and not method.searches_plans:
+        method = Full()  # the table is better left full
     first: CompressedTable | None = None
     built: dict[nn.Module, nn.Module] = {}
     for module in candidate.modules:
