@@ -62,9 +62,7 @@ class Executor:
         self._planned: dict[str, tuple[list[Trial], float]] = {}
         self._co_occurrence: tuple[object, dict[str, Tensor]] | None = None
 
-    def execute(
-        self, run: Run, learning_rates: tuple[float, ...], observers: Observers = no_observer
-    ) -> Record:
+    def execute(self, run: Run, observers: Observers = no_observer) -> Record:
         """The record of a run that finished, cannot be, or failed.
 
         Whatever is wrong with one method, or with this machine for a moment, is no reason to
@@ -72,7 +70,7 @@ class Executor:
         """
         log = self._click_log(run.data)
         try:
-            return _Execution(self, run, log, observers).record(learning_rates)
+            return _Execution(self, run, log, observers).record()
         except Exception as error:
             return error_record(run, error)
 
@@ -124,7 +122,7 @@ class _Execution:
         self.counts = executor.counts(run, log, self.split)
         self.tried: tuple[list[Trial], float] = [], 0.0
 
-    def record(self, learning_rates: tuple[float, ...]) -> Record:
+    def record(self) -> Record:
         try:
             self.tried = self.executor.planned(self.run, self.log, self.split, self.counts)
             model = self._build()
@@ -132,7 +130,7 @@ class _Execution:
             return impossible_record(self.run, error)
         best: Trained | None = None  # the others' weights are let go
         trials: list[dict[str, float]] = []
-        for learning_rate in learning_rates:
+        for learning_rate in self.run.training.learning_rates:
             trained = self._train(self._build() if trials else model, learning_rate)
             trial = {"learning_rate": learning_rate, "auc": 0.0, "train_seconds": 0.0}
             if trained is not None:
@@ -141,7 +139,8 @@ class _Execution:
             if trained is not None and (best is None or trained.best_auc > best.best_auc):
                 best = trained
         if best is None:
-            raise DivergedError(f"training diverged at every learning rate: {learning_rates}")
+            rates = self.run.training.learning_rates
+            raise DivergedError(f"training diverged at every learning rate: {rates}")
         scores = test_scores(best, self.log, self.split.test)
         served = deployed(best, best.best_epoch)
         assert isinstance(served, ClickModel)

@@ -30,7 +30,7 @@ class TrainingSettings:
         epochs: passes over the training rows at most.
         patience: stop after so many epochs without a better validation AUC.
         batch_size: rows a step.
-        learning_rates: the grid of every method; see :mod:`embcompress.bench.tuning`.
+        learning_rates: every run tries them all, and keeps what its validation rows say is best.
         table_std: standard deviation of the vectors at the start.
     """
 

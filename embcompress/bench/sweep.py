@@ -38,14 +38,7 @@ class Sweep:
         for run in self.settings.runs():
             cells.setdefault(run.cell, []).append(run)
         for runs in cells.values():
-            missing = tuple(run for run in runs if not self.records.is_done(run))
-            results = self.records.results.records
-            trials = {
-                run.seed: results[run.key]["learning_rate_trials"]
-                for run in runs
-                if run.key in results
-            }
-            yield Task(missing, self.settings.seeds, trials)
+            yield Task(tuple(run for run in runs if not self.records.is_done(run)))
 
     def _executed(self, tasks: list[Task], display: SweepDisplay) -> Generator[Record, None, None]:
         settings = self.settings

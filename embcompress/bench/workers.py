@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from embcompress.bench.execution import Executor, Observers, no_observer
 from embcompress.bench.outcomes import failed_record
 from embcompress.bench.records import Record, SweepError
 from embcompress.bench.settings import Run
-from embcompress.bench.tuning import Trials, learning_rates
 
 
 @dataclass(frozen=True)
@@ -26,31 +25,16 @@ class Task:
     """Runs of one cell that are to be done one after another.
 
     Attributes:
-        runs: what is missing.
-        seeds: all seeds of the sweep: the later ones go by what the first found best.
-        trials: of the cell's finished runs, by seed.
+        runs: what is missing; where the training rows are the same for all seeds, they share what
+            short trainings found.
     """
 
     runs: tuple[Run, ...]
-    seeds: tuple[int, ...]
-    trials: Trials
 
     def execute(self, executor: Executor, observers: Observers = no_observer) -> Iterator[Record]:
         """The record of every run, as it comes."""
-        trials = dict(self.trials)
         for run in self.runs:
-            grid = learning_rates(run.training.learning_rates, self.seeds, run.seed, trials)
-            record = executor.execute(run, grid, observers)
-            if "learning_rate_trials" in record:
-                trials[run.seed] = record["learning_rate_trials"]
-            yield record
-
-    def after(self, record: Record) -> Task:
-        """What is left of it once its first run has this record."""
-        trials = dict(self.trials)
-        if "learning_rate_trials" in record:
-            trials[self.runs[0].seed] = record["learning_rate_trials"]
-        return replace(self, runs=self.runs[1:], trials=trials)
+            yield executor.execute(run, observers)
 
 
 @dataclass(frozen=True)
@@ -111,7 +95,7 @@ class _Worker:
         self.process = context.Process(target=_work, args=(other, settings), daemon=True)
         self.process.start()
         other.close()
-        self.task = Task((), (), {})
+        self.task = Task(())
         self.records = 0
 
     def begin(self, task: Task) -> None:
@@ -132,7 +116,7 @@ class _Worker:
                 ) from None
             record, is_alive = failed_record(self.task.runs[0], _reason(code)), False
         self.records += 1
-        self.task = self.task.after(record)
+        self.task = Task(self.task.runs[1:])
         return record, is_alive
 
     def close(self) -> None:

@@ -120,10 +120,10 @@ def test_a_training_that_diverges_is_a_failure_unless_another_rate_does_not(cach
     """Steps of 1e38 make every number infinite."""
     run = Run(DATA, "hash", "20%", 0, replace(TRAINING, learning_rates=(1e38, 0.03)))
     executor = Executor(cache, plan_seconds=1)
-    record = executor.execute(run, (1e38, 0.03))
+    record = executor.execute(run)
     assert record["learning_rate"] == 0.03 and record["auc"] > 0.5
     assert [trial["auc"] > 0 for trial in record["learning_rate_trials"]] == [False, True]
-    failed = executor.execute(run, (1e38,))
+    failed = executor.execute(replace(run, training=replace(TRAINING, learning_rates=(1e38,))))
     assert failed["status"] == "failed"
     assert failed["error"] == "DivergedError: training diverged at every learning rate: (1e+38,)"
 
@@ -156,7 +156,7 @@ def test_a_killed_process_costs_the_run_that_it_was_at(cache: Path) -> None:
     training = replace(TRAINING, epochs=6)
     runs = tuple(Run(DATA, "hash", "20%", seed, training) for seed in range(4))
     settings = WorkerSettings(cache, threads=torch.get_num_threads(), plan_seconds=1)
-    records = execute_in_processes([Task(runs, (0, 1, 2, 3), {})], settings, 1)
+    records = execute_in_processes([Task(runs)], settings, 1)
     found = [next(records)]
     (process,) = multiprocessing.active_children()
     process.kill()

@@ -16,7 +16,6 @@ from embcompress.bench.settings import SweepSettings, TrainingSettings
 from embcompress.bench.summary import Statistic, load_records, summarize
 from embcompress.bench.sweep import run_sweep
 from embcompress.bench.tables import markdown_results, percent_at_least
-from embcompress.bench.tuning import learning_rates
 from embcompress.budget import parse_budget
 
 DATA = "synthetic:rows=1500,ids=300,features=3"
@@ -96,25 +95,13 @@ def test_records_keep_the_contract(finished: Path) -> None:
             assert name in record
 
 
-def test_the_first_seeds_try_all_learning_rates(finished: Path) -> None:
+def test_every_run_tries_all_learning_rates_and_keeps_the_best(finished: Path) -> None:
     for record in load_records(finished):
         if "auc" not in record:
             continue
         trials = record["learning_rate_trials"]
         assert [trial["learning_rate"] for trial in trials] == [0.01, 0.03]
         assert record["learning_rate"] == max(trials, key=lambda t: t["auc"])["learning_rate"]
-
-
-def test_the_other_seeds_take_what_was_best_for_the_first() -> None:
-    grid, seeds = (0.01, 0.03), (0, 1, 2)
-    trials: dict[int, list[dict[str, float]]] = {}
-    for seed, aucs in ((0, (0.70, 0.71)), (1, (0.75, 0.72))):
-        assert learning_rates(grid, seeds, 2, trials) == grid
-        trials[seed] = [
-            {"learning_rate": rate, "auc": auc} for rate, auc in zip(grid, aucs, strict=True)
-        ]
-        assert learning_rates(grid, seeds, seed, trials) == grid
-    assert learning_rates(grid, seeds, 2, trials) == (0.01,)
 
 
 def test_impossible_budgets_are_kept_apart_and_shown(finished: Path) -> None:
