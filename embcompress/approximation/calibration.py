@@ -110,8 +110,7 @@ def _calibrate(
     for shrink in _SHRINKS:
         step, bias = _span(center - shrink * half, center + shrink * half, bits, dtype)
         for _ in range(_REFINEMENTS):
-            refine = _refine_symmetric if symmetric else _refine
-            step, bias = refine(sample, weight, step, bias, bits, shared)
+            step, bias = _refine(sample, weight, step, bias, bits, shared, symmetric)
             error = _squared_error(sample, weight, step, bias, bits, shared)
             better = error < best_error
             best_error = torch.where(better, error, best_error)
@@ -151,32 +150,23 @@ def _refine(
     bias: Tensor,
     bits: int,
     shared: tuple[int, ...],
+    symmetric: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The line through the numbers over their codes, by weighted least squares."""
+    """The line through the numbers over their codes, by weighted least squares.
+
+    It passes through their means, or if ``symmetric`` through zero at the middle of the codes.
+    """
     codes = code_positions(values, step, bias, bits).round()
-    total = (weight * torch.ones_like(values)).sum(shared, keepdim=True)
-    total = total.clamp(min=torch.finfo(total.dtype).tiny)
-    mean_code = (weight * codes).sum(shared, keepdim=True) / total
-    mean_value = (weight * values).sum(shared, keepdim=True) / total
-    spread = (weight * (codes - mean_code) ** 2).sum(shared, keepdim=True)
-    together = (weight * (codes - mean_code) * (values - mean_value)).sum(shared, keepdim=True)
-    # Where all numbers have one code, the step says nothing.
-    slope = torch.where(spread > 0, together / spread.clamp(min=1e-300), step)
-    return slope, mean_value - slope * mean_code
-
-
-def _refine_symmetric(
-    values: Tensor,
-    weight: Tensor,
-    step: Tensor,
-    bias: Tensor,
-    bits: int,
-    shared: tuple[int, ...],
-) -> tuple[Tensor, Tensor]:
-    """The same for a line through the middle of the codes and zero."""
-    middle = (2**bits - 1) / 2
-    codes = code_positions(values, step, bias, bits).round() - middle
+    if symmetric:
+        code, value = torch.tensor((2**bits - 1) / 2), torch.tensor(0.0)
+    else:
+        total = (weight * torch.ones_like(values)).sum(shared, keepdim=True)
+        total = total.clamp(min=torch.finfo(total.dtype).tiny)
+        code = (weight * codes).sum(shared, keepdim=True) / total
+        value = (weight * values).sum(shared, keepdim=True) / total
+    codes, values = codes - code, values - value
     squares = (weight * codes * codes).sum(shared, keepdim=True)
     together = (weight * codes * values).sum(shared, keepdim=True)
+    # Where all numbers have one code, the step says nothing.
     slope = torch.where(squares > 0, together / squares.clamp(min=1e-300), step)
-    return slope, -slope * middle
+    return slope, value - slope * code

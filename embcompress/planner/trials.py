@@ -35,10 +35,8 @@ _PASSES, _MOST_SEEN = 4, 1 << 19
 #: Shares of a training after which the worse half of the plans is left out; the best guess stays to
 #: the end, because a short training says least of what learns slowly.
 _RUNGS = (1 / 8, 1 / 4, 1 / 2, 1)
-#: Earlier parts of the examples by which the winner has to beat the best guess again.
-_CONFIRMATIONS = 3
-#: Standard errors of its lead, at least.
-_ERRORS_AHEAD = 2.5
+#: Earlier parts of the examples by which the winner has to beat the best guess again, at most.
+_CONFIRMATIONS = 6
 
 
 def first_batches(data: Iterable[Example], max_examples: int = MOST_EXAMPLES) -> list[Example]:
@@ -292,9 +290,8 @@ def choose(
 
     The better half goes on to more passes each time (Jamieson & Talwalkar, "Non-stochastic best
     arm identification and hyperparameter optimization", AISTATS 2016, algorithm 1). What wins so
-    is mostly the luckiest of those that are alike. So it has to lead the first by a standard error
-    (:meth:`Ranking.lead`), and to win against it again on examples that did not choose it
-    (:func:`confirm`): what cannot be told apart stays as it is, whatever the seed.
+    is mostly the luckiest of those that are alike. So it has to win against the first again on
+    examples that did not choose it (:func:`confirm`): what cannot be told apart stays as it is.
 
     Args:
         methods: to be tried; the first is the best guess, and is never left out.
@@ -326,23 +323,15 @@ def choose(
     for trial in alive:
         trial.end()
     winner = min(alive, key=_rank)
-    if winner is not first and time.monotonic() < end:
+    if winner is not first:
         show("the best plan against the closed forms' choice, on earlier examples")
-    if not _is_ahead(winner, first) or not confirm(winner, first, build, data, end):
-        winner = first
+        if not confirm(winner, first, build, data, end):
+            winner = first
     return sorted(trials, key=lambda trial: (trial is not winner, *_rank(trial)))
 
 
 def _rank(trial: Trial) -> tuple[float, float]:
     return -trial.passes, -trial.auc
-
-
-def _is_ahead(trial: Trial, other: Trial) -> bool:
-    """By more than a standard error."""
-    if trial.ranking is None or other.ranking is None:
-        return False
-    lead, error = trial.ranking.lead(other.ranking)
-    return lead > error
 
 
 def confirm(
@@ -354,9 +343,10 @@ def confirm(
 ) -> bool:
     """Whether the challenger beats the first on earlier examples, too; its lead is noted.
 
-    It must be ahead in each of up to three earlier parts, because trainings have a noise of their
-    own, and on average by 2.5 standard errors of what the draw of the examples does. Parts for
-    which there was no time do not count; without any, it does not beat the first.
+    Both are trained on ever fewer of the examples, up to six times, and compared by those that
+    follow. The mean lead must be more than its standard error: that of the draw of the examples,
+    or that which the leads show, if it is larger, because trainings have a noise of their own. A
+    part for which there was no time does not count; without any, it does not beat the first.
     """
     leads: list[float] = []
     errors: list[float] = []
@@ -370,13 +360,12 @@ def confirm(
         leads.append(lead)
         errors.append(error)
         challenger.lead = statistics.fmean(leads)
-        if lead <= 0:
-            return False
         earlier = earlier.earlier()
-    if not leads:
+    if challenger.lead is None:
         return False
-    error = statistics.fmean(errors) / math.sqrt(len(leads))
-    return statistics.fmean(leads) > _ERRORS_AHEAD * error
+    deviation = statistics.stdev(leads) if len(leads) > 1 else 0.0
+    error = max(statistics.fmean(errors), deviation) / math.sqrt(len(leads))
+    return challenger.lead > error
 
 
 def full_training(
