@@ -247,8 +247,39 @@ def test_without_time_the_best_guess_is_taken(labels: TrialData) -> None:
     tried = choose([Fake(1), Fake(9)], fake_build, labels, 0.0)
     assert [(trial.method, trial.passes) for trial in tried] == [(Fake(1), 0), (Fake(9), 0)]
     challenger = Trial(Fake(9))
-    assert not confirm(challenger, Trial(Fake(1)), fake_build, labels, 0.0)
+    assert confirm(challenger, Trial(Fake(1)), fake_build, labels, 0.0) is None
     assert challenger.lead is None
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "wins"), [(Fake(1), Fake(9), True), (Fake(10, 0), Fake(10, 3), False)]
+)
+def test_without_time_for_other_examples_a_clear_lead_is_taken(
+    labels: TrialData, monkeypatch: pytest.MonkeyPatch, first: Fake, other: Fake, wins: bool
+) -> None:
+    monkeypatch.setattr(trials, "confirm", lambda *details: None)
+    lead, error = ranking(fake_build(other), labels).lead(ranking(fake_build(first), labels))
+    assert lead > 0 and (lead > 2.5 * error) == wins
+    tried = choose([first, other], fake_build, labels, 60)
+    assert tried[0].method == (other if wins else first)
+
+
+@pytest.mark.parametrize("goes_on", [1, 9])
+def test_a_round_that_was_cut_off_does_not_count(
+    labels: TrialData, monkeypatch: pytest.MonkeyPatch, goes_on: int
+) -> None:
+    """One plan alone was trained in the second round; the first round found the better one."""
+    whole = Trial.train
+
+    def train(trial: Trial, build: Any, data: TrialData, passes: float, end: float) -> None:
+        if passes <= 0.5 or trial.method == Fake(goes_on):
+            whole(trial, build, data, passes, end)
+
+    monkeypatch.setattr(Trial, "train", train)
+    monkeypatch.setattr(trials, "confirm", lambda *details: None)
+    tried = choose([Fake(1), Fake(9), Fake(8), Fake(2)], fake_build, labels, 60)
+    assert tried[0].method == Fake(9)
+    assert {trial.passes for trial in tried} == {1, 0.5}
 
 
 # ------------------------------------------------------------------------------------- counts

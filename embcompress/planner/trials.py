@@ -37,6 +37,8 @@ _PASSES, _MOST_SEEN = 4, 1 << 19
 _RUNGS = (1 / 8, 1 / 4, 1 / 2, 1)
 #: Earlier parts of the examples by which the winner has to beat the best guess again, at most.
 _CONFIRMATIONS = 6
+#: Standard errors of its lead on the examples that chose it, where there was no time for others.
+_ERRORS_AHEAD = 2.5
 
 
 def first_batches(data: Iterable[Example], max_examples: int = MOST_EXAMPLES) -> list[Example]:
@@ -298,8 +300,9 @@ def choose(
         build: makes a model with tables of that method; its own random numbers, the same each
             time.
         data: what they are trained on and compared by.
-        seconds: trainings end after so long; those that were not finished do not count. As long as
-            the time is enough the result does not depend on how fast the machine is.
+        seconds: trainings end after so long; those that were not finished do not count, nor do
+            others of as many passes. As long as the time is enough the result does not depend on
+            how fast the machine is.
         show: is told what is being done.
 
     Returns:
@@ -308,25 +311,32 @@ def choose(
     end = time.monotonic() + seconds
     trials = [Trial(method) for method in methods]
     first, alive = trials[0], trials
+    found: dict[Trial, Ranking] = {}
     for share in _RUNGS:
         passes = share * full_passes(data)
         for number, trial in enumerate(alive, 1):
             show(f"plan {number} of {len(alive)}, trained for {passes:.3g} passes")
             trial.train(build, data, passes, end)
+        if any(trial.passes < passes for trial in alive):
+            break
+        found = {trial: trial.ranking for trial in alive if trial.ranking is not None}
         better = sorted(alive, key=_rank)[: max(1, len(alive) // 2)]
         alive = better if first in better else [*better, first]
         for trial in trials:
             if trial not in alive:
                 trial.end()
-        if len(alive) == 1 or time.monotonic() > end:
+        if len(alive) == 1:
             break
     for trial in alive:
         trial.end()
-    winner = min(alive, key=_rank)
+    winner = max(found, key=lambda trial: found[trial].auc, default=first)
     if winner is not first:
         show("the best plan against the closed forms' choice, on earlier examples")
-        if not confirm(winner, first, build, data, end):
-            winner = first
+        is_better = confirm(winner, first, build, data, end)
+        if is_better is None:
+            lead, error = found[winner].lead(found[first])
+            is_better = lead > _ERRORS_AHEAD * error
+        winner = winner if is_better else first
     return sorted(trials, key=lambda trial: (trial is not winner, *_rank(trial)))
 
 
@@ -340,13 +350,13 @@ def confirm(
     build: Callable[[Method], nn.Module],
     data: TrialData,
     end: float,
-) -> bool:
+) -> bool | None:
     """Whether the challenger beats the first on earlier examples, too; its lead is noted.
 
     Both are trained on ever fewer of the examples, up to six times, and compared by those that
     follow. The mean lead must be more than its standard error: that of the draw of the examples,
     or that which the leads show, if it is larger, because trainings have a noise of their own. A
-    part for which there was no time does not count; without any, it does not beat the first.
+    part for which there was no time does not count; None if there was time for none.
     """
     leads: list[float] = []
     errors: list[float] = []
@@ -362,7 +372,7 @@ def confirm(
         challenger.lead = statistics.fmean(leads)
         earlier = earlier.earlier()
     if challenger.lead is None:
-        return False
+        return None
     deviation = statistics.stdev(leads) if len(leads) > 1 else 0.0
     error = max(statistics.fmean(errors), deviation) / math.sqrt(len(leads))
     return challenger.lead > error
