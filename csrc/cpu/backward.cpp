@@ -19,20 +19,20 @@ constexpr int64_t kMostPieces = 16;
 constexpr int64_t kSmallGradient = 16384;  // numbers
 constexpr int64_t kUpdatesPerThread = 512;
 
-EMBCOMPRESS_CLONES void reduce_rows(Reducer& reducer, const StoreGradient& gradient, int64_t begin,
-                                    int64_t end, Destination& destination, Sums* joint) {
-    reducer.reduce_inline(gradient, begin, end, destination, joint);
+void reduce_rows(Reducer& reducer, const StoreGradient& gradient, int64_t begin, int64_t end,
+                 Destination& destination, Sums* joint) {
+    EMBCOMPRESS_WITH_LANES(reducer.reduce<lanes>(gradient, begin, end, destination, joint));
 }
 
-EMBCOMPRESS_CLONES void add_entries(Reducer& reducer, const StoreGradient& gradient, int64_t begin,
-                                    int64_t end, float* target, Sums* joint) {
-    reducer.add_inline(gradient, begin, end, target, joint);
+void add_entries(Reducer& reducer, const StoreGradient& gradient, int64_t begin, int64_t end,
+                 float* target, Sums* joint) {
+    EMBCOMPRESS_WITH_LANES(reducer.add<lanes>(gradient, begin, end, target, joint));
 }
 
-EMBCOMPRESS_CLONES bool add_batch(Reducer& reducer, const StoreGradient& gradient,
-                                  const Source& source, int64_t begin, int64_t end, float* sums,
-                                  uint8_t* touched) {
-    return reducer.add_batch_inline(gradient, source, begin, end, sums, touched);
+bool add_batch(Reducer& reducer, const StoreGradient& gradient, const Source& source, int64_t begin,
+               int64_t end, float* sums, uint8_t* touched) {
+    return EMBCOMPRESS_WITH_LANES(
+        reducer.add_batch<lanes>(gradient, source, begin, end, sums, touched));
 }
 
 EMBCOMPRESS_CLONES void update_range(const Updated& store, const int64_t* rows, const float* values,

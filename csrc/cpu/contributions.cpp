@@ -109,7 +109,7 @@ EMBCOMPRESS_CLONES bool add_contributions_to(const OutputGradient& gradient, con
 }
 
 // (width, out_width) += transposed vectors * gradients of the outputs
-EMBCOMPRESS_CLONES void add_outer(const Product& product) { multiply(product); }
+void add_outer(const Product& product) { EMBCOMPRESS_WITH_LANES(multiply<lanes>(product)); }
 
 // Gradient of the per-sample weights of one feature: its vector times the output's gradient.
 EMBCOMPRESS_CLONES bool weights_range(const OutputGradient& gradient, int64_t number, int64_t begin,

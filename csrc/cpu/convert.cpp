@@ -4,7 +4,6 @@
 #include "convert.h"
 
 // Of a lambda: one that is not inlined is compiled for the oldest machine alone.
-#define EMBCOMPRESS_INLINED __attribute__((always_inline))
 
 namespace embcompress {
 namespace {

@@ -7,16 +7,7 @@
 
 #include "../numbers.h"
 #include "sparse.h"
-
-// One build runs on every x86-64 machine: the kernels are compiled for three instruction sets and
-// the loader picks. Elsewhere the compiler's own target is used.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
-    !defined(__SANITIZE_ADDRESS__)
-#define EMBCOMPRESS_CLONES \
-    __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define EMBCOMPRESS_CLONES
-#endif
+#include "vectors.h"
 
 namespace embcompress {
 

@@ -21,6 +21,7 @@ EMBCOMPRESS_INLINE ProbeRows rows_of(const RowBlock& rows, int first, int count)
 }
 
 // Vectors of the ids [begin, end) of a block, `width` apart: its probes added in their order.
+template <int kLanes>
 EMBCOMPRESS_INLINE void add_overlapping(const RowBlock& rows, int begin, int end, int64_t width,
                                         float* vectors) {
     std::fill(vectors + begin * width, vectors + end * width, 0.0f);
@@ -29,32 +30,33 @@ EMBCOMPRESS_INLINE void add_overlapping(const RowBlock& rows, int begin, int end
         const ProbeRows one = rows_of(rows, t, 1);
         for (int i = begin; i < end; ++i) {
             float* out = vectors + i * width + probe.column;
-            pool_probes<false>(one, {i, i + 1, nullptr, false, 0, out}, probe.width);
+            pool_probes<kLanes, false>(one, {i, i + 1, nullptr, false, 0, out}, probe.width);
         }
     }
 }
 
 // Pools the vectors of a block's ids; probes are combined per id, before.
+template <int kLanes>
 EMBCOMPRESS_INLINE void pool_ids(RowBlock& rows, const Feature& feature, Target target) {
     const int count = rows.num_probes();
     if (feature.combine == Combine::kMul) {
-        pool_probes<true>(rows_of(rows, 0, count), target, feature.width);
+        pool_probes<kLanes, true>(rows_of(rows, 0, count), target, feature.width);
         return;
     }
     if (rows.overlapping()) {
-        add_overlapping(rows, target.begin, target.end, feature.width, rows.vectors());
+        add_overlapping<kLanes>(rows, target.begin, target.end, feature.width, rows.vectors());
         const float* pointers[kBlock];
         for (int i = target.begin; i < target.end; ++i) {
             pointers[i] = rows.vectors() + i * feature.width;
         }
-        pool_probes<false>({pointers, nullptr, 1}, target, feature.width);
+        pool_probes<kLanes, false>({pointers, nullptr, 1}, target, feature.width);
         return;
     }
     float* out = target.out;
     for (int t = 0, end; t < count; t = end) {
         end = rows.end_of_columns(t);
         target.out = out + rows.probe(t).column;
-        pool_probes<false>(rows_of(rows, t, end - t), target, rows.probe(t).width);
+        pool_probes<kLanes, false>(rows_of(rows, t, end - t), target, rows.probe(t).width);
     }
 }
 
@@ -114,16 +116,23 @@ EMBCOMPRESS_INLINE bool are_single(const Pieces& pieces, int64_t piece, int64_t 
 }
 
 // Writes the vectors of the first n ids, each to a row of its own. Rows are fetched some ids ahead.
-EMBCOMPRESS_CLONES void write_ids(RowBlock& rows, int n, const float* weights, int64_t stride,
-                                  float* out) {
+template <int kLanes>
+EMBCOMPRESS_INLINE void write_ids_inline(RowBlock& rows, int n, const float* weights,
+                                         int64_t stride, float* out) {
     const int ahead = rows.ids_ahead(), step = ahead / 2;
     for (int begin = 0; begin < n; begin += step) {
         const int end = std::min(begin + step, n);
         rows.fetch(end + ahead);
-        pool_ids(rows, rows.feature(), {begin, end, weights, true, stride, out});
+        pool_ids<kLanes>(rows, rows.feature(), {begin, end, weights, true, stride, out});
     }
 }
 
+// Not a part of pool_pieces, whose loops leave too few registers.
+void write_ids(RowBlock& rows, int n, const float* weights, int64_t stride, float* out) {
+    EMBCOMPRESS_WITH_LANES(write_ids_inline<lanes>(rows, n, weights, stride, out));
+}
+
+template <int kLanes>
 EMBCOMPRESS_INLINE bool pool_pieces_inline(const Pieces& pieces) {
     RowBlock& rows = pieces.rows;
     const Feature& feature = rows.feature();
@@ -156,8 +165,9 @@ EMBCOMPRESS_INLINE bool pool_pieces_inline(const Pieces& pieces) {
             const int end = static_cast<int>(std::min(piece_end, block_end) - position);
             const bool start = piece_begin >= position;
             rows.fetch(std::max(begin, end) + rows.ids_ahead());
-            pool_ids(rows, feature,
-                     {begin, std::max(begin, end), weighted ? weights : nullptr, start, 0, acc});
+            pool_ids<kLanes>(
+                rows, feature,
+                {begin, std::max(begin, end), weighted ? weights : nullptr, start, 0, acc});
             if (feature.pool == Pool::kMean && end > begin) count += counted(rows, begin, end);
             if (piece_end > block_end) break;
             finish_piece(pieces, piece, count, acc);
@@ -171,7 +181,9 @@ EMBCOMPRESS_INLINE bool pool_pieces_inline(const Pieces& pieces) {
     return valid;
 }
 
-EMBCOMPRESS_CLONES bool pool_pieces(const Pieces& pieces) { return pool_pieces_inline(pieces); }
+bool pool_pieces(const Pieces& pieces) {
+    return EMBCOMPRESS_WITH_LANES(pool_pieces_inline<lanes>(pieces));
+}
 
 // A huge bag: its pieces in parallel, then their sum in order.
 bool pool_huge_bag(const Lookup& lookup, const Feature& feature, int64_t bag, float* out,
@@ -225,10 +237,12 @@ bool pool_bags(const Lookup& lookup, RowBlock& rows, int64_t begin, int64_t end,
     return valid;
 }
 
-EMBCOMPRESS_CLONES void apply_head(const float* columns, const Feature& feature, const float* in,
-                                   float* out, int64_t out_stride, int64_t count) {
-    multiply({in, feature.width, 1, columns, feature.out_width, out, out_stride, count,
-              feature.width, feature.out_width, false});
+void apply_head(const float* columns, const Feature& feature, const float* in, float* out,
+                int64_t out_stride, int64_t count) {
+    const Product product{in,   feature.width, 1,     columns,       feature.out_width,
+                          out,  out_stride,    count, feature.width, feature.out_width,
+                          false};
+    EMBCOMPRESS_WITH_LANES(multiply<lanes>(product));
 }
 
 // The heads of all features, and room for the vectors that they are applied to.
@@ -260,8 +274,9 @@ bool reads_converted_rows(const Lookup& lookup, const RowBlock& rows) {
 
 // Applies the head to the rows of a block's n ids, each a bag of its own: a few ids at a time,
 // while further rows are on their way. False for an id outside.
-EMBCOMPRESS_CLONES bool map_ids(RowBlock& rows, const float* columns, int64_t position, int n,
-                                float* out, int64_t stride) {
+template <int kLanes>
+EMBCOMPRESS_INLINE bool map_ids_inline(RowBlock& rows, const float* columns, int64_t position,
+                                       int n, float* out, int64_t stride) {
     const Feature& feature = rows.feature();
     const bool valid = rows.load_ids(position, n);
     rows.find_rows(0, n);
@@ -269,11 +284,16 @@ EMBCOMPRESS_CLONES bool map_ids(RowBlock& rows, const float* columns, int64_t po
     for (int begin = 0; begin < n; begin += kRowsAhead / 2) {
         const int end = std::min(begin + kRowsAhead / 2, n);
         rows.convert(0, begin, end, n);
-        multiply<true>({nullptr, 0, 1, columns, feature.out_width, out + begin * stride, stride,
-                        end - begin, feature.width, feature.out_width, false,
-                        rows.pointers(0) + begin});
+        multiply<kLanes, true>({nullptr, 0, 1, columns, feature.out_width, out + begin * stride,
+                                stride, end - begin, feature.width, feature.out_width, false,
+                                rows.pointers(0) + begin});
     }
     return valid;
+}
+
+bool map_ids(RowBlock& rows, const float* columns, int64_t position, int n, float* out,
+             int64_t stride) {
+    return EMBCOMPRESS_WITH_LANES(map_ids_inline<lanes>(rows, columns, position, n, out, stride));
 }
 
 // Pools bags of a feature with a head, a block at a time, into `pooled`.

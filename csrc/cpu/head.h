@@ -46,20 +46,21 @@ EMBCOMPRESS_INLINE void multiply_lanes(const Product& product, int64_t first, in
     for (int r = 0; r < kRows; ++r) store_lanes(out + r * product.out_stride, sums[r]);
 }
 
-template <int kRows, bool kApart>
+template <int kLanes, int kRows, bool kApart>
 EMBCOMPRESS_INLINE void multiply_rows(const Product& product, int64_t first) {
     int64_t at = 0;
-    for (; at + 16 <= product.width; at += 16)
-        multiply_lanes<16, kRows, kApart>(product, first, at);
+    for (; at + kLanes <= product.width; at += kLanes) {
+        multiply_lanes<kLanes, kRows, kApart>(product, first, at);
+    }
     for (; at + 4 <= product.width; at += 4) multiply_lanes<4, kRows, kApart>(product, first, at);
     for (; at < product.width; ++at) multiply_lanes<1, kRows, kApart>(product, first, at);
 }
 
-template <bool kApart = false>
+template <int kLanes, bool kApart = false>
 EMBCOMPRESS_INLINE void multiply(const Product& product) {
     int64_t row = 0;
-    for (; row + 4 <= product.rows; row += 4) multiply_rows<4, kApart>(product, row);
-    for (; row < product.rows; ++row) multiply_rows<1, kApart>(product, row);
+    for (; row + 4 <= product.rows; row += 4) multiply_rows<kLanes, 4, kApart>(product, row);
+    for (; row < product.rows; ++row) multiply_rows<kLanes, 1, kApart>(product, row);
 }
 
 // The head of a feature in float32, by rows (for gradients) or by columns (for values).

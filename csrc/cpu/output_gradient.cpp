@@ -15,10 +15,20 @@ int parts_of(int64_t count, int num_threads) {
 }
 
 // gradient of the vectors = transposed head * gradient of the output
-EMBCOMPRESS_CLONES void undo_head(const float* head, const Feature& feature, const float* in,
-                                  int64_t in_stride, float* out, int64_t count) {
-    multiply({in, in_stride, 1, head, feature.width, out, feature.width, count, feature.out_width,
-              feature.width, false});
+void undo_head(const float* head, const Feature& feature, const float* in, int64_t in_stride,
+               float* out, int64_t count) {
+    const Product product{in,
+                          in_stride,
+                          1,
+                          head,
+                          feature.width,
+                          out,
+                          feature.width,
+                          count,
+                          feature.out_width,
+                          feature.width,
+                          false};
+    EMBCOMPRESS_WITH_LANES(multiply<lanes>(product));
 }
 
 }  // namespace

@@ -3,34 +3,9 @@
 
 #pragma once
 
-#include <cstring>
-
 #include "rows.h"
 
 namespace embcompress {
-
-// `kLanes` floats in registers. A vector extension of GCC and clang: it becomes whatever the
-// target has, and rounds as scalars do.
-template <int kLanes>
-struct Lanes {
-    typedef float Type __attribute__((vector_size(kLanes * sizeof(float))));
-};
-template <>
-struct Lanes<1> {
-    typedef float Type;
-};
-
-template <typename V>
-EMBCOMPRESS_INLINE V load_lanes(const float* from) {
-    V lanes;
-    std::memcpy(&lanes, from, sizeof(V));
-    return lanes;
-}
-
-template <typename V>
-EMBCOMPRESS_INLINE void store_lanes(float* to, V lanes) {
-    std::memcpy(to, &lanes, sizeof(V));
-}
 
 // Sum of n products, in an order that no instruction set changes.
 template <typename F>
@@ -123,27 +98,39 @@ EMBCOMPRESS_INLINE void pool_lanes(const ProbeRows& rows, const Target& target, 
     for (int v = 0; v < kVectors; ++v) store_lanes(out + v * kLanes, sums[v]);
 }
 
-template <bool kMul, int kProbes>
-EMBCOMPRESS_INLINE void pool_columns(const ProbeRows& rows, const Target& target, int64_t width) {
-    int64_t c = 0;
-    for (; c + 64 <= width; c += 64) pool_lanes<16, 4, kMul, kProbes>(rows, target, c);
-    for (; c + 16 <= width; c += 16) pool_lanes<16, 1, kMul, kProbes>(rows, target, c);
-    for (; c + 4 <= width; c += 4) pool_lanes<4, 1, kMul, kProbes>(rows, target, c);
-    for (; c < width; ++c) pool_lanes<1, 1, kMul, kProbes>(rows, target, c);
+// Blocks of kColumns from `column` on, in vectors of at most kLanes. Returns where they end.
+template <int kColumns, int kLanes, bool kMul, int kProbes>
+EMBCOMPRESS_INLINE int64_t pool_blocks(const ProbeRows& rows, const Target& target, int64_t column,
+                                       int64_t width) {
+    constexpr int kWidth = std::min(kColumns, kLanes);
+    for (; column + kColumns <= width; column += kColumns) {
+        pool_lanes<kWidth, kColumns / kWidth, kMul, kProbes>(rows, target, column);
+    }
+    return column;
 }
 
-template <bool kMul>
+template <int kLanes, bool kMul, int kProbes>
+EMBCOMPRESS_INLINE void pool_columns(const ProbeRows& rows, const Target& target, int64_t width) {
+    // As many columns at once as the registers hold sums and values of.
+    constexpr int kMost = std::min(64, 8 * kLanes);
+    int64_t c = pool_blocks<kMost, kLanes, kMul, kProbes>(rows, target, 0, width);
+    c = pool_blocks<16, kLanes, kMul, kProbes>(rows, target, c, width);
+    c = pool_blocks<4, kLanes, kMul, kProbes>(rows, target, c, width);
+    pool_blocks<1, kLanes, kMul, kProbes>(rows, target, c, width);
+}
+
+template <int kLanes, bool kMul>
 EMBCOMPRESS_INLINE void pool_probes(const ProbeRows& rows, const Target& target, int64_t width) {
     if (rows.scales != nullptr) {
-        pool_columns<kMul, 0>(rows, target, width);
+        pool_columns<kLanes, kMul, 0>(rows, target, width);
     } else if (rows.count == 1) {
-        pool_columns<false, 1>(rows, target, width);
+        pool_columns<kLanes, false, 1>(rows, target, width);
     } else if (rows.count == 2) {
-        pool_columns<kMul, 2>(rows, target, width);
+        pool_columns<kLanes, kMul, 2>(rows, target, width);
     } else if (rows.count == 4) {
-        pool_columns<kMul, 4>(rows, target, width);
+        pool_columns<kLanes, kMul, 4>(rows, target, width);
     } else {
-        pool_columns<kMul, 0>(rows, target, width);
+        pool_columns<kLanes, kMul, 0>(rows, target, width);
     }
 }
 

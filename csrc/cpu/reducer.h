@@ -145,8 +145,9 @@ class Reducer {
 
     // Adds up entries [begin, end), whole rows. What they add to other factors goes to `joint`, by
     // the number of the source.
-    EMBCOMPRESS_INLINE void reduce_inline(const StoreGradient& gradient, int64_t begin, int64_t end,
-                                          Destination& destination, Sums* joint) {
+    template <int kLanes>
+    EMBCOMPRESS_INLINE void reduce(const StoreGradient& gradient, int64_t begin, int64_t end,
+                                   Destination& destination, Sums* joint) {
         float* target = nullptr;
         int64_t row = -1;
         bool start = false;
@@ -162,8 +163,8 @@ class Reducer {
                     start = destination.starts_from_nothing();
                 }
                 const int32_t use = entries_.sources[i];
-                pool_run(gradient.sources[use], i, last, start, target);
-                add_joint(gradient, use, i, last, joint);
+                pool_run<kLanes>(gradient.sources[use], i, last, start, target);
+                add_joint<kLanes>(gradient, use, i, last, joint);
                 start = false;
                 i = last;
             }
@@ -172,16 +173,17 @@ class Reducer {
     }
 
     // Adds up entries [begin, end) of one row.
-    EMBCOMPRESS_INLINE void add_inline(const StoreGradient& gradient, int64_t begin, int64_t end,
-                                       float* target, Sums* joint) {
+    template <int kLanes>
+    EMBCOMPRESS_INLINE void add(const StoreGradient& gradient, int64_t begin, int64_t end,
+                                float* target, Sums* joint) {
         for (int64_t at = begin; at < end; at += entries_.count) {
             load(gradient, at, end);
             for (int i = 0; i < entries_.count;) {
                 const int last = end_of_run(gradient, i);
                 fetch(last + kEntriesAhead, nullptr);
                 const int32_t use = entries_.sources[i];
-                pool_run(gradient.sources[use], i, last, false, target);
-                add_joint(gradient, use, i, last, joint);
+                pool_run<kLanes>(gradient.sources[use], i, last, false, target);
+                add_joint<kLanes>(gradient, use, i, last, joint);
                 i = last;
             }
         }
@@ -189,9 +191,9 @@ class Reducer {
 
     // Adds ids [begin, end) of the source's feature, in the order of the batch, to the rows that
     // they touch. False for an id outside the vocabulary.
-    EMBCOMPRESS_INLINE bool add_batch_inline(const StoreGradient& gradient, const Source& source,
-                                             int64_t begin, int64_t end, float* sums,
-                                             uint8_t* touched) {
+    template <int kLanes>
+    EMBCOMPRESS_INLINE bool add_batch(const StoreGradient& gradient, const Source& source,
+                                      int64_t begin, int64_t end, float* sums, uint8_t* touched) {
         bool valid = true;
         for (int64_t at = begin; at < end; at += kBlock) {
             const int n = static_cast<int>(std::min<int64_t>(kBlock, end - at));
@@ -210,7 +212,8 @@ class Reducer {
             for (int i = 0; i < count; ++i) {
                 fetch(i + kEntriesAhead, nullptr);
                 std::fill_n(touched + entries_.rows[i], source.pieces, uint8_t{1});
-                pool_run(source, i, i + 1, false, sums + entries_.rows[i] * gradient.width());
+                pool_run<kLanes>(source, i, i + 1, false,
+                                 sums + entries_.rows[i] * gradient.width());
             }
         }
         return valid;
@@ -310,16 +313,18 @@ class Reducer {
         }
     }
 
+    template <int kLanes>
     EMBCOMPRESS_INLINE void pool_run(const Source& source, int begin, int end, bool start,
                                      float* target) const {
         const int factors = source.is_product ? static_cast<int>(source.feature->num_probes) : 1;
         const ProbeRows rows{entries_.factors.data(), nullptr, factors};
         const float* weights = source.has_coefficients ? entries_.coefficients : nullptr;
-        pool_probes<true>(rows, {begin, end, weights, start, 0, target + source.column},
-                          source.width);
+        pool_probes<kLanes, true>(rows, {begin, end, weights, start, 0, target + source.column},
+                                  source.width);
     }
 
     // Adds what entries of one row and one use, of a product of two, add to the other factor.
+    template <int kLanes>
     EMBCOMPRESS_INLINE void add_joint(const StoreGradient& gradient, int32_t use, int begin,
                                       int end, Sums* joint) const {
         const Source& source = gradient.sources[use];
@@ -334,7 +339,7 @@ class Reducer {
             factors[i] = entries_.factors[i];
             factors[kBlock + i] = row;
             joint[use].touched[other] = 1;
-            pool_probes<true>(
+            pool_probes<kLanes, true>(
                 {factors, nullptr, 2},
                 {i, i + 1, weights, false, 0, joint[use].values.data() + other * width}, width);
         }

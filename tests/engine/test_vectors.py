@@ -1,0 +1,26 @@
+"""The kernels' vectors: processors hold 4, 8 or 16 floats in a register, and no bit depends on it.
+
+One machine runs one of the widths. Compiled for it, all of them run, if slowly.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.cuda.emulation.build import compiler
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+def test_vectors_of_any_width_give_the_same_bits(tmp_path: Path) -> None:
+    program = tmp_path / "vector_widths"
+    source = HERE / "vector_widths.cpp"
+    command = [compiler(), "-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wno-psabi"]
+    subprocess.run([*command, str(source), "-o", str(program)], check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.startswith("0 of ")
