@@ -22,5 +22,4 @@ def test_vectors_of_any_width_give_the_same_bits(tmp_path: Path) -> None:
     command = [compiler(), "-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wno-psabi"]
     subprocess.run([*command, str(source), "-o", str(program)], check=True)
     done = subprocess.run([str(program)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    assert done.stdout.startswith("0 of ")
+    assert done.stdout == "0 comparisons differ\n"

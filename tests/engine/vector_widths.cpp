@@ -94,6 +94,6 @@ int main() {
     std::srand(1);
     int count = 0;
     for (int64_t width = 1; width <= kWidest; ++width) count += different(width);
-    std::printf("%d of %ld comparisons differ\n", count, static_cast<long>(kWidest * 104));
+    std::printf("%d comparisons differ\n", count);
     return count == 0 ? 0 : 1;
 }
