@@ -54,8 +54,8 @@ template <int kLanes>
 std::vector<float> apply_head(const std::vector<float>& in, const std::vector<float>& columns,
                               int64_t rows, int64_t depth, int64_t width, bool add) {
     std::vector<float> out(rows * width, 0.25f);
-    multiply<kLanes>({in.data(), depth, 1, columns.data(), width, out.data(), width, rows, depth,
-                      width, add});
+    multiply<kLanes>(
+        {in.data(), depth, 1, columns.data(), width, out.data(), width, rows, depth, width, add});
     return out;
 }
 
