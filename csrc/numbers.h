@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cfloat>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -44,27 +43,51 @@ EMBCOMPRESS_INLINE float load_float(const void* data, Dtype dtype, int64_t index
     return dtype == Dtype::kFloat16 ? half_to_float(value) : bfloat_to_float(value);
 }
 
-// A number of a row that is trained to be packed: where it lies among the codes, the nearest code,
-// and the value of that.
+// A number of a row that is trained to be packed, or a vector of them: where it lies among the
+// codes, the nearest code, the value of that, and whether it is inside of the codes' range, within
+// half a step of its code.
+template <typename V>
 struct Latent {
-    float position;
-    float code;
-    float value;
-    bool inside;  // of the codes' range: within half a step of its code
+    V position;
+    V code;
+    V value;
+    decltype(V() < V()) inside;
 };
 
-// The same operations as in embcompress/engine/quantization.py, so the same bits.
-EMBCOMPRESS_INLINE Latent read_latent(float value, float step, const float* bias, int64_t bits) {
+// To the nearest whole number, to even where two are as near, from 0 to 2^22: floats of this size
+// have no more fraction than that.
+template <typename V>
+EMBCOMPRESS_INLINE V round_to_whole(V value) {
+    constexpr float kNoFraction = 8388608.0f;
+    return (value + kNoFraction) - kNoFraction;
+}
+
+// The same operations as in embcompress/engine/quantization.py, so the same bits. `V` is a float or
+// a vector of floats.
+template <typename V>
+EMBCOMPRESS_INLINE Latent<V> read_latent(V value, V step, const V* bias, int64_t bits) {
     const float last = static_cast<float>((1 << bits) - 1), middle = last / 2;
-    const float divisor = step == 0.0f ? FLT_MIN : step;
-    Latent latent;
+    const V zero = V{}, divisor = step == zero ? zero + FLT_MIN : step;
+    Latent<V> latent;
     latent.position = bias == nullptr ? value / divisor + middle : (value - *bias) / divisor;
-    latent.inside = latent.position >= -0.5f && latent.position <= last + 0.5f;
+    latent.inside = (latent.position >= zero - 0.5f) & (latent.position <= zero + (last + 0.5f));
     // In this order a position that is NaN stays one.
-    const float raised = latent.position < 0.0f ? 0.0f : latent.position;
-    latent.code = nearbyintf(last < raised ? last : raised);
+    const V raised = latent.position < zero ? zero : latent.position;
+    latent.code = round_to_whole<V>(zero + last < raised ? zero + last : raised);
     latent.value = bias == nullptr ? step * (latent.code - middle) : step * latent.code + *bias;
     return latent;
+}
+
+// Derivatives of the value by the step, whose code `zero` is 0, and by the bias: straight through
+// the rounding (Esser et al., "Learned step size quantization", 2020, equation 3).
+template <typename V>
+EMBCOMPRESS_INLINE V derivative_by_step(const Latent<V>& latent, float zero) {
+    return latent.code - (latent.inside ? latent.position : V{} + zero);
+}
+
+template <typename V>
+EMBCOMPRESS_INLINE V derivative_by_bias(const Latent<V>& latent) {
+    return latent.inside ? V{} : V{} + 1.0f;
 }
 
 }  // namespace embcompress

@@ -426,11 +426,12 @@ void StoreGradients::State::reduce_tasks(const std::vector<GradientSink>& sinks)
 
 void StoreGradients::State::deliver_sums(StoreGradient& gradient, const GradientSink& sink) const {
     const int64_t width = gradient.width();
+    std::vector<float> steps = steps_of(lookup, gradient);
     int64_t number = 0;
     for (int64_t row = 0; row < gradient.store.rows; ++row) {
         if (!gradient.touched[row]) continue;
         float* values = gradient.sums.data() + row * width;
-        mask_row(lookup, gradient, row, values);
+        mask_row(lookup, gradient, row, steps.data(), values);
         if (sink.updated != nullptr) {
             sink.updated->update(row, values);
         } else if (sink.dense != nullptr) {

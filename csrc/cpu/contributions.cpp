@@ -44,30 +44,57 @@ EMBCOMPRESS_INLINE float scale_gradient(const RowBlock& block, int t, int i,
     return sum_of(probe.width, [&](int64_t c) { return mine[c] * row[c]; });
 }
 
-// Adds to the gradient of the step or the bias of packed rows, column by column.
-EMBCOMPRESS_INLINE void add_quantization_gradient(const Lookup& lookup, const RowBlock& block,
-                                                  const Use& use, int i, const float* gradient,
-                                                  float coefficient, float damping, float* out) {
-    const Probe& probe = block.probe(use.probe);
+// Derivatives of the numbers of a row by their step or bias: (width + kUnpacked,).
+EMBCOMPRESS_INLINE void load_derivatives(const Lookup& lookup, const Probe& probe, Role role,
+                                         int64_t row, float* steps, float* derivatives) {
     const Quantization& q = probe.quantization;
-    const bool multiplies = block.feature().combine == Combine::kMul;
-    const float* mine = gradient + probe.column;
     const float zero = q.bias_store < 0 ? static_cast<float>((1 << q.bits) - 1) / 2 : 0.0f;
-    const int64_t row = block.rows(use.probe)[i];
-    const bool latent_rows = is_latent(lookup, probe);
-    coefficient *= block.scale(use.probe, i) * damping;
-    for (int64_t c = 0; c < probe.width; ++c) {
-        float of_step, of_bias = 1.0f;
-        if (latent_rows) {
-            const Latent latent = latent_at(lookup, probe, row, c);
-            of_step = latent.code - (latent.inside ? latent.position : zero);
-            of_bias = latent.inside ? 0.0f : 1.0f;
-        } else {
-            of_step = packed_code_at(lookup, probe, row, c) - zero;
+    if (!is_latent(lookup, probe)) {
+        for (int64_t c = 0; c < probe.width; ++c) {
+            derivatives[c] =
+                role == Role::kBias ? 1.0f : packed_code_at(lookup, probe, row, c) - zero;
         }
-        float value = coefficient * mine[c] * (use.role == Role::kBias ? of_bias : of_step);
+        return;
+    }
+    if (q.per_row) load_steps(lookup, probe, row, steps);
+    for (int64_t c = 0; c < probe.width; c += kUnpacked) {
+        const Latent<Values> latents = latents_at(lookup, probe, row, c, steps);
+        store_lanes(derivatives + c, role == Role::kBias ? derivative_by_bias(latents)
+                                                         : derivative_by_step(latents, zero));
+    }
+}
+
+// Adds what an id adds to the gradient of the step or the bias of the row it touches.
+EMBCOMPRESS_INLINE void add_quantization_gradient(const RowBlock& block, const Use& use, int i,
+                                                  const float* gradient, float coefficient,
+                                                  const float* derivatives, float* out) {
+    const Probe& probe = block.probe(use.probe);
+    const bool multiplies = block.feature().combine == Combine::kMul;
+    const int64_t apart = probe.quantization.per_column ? 1 : 0;
+    const float* mine = gradient + probe.column;
+    if (!multiplies && apart == 1) {
+        for (int64_t c = 0; c < probe.width; ++c) out[c] += coefficient * mine[c] * derivatives[c];
+        return;
+    }
+    for (int64_t c = 0; c < probe.width; ++c) {
+        float value = coefficient * mine[c] * derivatives[c];
         if (multiplies) value *= others_product(block, use.probe, i, c);
-        out[q.per_column ? c : 0] += value;
+        out[c * apart] += value;
+    }
+}
+
+// What the contributions of a block are computed from: rows of all probes where these are
+// multiplied, else only what the use itself reads.
+EMBCOMPRESS_INLINE void find_contributing(const Use& use, int n, RowBlock& block) {
+    if (block.feature().combine == Combine::kMul) {
+        block.find_all(n);
+        block.fetch(n);
+    } else if (use.role == Role::kScale) {
+        block.find_rows(use.probe, n);
+        block.find_pointers(use.probe, n);
+        block.fetch_rows(use.probe, 0, n);
+    } else {
+        block.find_scales(use.probe, n);
     }
 }
 
@@ -75,17 +102,20 @@ EMBCOMPRESS_INLINE bool add_contributions_inline(const OutputGradient& gradient,
                                                  int64_t begin, int64_t end, RowBlock& block,
                                                  float* out, int64_t stride) {
     const Lookup& lookup = gradient.lookup();
+    const Probe& probe = probe_of(lookup, use);
     const int64_t first = ids_of(lookup, use.feature).begin;
     block.use(lookup.features[use.feature]);
-    const float damping =
-        use.role == Role::kScale ? 1.0f : damping_of(lookup, probe_of(lookup, use));
+    const float damping = use.role == Role::kScale ? 1.0f : damping_of(lookup, probe);
+    std::vector<float> derivatives(probe.width + kUnpacked);
     int64_t touched[kBlock];
     bool valid = true;
     for (int64_t position = begin; position < end; position += kBlock) {
         const int n = static_cast<int>(std::min<int64_t>(kBlock, end - position));
         valid &= touched_rows(lookup, use, first + position, n, block, touched);
-        block.find_all(n);
-        block.fetch(n);
+        find_contributing(use, n, block);
+        if (use.role != Role::kScale && !probe.quantization.per_row) {
+            load_steps(lookup, probe, 0, block.steps());
+        }
         for (int i = 0; i < n; ++i) {
             if (touched[i] < 0) continue;
             const int64_t at = first + position + i, sample = gradient.sample(use.feature, at);
@@ -94,9 +124,13 @@ EMBCOMPRESS_INLINE bool add_contributions_inline(const OutputGradient& gradient,
             float* to = out + (position - begin + i) * stride;
             if (use.role == Role::kScale) {
                 to[0] += coefficient * scale_gradient(block, use.probe, i, mine);
-            } else {
-                add_quantization_gradient(lookup, block, use, i, mine, coefficient, damping, to);
+                continue;
             }
+            load_derivatives(lookup, probe, use.role, block.rows(use.probe)[i], block.steps(),
+                             derivatives.data());
+            add_quantization_gradient(block, use, i, mine,
+                                      coefficient * (block.scale(use.probe, i) * damping),
+                                      derivatives.data(), to);
         }
     }
     return valid;

@@ -8,26 +8,8 @@
 namespace embcompress {
 namespace {
 
-// Steps and biases of one row, a number for every column; biases, behind the steps, only where the
-// quantization has any.
-EMBCOMPRESS_INLINE void load_steps(const Lookup& lookup, const Probe& probe, int64_t row,
-                                   float* steps) {
-    const Quantization& q = probe.quantization;
-    const StoreView* parts[] = {&lookup.stores[q.scale_store],
-                                q.bias_store < 0 ? nullptr : &lookup.stores[q.bias_store]};
-    for (int part = 0; part < 2 && parts[part] != nullptr; ++part) {
-        const StoreView& store = *parts[part];
-        const int64_t base = q.per_row ? row * store.width : 0;
-        float* out = steps + part * steps_room(probe.width);
-        for (int64_t c = 0; c < probe.width; ++c) {
-            out[c] = load_float(store.data, store.dtype, base + (q.per_column ? c : 0));
-        }
-    }
-}
-
 typedef uint32_t Codes __attribute__((vector_size(kUnpacked * sizeof(uint32_t))));
 typedef int32_t SignedCodes __attribute__((vector_size(kUnpacked * sizeof(int32_t))));
-typedef float Values __attribute__((vector_size(kUnpacked * sizeof(float))));
 
 // Eight codes of kBits < 16 bits from a bit of a byte on; fewer at the store's end, and zeros.
 template <int kBits>
@@ -137,20 +119,29 @@ EMBCOMPRESS_INLINE void unpack_rows(const Lookup& lookup, const Probe& probe, co
     }
 }
 
-// Rows of float16 and bfloat16, and latents of any floats.
-EMBCOMPRESS_INLINE void widen_rows(const Lookup& lookup, const Probe& probe, const RowRange& range,
-                                   float* steps) {
+// Rows of float16 and bfloat16.
+EMBCOMPRESS_INLINE void widen_rows(const Lookup& lookup, const Probe& probe,
+                                   const RowRange& range) {
     const StoreView& store = lookup.stores[probe.store];
-    const int64_t width = probe.width, bits = store.dtype == Dtype::kFloat32 ? 32 : 16;
-    const Quantization& q = probe.quantization;
-    const float* biases = q.bias_store < 0 ? nullptr : steps + steps_room(width);
-    convert_each(store, probe, bits, range, [&](int i, int64_t row) EMBCOMPRESS_INLINED {
-        if (q.bits > 0 && q.per_row) load_steps(lookup, probe, row, steps);
+    const int64_t width = probe.width;
+    convert_each(store, probe, 16, range, [&](int i, int64_t row) EMBCOMPRESS_INLINED {
         float* to = range.out + i * width;
         for (int64_t c = 0; c < width; ++c) {
-            const float value = load_float(store.data, store.dtype, row * probe.stride + c);
-            const float* bias = biases == nullptr ? nullptr : biases + c;
-            to[c] = q.bits == 0 ? value : read_latent(value, steps[c], bias, q.bits).value;
+            to[c] = load_float(store.data, store.dtype, row * probe.stride + c);
+        }
+    });
+}
+
+// Values of latents of any floats.
+EMBCOMPRESS_INLINE void read_rows(const Lookup& lookup, const Probe& probe, const RowRange& range,
+                                  float* steps) {
+    const StoreView& store = lookup.stores[probe.store];
+    const int64_t width = probe.width, bits = store.dtype == Dtype::kFloat32 ? 32 : 16;
+    const bool per_row = probe.quantization.per_row;
+    convert_each(store, probe, bits, range, [&](int i, int64_t row) EMBCOMPRESS_INLINED {
+        if (per_row) load_steps(lookup, probe, row, steps);
+        for (int64_t c = 0; c < width; c += kUnpacked) {
+            store_lanes(range.out + i * width + c, latents_at(lookup, probe, row, c, steps).value);
         }
     });
 }
@@ -165,8 +156,10 @@ EMBCOMPRESS_CLONES void convert_rows(const Lookup& lookup, const Probe& probe,
     }
     const Quantization& q = probe.quantization;
     if (q.bits > 0 && !q.per_row && range.begin == 0) load_steps(lookup, probe, 0, steps);
-    if (lookup.stores[probe.store].dtype != Dtype::kPacked) {
-        widen_rows(lookup, probe, range, steps);
+    if (q.bits == 0) {
+        widen_rows(lookup, probe, range);
+    } else if (lookup.stores[probe.store].dtype != Dtype::kPacked) {
+        read_rows(lookup, probe, range, steps);
     } else if (q.bias_store < 0) {
         unpack_rows<false>(lookup, probe, range, steps);
     } else {

@@ -51,19 +51,60 @@ inline bool is_latent(const Lookup& lookup, const Probe& probe) {
     return probe.quantization.bits > 0 && lookup.stores[probe.store].dtype != Dtype::kPacked;
 }
 
-// Column c of a row of latents.
-EMBCOMPRESS_INLINE Latent latent_at(const Lookup& lookup, const Probe& probe, int64_t row,
-                                    int64_t c) {
+// Rows are unpacked, and latents read, eight columns at a time: where rows and steps are written
+// there is room for this many numbers more.
+constexpr int64_t kUnpacked = 8;
+typedef Lanes<kUnpacked>::Type Values;
+
+// Room for the steps of a row, or for its biases.
+inline int64_t steps_room(int64_t width) { return (width + kUnpacked - 1) / kUnpacked * kUnpacked; }
+
+// Steps and biases of one row, a number for every column; biases, behind the steps, only where the
+// quantization has any.
+EMBCOMPRESS_INLINE void load_steps(const Lookup& lookup, const Probe& probe, int64_t row,
+                                   float* steps) {
+    const Quantization& q = probe.quantization;
+    const StoreView* parts[] = {&lookup.stores[q.scale_store],
+                                q.bias_store < 0 ? nullptr : &lookup.stores[q.bias_store]};
+    for (int part = 0; part < 2 && parts[part] != nullptr; ++part) {
+        const StoreView& store = *parts[part];
+        const int64_t base = q.per_row ? row * store.width : 0;
+        float* out = steps + part * steps_room(probe.width);
+        for (int64_t c = 0; c < probe.width; ++c) {
+            out[c] = load_float(store.data, store.dtype, base + (q.per_column ? c : 0));
+        }
+    }
+}
+
+// Numbers of a float store from an index on; zeros behind `count` of them.
+EMBCOMPRESS_INLINE Values load_numbers(const StoreView& store, int64_t index, int64_t count) {
+    int64_t k = 0;
+    Values numbers = {};
+    if (store.dtype == Dtype::kFloat32) {
+        const float* from = static_cast<const float*>(store.data) + index;
+        if (count >= kUnpacked) return load_lanes<Values>(from);
+        if (count >= kUnpacked / 2) {
+            std::memcpy(&numbers, from, sizeof(Values) / 2);
+            k = kUnpacked / 2;
+        }
+    }
+    for (count = std::min(count, kUnpacked); k < count; ++k) {
+        numbers[k] = load_float(store.data, store.dtype, index + k);
+    }
+    return numbers;
+}
+
+// Latents of a row from column c on, of which those behind the row mean nothing. `steps` are those
+// of the row.
+EMBCOMPRESS_INLINE Latent<Values> latents_at(const Lookup& lookup, const Probe& probe, int64_t row,
+                                             int64_t c, const float* steps) {
     const StoreView& store = lookup.stores[probe.store];
     const Quantization& q = probe.quantization;
-    const StoreView& scale = lookup.stores[q.scale_store];
-    const int64_t at = (q.per_row ? row * scale.width : 0) + (q.per_column ? c : 0);
-    const float value = load_float(store.data, store.dtype, row * probe.width + c);
-    const float step = load_float(scale.data, scale.dtype, at);
-    if (q.bias_store < 0) return read_latent(value, step, nullptr, q.bits);
-    const StoreView& bias = lookup.stores[q.bias_store];
-    const float shift = load_float(bias.data, bias.dtype, at);
-    return read_latent(value, step, &shift, q.bits);
+    const Values values = load_numbers(store, row * probe.stride + c, probe.width - c);
+    const Values step = load_lanes<Values>(steps + c);
+    if (q.bias_store < 0) return read_latent<Values>(values, step, nullptr, q.bits);
+    const Values bias = load_lanes<Values>(steps + steps_room(probe.width) + c);
+    return read_latent<Values>(values, step, &bias, q.bits);
 }
 
 // Code of column c of a packed row.
@@ -73,13 +114,6 @@ EMBCOMPRESS_INLINE float packed_code_at(const Lookup& lookup, const Probe& probe
     return static_cast<float>(unpack_bits(static_cast<const uint8_t*>(store.data), store.bytes,
                                           row * probe.width + c, probe.quantization.bits));
 }
-
-// Rows are unpacked eight columns at a time: where rows and steps are written there is room for
-// this many numbers more.
-constexpr int64_t kUnpacked = 8;
-
-// Room for the steps of a row, or for its biases.
-inline int64_t steps_room(int64_t width) { return (width + kUnpacked - 1) / kUnpacked * kUnpacked; }
 
 // How many rows ahead of their use those that are converted are fetched: a processor has about as
 // many lines under way at once.

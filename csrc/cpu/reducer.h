@@ -67,13 +67,28 @@ inline std::vector<Sums> joint_sums(const StoreGradient& gradient) {
 }
 
 // Gradients of latents go straight through, inside the codes' range, or where a mask keeps them.
+// `steps` has room for steps and biases of a row.
 EMBCOMPRESS_INLINE void mask_row(const Lookup& lookup, const StoreGradient& gradient, int64_t row,
-                                 float* values) {
+                                 float* steps, float* values) {
     if (gradient.latents == nullptr) return;
-    if (is_sparse(*gradient.latents)) return clear_pruned(lookup, *gradient.latents, row, values);
-    for (int64_t c = 0; c < gradient.width(); ++c) {
-        if (!latent_at(lookup, *gradient.latents, row, c).inside) values[c] = 0.0f;
+    const Probe& probe = *gradient.latents;
+    if (is_sparse(probe)) return clear_pruned(lookup, probe, row, values);
+    if (probe.quantization.per_row) load_steps(lookup, probe, row, steps);
+    for (int64_t c = 0; c < gradient.width(); c += kUnpacked) {
+        const auto inside = latents_at(lookup, probe, row, c, steps).inside;
+        const int64_t end = std::min(kUnpacked, gradient.width() - c);
+        for (int64_t k = 0; k < end; ++k) values[c + k] = inside[k] ? values[c + k] : 0.0f;
     }
+}
+
+// Room for the steps of the latents of a store; the steps, where all rows have the same.
+inline std::vector<float> steps_of(const Lookup& lookup, const StoreGradient& gradient) {
+    if (gradient.latents == nullptr || is_sparse(*gradient.latents)) return {};
+    std::vector<float> steps(2 * steps_room(gradient.latents->width), 0.0f);
+    if (!gradient.latents->quantization.per_row) {
+        load_steps(lookup, *gradient.latents, 0, steps.data());
+    }
+    return steps;
 }
 
 // Where the gradients of the rows of a task go, one after another.
@@ -81,7 +96,11 @@ class Destination {
   public:
     Destination(const Lookup& lookup, const StoreGradient& gradient, const GradientSink& sink,
                 int64_t first_row)
-        : lookup_(lookup), gradient_(gradient), sink_(sink), next_(first_row) {
+        : lookup_(lookup),
+          gradient_(gradient),
+          sink_(sink),
+          next_(first_row),
+          steps_(steps_of(lookup, gradient)) {
         if (sink.updated != nullptr) own_.resize(gradient.width());
     }
 
@@ -105,7 +124,7 @@ class Destination {
         if (sink_.updated != nullptr) sink_.updated->prefetch(row);
     }
     EMBCOMPRESS_INLINE void finish(float* target) {
-        mask_row(lookup_, gradient_, row_, target);
+        mask_row(lookup_, gradient_, row_, steps_.data(), target);
         if (sink_.updated != nullptr) sink_.updated->update(row_, target);
     }
 
@@ -115,6 +134,7 @@ class Destination {
     const GradientSink& sink_;
     int64_t next_;
     int64_t row_ = 0;
+    std::vector<float> steps_;
     std::vector<float> own_;
 };
 

@@ -144,7 +144,7 @@ class RowBlock {
             point_to_converted(t, n);
             convert(t, 0, n, n);
         }
-        if (probe.scale.kind != ScaleKind::kNone) find_scales(t, n);
+        find_scales(t, n);
     }
 
     // Pointers to where `convert` writes the rows of probe t, after find_rows.
@@ -173,6 +173,19 @@ class RowBlock {
         found_ = n;
         fetched_ = 0;
     }
+
+    // Scales of the present ids by probe t.
+    void find_scales(int t, int n) {
+        const Scale& scale = probes_[t].scale;
+        if (scale.kind == ScaleKind::kNone) return;
+        float* values = scales_ + t * kBlock;
+        for (int i = 0; i < n; ++i) {
+            values[i] = ids_[i] < 0 ? 0.0f : scale_of(lookup_, scale, ids_[i]);
+        }
+    }
+
+    // Room for the steps and biases of a row, which `convert` uses, too.
+    float* steps() { return steps_; }
 
     // Prefetches the rows of the ids before `end`, each once.
     EMBCOMPRESS_INLINE void fetch(int end) {
@@ -316,14 +329,6 @@ class RowBlock {
     EMBCOMPRESS_INLINE void decode(const Code& code, int n, int64_t* rows) const {
         for (int i = 0; i < n; ++i) {
             if (ids_[i] >= 0) rows[i] = decode_row(lookup_, code, ids_[i], rows[i]);
-        }
-    }
-
-    void find_scales(int t, int n) {
-        const Scale& scale = probes_[t].scale;
-        float* values = scales_ + t * kBlock;
-        for (int i = 0; i < n; ++i) {
-            values[i] = ids_[i] < 0 ? 0.0f : scale_of(lookup_, scale, ids_[i]);
         }
     }
 

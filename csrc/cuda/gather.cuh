@@ -108,14 +108,14 @@ EMBCOMPRESS_DEVICE int64_t step_position(const BoundProbe& bound, int64_t row, i
     return (q.per_row ? row * bound.step.width : 0) + (q.per_column ? column : 0);
 }
 
-EMBCOMPRESS_DEVICE Latent latent_of(const BoundProbe& bound, int64_t row, int64_t column,
-                                    float value) {
+EMBCOMPRESS_DEVICE Latent<float> latent_of(const BoundProbe& bound, int64_t row, int64_t column,
+                                           float value) {
     const Quantization& q = bound.probe.quantization;
     const int64_t at = step_position(bound, row, column);
     const float step = load_float(bound.step.data, bound.step.dtype, at);
-    if (q.bias_store < 0) return read_latent(value, step, nullptr, q.bits);
+    if (q.bias_store < 0) return read_latent<float>(value, step, nullptr, q.bits);
     const float bias = load_float(bound.bias.data, bound.bias.dtype, at);
-    return read_latent(value, step, &bias, q.bits);
+    return read_latent<float>(value, step, &bias, q.bits);
 }
 
 // The value of a code: the same operations in the same order as for latents, so the same bits.

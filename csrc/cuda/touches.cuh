@@ -96,10 +96,9 @@ EMBCOMPRESS_DEVICE float step_factor(const BoundProbe& bound, Role role, int64_t
     const float zero = q.bias_store < 0 ? static_cast<float>((1 << q.bits) - 1) / 2 : 0.0f;
     const float stored = stored_number(bound, row, column);
     if (!is_latent(bound)) return role == Role::kBias ? 1.0f : stored - zero;
-    const Latent latent = latent_of(bound, row, column, stored);
-    const float factor = role == Role::kBias
-                             ? (latent.inside ? 0.0f : 1.0f)
-                             : latent.code - (latent.inside ? latent.position : zero);
+    const Latent<float> latent = latent_of(bound, row, column, stored);
+    const float factor =
+        role == Role::kBias ? derivative_by_bias(latent) : derivative_by_step(latent, zero);
     return factor * damping(bound);
 }
 
