@@ -36,7 +36,7 @@ from embcompress.data import ClickLog, load_click_log
 from embcompress.data.click_log import Split
 from embcompress.methods.base import TableSpec
 from embcompress.planner.loss import table_value
-from embcompress.planner.worth import measure_worths
+from embcompress.planner.worth import train_full_tables
 
 LEARNING_RATES = (0.03, 0.1)
 
@@ -101,8 +101,8 @@ def constants(log: ClickLog, settings: TrainingSettings, seeds: int) -> None:
 def worths(log: ClickLog, settings: TrainingSettings, seeds: int) -> None:
     """Shares of what a model loses without each table, and of the entropy of its ids."""
     for seed in range(seeds):
-        rows = log.split(settings.split, seed=seed).train  # type: ignore[arg-type]
-        counts = count_ids(log, rows)
+        split = log.split(settings.split, seed=seed)  # type: ignore[arg-type]
+        counts = count_ids(log, split.train)
         specs = [
             TableSpec(f.num_embeddings, settings.embedding_dim, f.name, counts=counts[f.name])
             for f in log.features
@@ -112,8 +112,9 @@ def worths(log: ClickLog, settings: TrainingSettings, seeds: int) -> None:
             return build_model(log, settings, method, size, seed, counts)  # noqa: B023
 
         dense = sum(spec.dense_bytes for spec in specs)
-        measured = measure_worths(build, dense, trial_data(log, rows, settings), math.inf)
-        assert measured is not None
+        full = train_full_tables(build, dense, trial_data(log, split, settings), math.inf)
+        assert full is not None
+        measured = full.worths
         entropies = [table_value(spec).value for spec in specs]
         for spec, entropy in zip(specs, entropies, strict=True):
             worth = measured[f"t_{spec.name}"]

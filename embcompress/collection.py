@@ -69,7 +69,8 @@ class EmbeddingBagCollection(nn.Module):
         budget: for all tables together, as in :class:`~embcompress.EmbeddingBag`; fractions are
             of all dense float32 tables. None: every table at its default size.
         seed: hash keys are derived from it and from each table's name.
-        device, dtype: of the stores.
+        plans: of the tables, each of its shape, made by the method before: instead of a budget.
+        device, dtype: of the stores; plans have dtypes of their own.
 
     Attributes:
         embedding_bags: ModuleDict of :class:`~embcompress.EmbeddingBag` by table name.
@@ -78,7 +79,8 @@ class EmbeddingBagCollection(nn.Module):
 
     Raises:
         BudgetError: the budget cannot be met; the error names the smallest that can.
-        ValueError: names that are not unique or cannot name a module.
+        ValueError: names that are not unique or cannot name a module; plans beside a budget, or
+            that are not those of the tables.
 
     Example::
 
@@ -96,11 +98,14 @@ class EmbeddingBagCollection(nn.Module):
         method: str | Method = "full",
         budget: Budget | None = None,
         seed: int = 0,
+        plans: Sequence[LookupPlan] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         _check_names(tables)
+        if plans is not None:
+            _check_plans(tables, plans, budget)
         resolved = resolve_method(method)
         name = dtype_name(torch.get_default_dtype() if dtype is None else dtype)
         specs = [
@@ -116,9 +121,10 @@ class EmbeddingBagCollection(nn.Module):
             )
             for t in tables
         ]
-        if budget is None:
+        if plans is None and budget is None:
             plans = default_plans(resolved, specs)
-        else:
+        elif plans is None:
+            assert budget is not None
             dense = sum(spec.dense_bytes for spec in specs)
             limit = parse_budget(budget, dense)
             plans = allocate(specs, [resolved] * len(specs), limit, full_plan)
@@ -294,6 +300,22 @@ def feature_bags(name: str, value: FeatureInput) -> Bags:
         return make_bags(ids, offsets, weights, include_last_offset=False)
     except (TypeError, ValueError) as error:
         raise type(error)(f"feature {name!r}: {error}") from None
+
+
+def _check_plans(
+    tables: Sequence[TableConfig], plans: Sequence[LookupPlan], budget: Budget | None
+) -> None:
+    if budget is not None:
+        raise ValueError(f"give either plans or a budget, not both; got a budget of {budget!r}")
+    if len(plans) != len(tables):
+        raise ValueError(f"plans must be one a table: {len(plans)} for {len(tables)} tables")
+    for table, plan in zip(tables, plans, strict=True):
+        shape = plan.num_embeddings, plan.embedding_dim
+        if shape != (table.num_embeddings, table.embedding_dim):
+            raise ValueError(
+                f"plans: that of table {table.name!r} is of {shape[0]} × {shape[1]}, the table of "
+                f"{table.num_embeddings} × {table.embedding_dim}"
+            )
 
 
 def _check_names(tables: Sequence[TableConfig]) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 import embcompress as ec
 from embcompress.methods.base import Method
 from embcompress.planner import worth
+from embcompress.planner.ranking import Ranking
 from embcompress.planner.trials import TrialData, log_loss
-from embcompress.planner.worth import measure_worths
+from embcompress.planner.worth import train_full_tables
 from embcompress.training.recipe import initialize_tables
 
 ROWS = 50
-Build = Callable[[Method, int], nn.Module]
 
 
 class Model(nn.Module):
@@ -49,22 +49,29 @@ def data() -> TrialData:
     return TrialData.of(batches)
 
 
+def build_model(method: Method, limit: int, data: TrialData) -> nn.Module:
+    return Model(method, limit)
+
+
 def test_the_table_that_tells_most_is_worth_most(data: TrialData) -> None:
-    worths = measure_worths(Model, 3 * ROWS * 4, data, math.inf)
-    assert worths is not None and list(worths) == ["much", "little", "nothing"]
+    full = train_full_tables(build_model, 3 * ROWS * 4, data, math.inf)
+    assert full is not None and list(full.worths) == ["much", "little", "nothing"]
+    worths = full.worths
     assert worths["much"] > 3 * worths["little"] > 9 * worths["nothing"] >= 0
 
 
-def test_a_worth_is_the_log_loss_of_the_mean_vector(data: TrialData) -> None:
-    built: list[nn.Module] = []
+def test_a_worth_is_the_log_loss_of_the_mean_vector(
+    data: TrialData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Model] = []
 
-    def build(method: Method, limit: int) -> nn.Module:
+    def build(method: Method, limit: int, data: TrialData) -> nn.Module:
         built.append(Model(method, limit))
         return built[-1]
 
-    one_pass = TrialData(data.training, data.validation)
-    worths = measure_worths(build, 3 * ROWS * 4, one_pass, math.inf)
-    assert worths is not None and len(built) == 1
+    monkeypatch.setattr(worth, "LEARNING_RATES", (0.03,))
+    full = train_full_tables(build, 3 * ROWS * 4, data, math.inf)
+    assert full is not None and len(built) == 1
     # The last pass was not better, or the fourth: its weights are still in the model.
     ids = torch.cat([inputs for inputs, _ in data.validation])
     table = built[0].tables.embedding_bags["much"]
@@ -72,21 +79,48 @@ def test_a_worth_is_the_log_loss_of_the_mean_vector(data: TrialData) -> None:
         before = log_loss(built[0], data)
         table.weight.fill_(float(table.weight[ids[:, 0]].double().mean()))
         lost = log_loss(built[0], data) - before
-    assert lost == pytest.approx(worths["much"], rel=0.05)
+    assert lost == pytest.approx(full.worths["much"], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("rates", "best"), [((1e-4, 0.1), 0.1), ((0.1, 1e-4), 0.1), ((0.1, 0.1), 0.1)]
+)
+def test_the_learning_rate_is_that_of_the_full_tables(
+    data: TrialData, monkeypatch: pytest.MonkeyPatch, rates: tuple[float, ...], best: float
+) -> None:
+    monkeypatch.setattr(worth, "LEARNING_RATES", rates)
+    full = train_full_tables(build_model, 3 * ROWS * 4, data, math.inf)
+    assert full is not None and full.learning_rate == best
+
+
+@pytest.mark.parametrize(("gain", "taken"), [(0.0, 0), (0.5, 1)])
+def test_a_later_learning_rate_needs_a_lead(
+    monkeypatch: pytest.MonkeyPatch, gain: float, taken: int
+) -> None:
+    random = np.random.default_rng(0)
+    is_positive = random.random(500) < 0.5
+    outputs = random.normal(size=500) + is_positive
+    rankings = iter(
+        Ranking.of(each, is_positive) for each in (outputs, outputs + gain * is_positive)
+    )
+    monkeypatch.setattr(worth, "full_training", lambda *_, **__: next(rankings))
+    full = train_full_tables(build_model, 3 * ROWS * 4, TrialData([], []), math.inf)
+    assert full is not None and full.learning_rate == worth.LEARNING_RATES[taken]
 
 
 def test_large_tables_are_hashed(data: TrialData, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worth, "MOST_BYTES", 3 * ROWS * 2)
-    methods = []
+    methods = set()
 
-    def build(method: Method, limit: int) -> nn.Module:
-        methods.append((method, limit))
+    def build(method: Method, limit: int, data: TrialData) -> nn.Module:
+        methods.add((method, limit))
         return Model(method, limit)
 
-    worths = measure_worths(build, 3 * ROWS * 4, data, math.inf)
-    assert methods == [(ec.Hashing(), 3 * ROWS * 2)]
-    assert worths is not None and worths["much"] > max(worths["little"], worths["nothing"])
+    full = train_full_tables(build, 3 * ROWS * 4, data, math.inf)
+    assert methods == {(ec.Hashing(), 3 * ROWS * 2)}
+    assert full is not None
+    assert full.worths["much"] > max(full.worths["little"], full.worths["nothing"])
 
 
 def test_without_time_nothing_is_measured(data: TrialData) -> None:
-    assert measure_worths(Model, 3 * ROWS * 4, data, 0.0) is None
+    assert train_full_tables(build_model, 3 * ROWS * 4, data, 0.0) is None

@@ -101,7 +101,7 @@ class Executor:
         if key not in self._planned:
             started = time.perf_counter()
             details = (run.training, run.method, run.budget, counts)
-            tried = try_candidates(log, split.train, *details, self.plan_seconds)
+            tried = try_candidates(log, split, *details, self.plan_seconds)
             self._planned[key] = tried, time.perf_counter() - started
         return self._planned[key]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -23,6 +23,7 @@ from embcompress.deployment import deploy
 from embcompress.memory import memory
 from embcompress.methods import Method
 from embcompress.models import MODELS, ClickModel
+from embcompress.plan import LookupPlan
 from embcompress.procedures.phases import Phase
 from embcompress.procedures.phases import Score as PhaseScore
 from embcompress.tables.compressed_table import CompressedTable
@@ -163,10 +164,11 @@ def build_model(
     log: ClickLog,
     settings: TrainingSettings,
     method: str | Method,
-    budget: Budget,
+    budget: Budget | None,
     seed: int,
     counts: Mapping[str, Tensor] | None = None,
     co_occurrence: Mapping[str, Tensor] | None = None,
+    plans: Sequence[LookupPlan] | None = None,
 ) -> ClickModel:
     """The model of the settings over one table a feature.
 
@@ -177,6 +179,7 @@ def build_model(
             better need them.
         co_occurrence: what the ids of each feature occur with in the training rows
             (:func:`sample_co_occurrence`), for methods that use it.
+        plans: of the tables, made by the method before, instead of a budget.
 
     Raises:
         BudgetError: the method cannot meet the budget for these tables.
@@ -193,7 +196,9 @@ def build_model(
         for f in log.features
     ]
     torch.manual_seed(seed)
-    collection = EmbeddingBagCollection(tables, method=method, budget=budget, seed=seed)
+    collection = EmbeddingBagCollection(
+        tables, method=method, budget=budget, seed=seed, plans=plans
+    )
     initialize_tables(collection, settings.table_std)
     torch.manual_seed(seed)  # tables take more or fewer random numbers, by their method
     return MODELS[settings.model](collection, len(log.dense_names))

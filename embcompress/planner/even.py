@@ -100,7 +100,7 @@ def _dial(value: TableValue, dim: int, narrowness: float) -> list[Option]:
     for width, bits in pairs if dim > 1 else []:
         size = -(-rows * width * bits // 8) + (1 + dim) * width * FLOAT_BYTES
         kept = 1 - QUANTIZATION_LOSS[bits]
-        loss = value.value * (1 - kept * columns_kept(width, dim, narrowness))
+        loss = 1 - kept * columns_kept(width, dim, narrowness)
         if size < floats.bytes:
             options.append(Option(width, rows, 1, bits, False, size, kept, loss))
     return sorted(options, key=lambda option: option.bytes)

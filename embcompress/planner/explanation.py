@@ -259,7 +259,7 @@ def _choice(
         hot=more,
         bytes=sum(each.bytes for each in plan.stores if not each.shared),
         value=value,
-        kept=1.0 if plan.is_dense or value == 0 else 1 - option.loss / value,
+        kept=1.0 if plan.is_dense or value == 0 else 1 - option.loss,
     )
 
 

@@ -92,22 +92,24 @@ def frontier(values: tuple[TableValue, ...], dims: tuple[int, ...], choices: Cho
 def _searches(values: Sequence[TableValue], dims: Sequence[int], choices: Choices) -> list[Search]:
     """With at most so many columns, for all numbers of columns."""
     searches = []
+    alike = [replace(value, value=1.0) for value in values]  # what options follow from
+    worth = [value.value for value in values]
     fitting: list[list[Option]] = [[] for _ in values]  # of at most so many columns
     for width in candidate_widths(max(dims), choices.widths):
         # Narrower tables have columns in proportion.
         widths = [-(-width * dim // max(dims)) for dim in dims]
-        for options, value, own, dim in zip(fitting, values, widths, dims, strict=True):
+        for options, value, own, dim in zip(fitting, alike, widths, dims, strict=True):
             options += table_options(value, own, dim, choices, shares=False)
-        searches.append(_search(fitting, 0))
+        searches.append(_search(fitting, worth, 0))
         # Tables of one width have one projection; a single table has nothing to share.
         heads = {(own, dim) for own, dim in zip(widths, dims, strict=True) if own < dim}
         if choices.share_projection and len(values) > 1 and heads:
             sharing = [
                 [*options, *table_options(value, own, dim, choices, shares=True)]
-                for options, value, own, dim in zip(fitting, values, widths, dims, strict=True)
+                for options, value, own, dim in zip(fitting, alike, widths, dims, strict=True)
             ]
             size = sum(own * dim * FLOAT_BYTES for own, dim in heads)
-            searches.append(_search(sharing, size))
+            searches.append(_search(sharing, worth, size))
     return searches
 
 
@@ -130,14 +132,19 @@ class Search:
         return [each[k] for each, k in zip(self.options, self.taken[budget].tolist(), strict=True)]
 
 
-def _search(offered: list[list[Option]], heads_bytes: int) -> Search:
+def _search(offered: list[list[Option]], worth: list[float], heads_bytes: int) -> Search:
     """Best steps first, as far as a budget goes; then what else still fits."""
     options = [_undominated(each) for each in offered]
     hulls = [hull(each) for each in options]
     places = [{id(option): k for k, option in enumerate(each)} for each in options]
     steps = sorted(
         (
-            ((before.loss - after.loss) / (after.bytes - before.bytes), table, before, after)
+            (
+                worth[table] * (before.loss - after.loss) / (after.bytes - before.bytes),
+                table,
+                before,
+                after,
+            )
             for table, each in enumerate(hulls)
             for before, after in itertools.pairwise(each)
         ),
@@ -154,20 +161,32 @@ def _search(offered: list[list[Option]], heads_bytes: int) -> Search:
     budgets = np.unique(np.append(budgets.astype(np.int64), sizes[-1]))
     reached = np.searchsorted(sizes, budgets, side="right") - 1
     taken, total = states[reached], sizes[reached]
+    known = [
+        (
+            np.array([option.bytes for option in each]),
+            worth[table] * np.array([option.loss for option in each]),
+        )
+        for table, each in enumerate(options)
+    ]
     for _ in range(_EXCHANGES):
-        taken, total = _exchange(options, taken, total, budgets)
+        taken, total = _exchange(known, taken, total, budgets)
     return Search(options, taken, total)
 
 
 def _exchange(
-    options: list[list[Option]], taken: Numbers, total: Numbers, budgets: Numbers
+    options: Sequence[tuple[Numbers, NDArray[np.float64]]],
+    taken: Numbers,
+    total: Numbers,
+    budgets: Numbers,
 ) -> tuple[Numbers, Numbers]:
-    """For each budget, the one larger option that gains most within what is left of it."""
+    """For each budget, the one larger option that gains most within what is left of it.
+
+    Args:
+        options: bytes and losses of those of each table.
+    """
     points = np.arange(len(budgets))
     larger, gains, more = [], [], []
-    for table, each in enumerate(options):
-        sizes = np.array([option.bytes for option in each])
-        losses = np.array([option.loss for option in each])
+    for table, (sizes, losses) in enumerate(options):
         now = taken[:, table]
         # Options are in order of bytes and of falling loss, so the last that fits is the best.
         best = np.searchsorted(sizes, sizes[now] + budgets - total, side="right") - 1

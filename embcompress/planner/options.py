@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -57,7 +58,7 @@ class Option:
         bytes: of rows, steps, slots, and a projection of its own.
         kept: share of the table's value that bits, sharing and the projection leave; of the ids
             that are not hot.
-        loss: expected, in the unit of the table's value, where all tables are as wide.
+        loss: expected share of the table's value, where all tables are as wide.
         hot: what frequent ids have beside it.
     """
 
@@ -151,20 +152,21 @@ class _Many:
     loss: NDArray[np.float64]
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def table_options(
     value: TableValue, width: int, dim: int, choices: Choices, *, shares: bool
-) -> list[Option]:
+) -> tuple[Option, ...]:
     """The options of a table at one width that none of fewer bytes and less loss beats.
 
     Args:
-        value: of the table.
+        value: of the table; how much it is worth makes no difference.
         width: columns of the rows.
         dim: ``embedding_dim`` of the table.
         choices: what it may be given.
         shares: whether its projection is the one that tables share.
     """
     if shares and width == dim:
-        return []
+        return ()
     parts = max(k for k in range(1, choices.chunks + 1) if width % k == 0)
     groups = list(_groups(value, width, dim, choices, shares, parts))
     sizes = np.concatenate([group.bytes for group in groups])
@@ -195,7 +197,7 @@ def table_options(
                 int(group.bytes[k]), kept, float(group.loss[k]), hot,
             )
         )  # fmt: skip
-    return options
+    return tuple(options)
 
 
 def falling(losses: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -225,7 +227,7 @@ def _groups(
         return np.asarray((1 - coarse) * np.tile(own[first:], len(numbers)) * whole)
 
     kept, none = kept_of(value.kept), np.zeros(len(bits))
-    losses = value.value * (1 - kept * narrow(width))
+    losses = 1 - kept * narrow(width)
     yield _Many([None] * len(bits), bits, rows, sizes, kept, none, losses)
     if shares or not choices.hot or choices.bits or choices.widths:
         return
@@ -244,7 +246,7 @@ def _groups(
                 mixed = (width * coarse + columns * loss) / (width + columns)
                 hot_kept = each.share * (1 - np.where(is_own, mixed, loss))
                 left = kept * narrow(width) + hot_kept * np.where(is_own, own, alone)
-                losses = value.value * (1 - left)
+                losses = 1 - left
                 yield _Many([hot] * len(bits), bits, rows, sizes + extra, kept, hot_kept, losses)
 
 
@@ -267,7 +269,7 @@ def _few(value: TableValue, width: int, dim: int, narrowness: float) -> _Many:
         np.array([each.bytes(ids) + head for each in found], dtype=np.int64),
         none.astype(np.float64),
         kept,
-        value.value * (1 - kept * columns_kept(width, dim, narrowness)),
+        1 - kept * columns_kept(width, dim, narrowness),
     )
 
 

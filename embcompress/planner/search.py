@@ -15,7 +15,9 @@ from embcompress.methods.base import Method
 from embcompress.methods.full import Full
 from embcompress.planner.progress import Show, silent
 from embcompress.planner.trials import (
+    LEARNING_RATES,
     TRIAL_SEED,
+    Build,
     Trial,
     TrialData,
     choose,
@@ -23,7 +25,7 @@ from embcompress.planner.trials import (
     full_training,
     standard_error,
 )
-from embcompress.planner.worth import measure_worths
+from embcompress.planner.worth import train_full_tables
 
 #: Shares of the dense bytes at which the loss of AUC is measured first.
 _LADDER = (0.25, 0.06, 0.015, 0.004, 0.001)
@@ -83,8 +85,9 @@ class PlanSearch:
     """Short trainings of one model with other tables.
 
     Attributes:
-        build: makes the model with tables of a method in so many bytes.
-        plans: the same, its plans alone, in a form that compares.
+        build: makes the model with tables of a method in so many bytes, which know how often ids
+            occur among the examples to be trained on.
+        plans: for all examples, the same, its plans alone, in a form that compares.
         expected: share of the tables' value that a method in so many bytes is expected to lose;
             infinite where it cannot be made so small.
         dense_bytes: of the full tables.
@@ -93,7 +96,7 @@ class PlanSearch:
         show: is told what is being done.
     """
 
-    build: Callable[[Method, int], nn.Module]
+    build: Callable[[Method, int, TrialData], nn.Module]
     plans: Callable[[Method, int], Hashable]
     expected: Callable[[Method, int], float]
     dense_bytes: int
@@ -115,12 +118,16 @@ class PlanSearch:
         if len(methods) == 1:
             return [Trial(methods[0])]
         with torch.random.fork_rng():
+            learning_rate = LEARNING_RATES[0]
             if method.uses_worths:
                 self.show("what each table is worth, with full tables")
-                worths = measure_worths(self._seeded, self.dense_bytes, self.data, self._end)
-                methods = distinct(method.candidates(worths), plans)
+                full = train_full_tables(self._seeded, self.dense_bytes, self.data, self._end)
+                if full is not None:
+                    learning_rate = full.learning_rate
+                    methods = distinct(method.candidates(full.worths), plans)
             left = self._end - time.monotonic()
-            return choose(methods, self._builder(budget_bytes), self.data, left, self.show)
+            build = self._builder(budget_bytes)
+            return choose(methods, build, self.data, left, self.show, learning_rate)
 
     def smallest(self, method: Method, max_auc_loss: float) -> QualitySearch:
         """The fewest bytes that lose no more AUC than that.
@@ -146,12 +153,12 @@ class PlanSearch:
         measured = sorted(measured[1:], key=lambda each: -each.bytes)
         return QualitySearch(found, full, max_auc_loss, standard_error(self.data), tuple(measured))
 
-    def _builder(self, budget_bytes: int) -> Callable[[Method], nn.Module]:
-        return lambda method: self._seeded(method, budget_bytes)
+    def _builder(self, budget_bytes: int) -> Build:
+        return lambda method, data: self._seeded(method, budget_bytes, data)
 
-    def _seeded(self, method: Method, budget_bytes: int) -> nn.Module:
+    def _seeded(self, method: Method, budget_bytes: int, data: TrialData) -> nn.Module:
         torch.manual_seed(TRIAL_SEED)
-        return self.build(method, budget_bytes)
+        return self.build(method, budget_bytes, data)
 
     def _measure(self, method: Method, budget_bytes: int) -> float | None:
         """AUC of a short training, the best after any pass; None if the time ran out."""

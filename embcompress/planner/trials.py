@@ -26,18 +26,20 @@ Example = tuple[Any, Tensor]
 #: Examples that are tried on, at most: so many that a training takes seconds.
 MOST_EXAMPLES = 1 << 19
 _HELD_OUT = 0.1
-_LEARNING_RATE = 0.03  # of Adagrad
+#: Of Adagrad; the last one where it is clearly better for the full tables.
+LEARNING_RATES = (0.03, 0.1)
 #: Of the random numbers of trials: not the model's, so that all seeds get one plan for one data.
 TRIAL_SEED = 0
 #: Passes over the training examples, at most, and examples that a training sees altogether, unless
 #: one pass is more.
 _PASSES, _MOST_SEEN = 4, 1 << 19
-#: Shares of a training after which the worse half of the plans is left out; the best guess stays to
-#: the end, because a short training says least of what learns slowly.
-_RUNGS = (1 / 8, 1 / 4, 1 / 2, 1)
+#: Shares of a training after which the worse half of the plans is left out, but for so many; the
+#: best guess stays to the end, because a short training says least of what learns slowly.
+_RUNGS = (1 / 8, 1 / 4, 1 / 2)
+_FEWEST = 3
 #: Earlier parts of the examples by which the winner has to beat the best guess again, at most.
 _CONFIRMATIONS = 6
-#: Standard errors of its lead on the examples that chose it, where there was no time for others.
+#: So many standard errors are a clear lead.
 _ERRORS_AHEAD = 2.5
 
 
@@ -130,7 +132,7 @@ class TrialData:
 
 
 def training_order(data: TrialData) -> list[int]:
-    """Numbers of the training batches, in the order of a pass.
+    """Numbers of the training batches, in the order of trainings that are cut short.
 
     Every so many of them first, then those between: so the first part of a training sees all times
     of a log in time order, and ends with the latest, by which it is compared.
@@ -140,9 +142,12 @@ def training_order(data: TrialData) -> list[int]:
     return [batch for first in range(slices) for batch in range(first, count, slices)]
 
 
-def full_passes(data: TrialData, most: float = _PASSES) -> float:
-    """Passes of a training that is not cut short: fewer, the more examples there are."""
-    return min(most, max(1.0, _MOST_SEEN / data.examples))
+def full_passes(data: TrialData, most: int = _PASSES) -> int:
+    """Passes of a training that is not cut short: fewer, the more examples there are.
+
+    Whole ones: the first examples that are seen again are overfitted first.
+    """
+    return min(most, max(1, _MOST_SEEN // data.examples))
 
 
 def call_model(model: nn.Module, inputs: Any) -> Tensor:
@@ -158,12 +163,18 @@ def call_model(model: nn.Module, inputs: Any) -> Tensor:
     return output
 
 
+#: Makes the model with tables of a method, which know how often ids occur among the examples to be
+#: trained on; its own random numbers, the same each time.
+Build = Callable[[Method, TrialData], nn.Module]
+
+
 @dataclass(eq=False)
 class Trial:
     """A plan that is being tried.
 
     Attributes:
         method: what makes the plan.
+        learning_rate: of its training.
         ranking: of the held-out examples, the best after any number of passes.
         passes: over the training batches, after which it was evaluated last.
         lead: of its AUC over the best guess's on earlier examples, on average; None where it was
@@ -172,6 +183,7 @@ class Trial:
     """
 
     method: Method
+    learning_rate: float = LEARNING_RATES[0]
     ranking: Ranking | None = field(default=None, repr=False)
     passes: float = 0.0
     lead: float | None = None
@@ -186,16 +198,24 @@ class Trial:
         return 0.0 if self.ranking is None else self.ranking.auc
 
     def train(
-        self, build: Callable[[Method], nn.Module], data: TrialData, passes: float, end: float
+        self,
+        build: Build,
+        data: TrialData,
+        passes: float,
+        end: float,
+        order: Sequence[int] | None = None,
     ) -> None:
         """Go on to so many passes, and evaluate; give up when the time is past ``end``.
 
         Where the method has several phases, all but the last are run before the first pass.
+
+        Args:
+            order: numbers of the training batches; None for that of the data.
         """
-        order = training_order(data)
-        count = len(order)
+        count = len(data.training)
+        order = range(count) if order is None else order
         if self.model is None:
-            self.model = build(self.method)
+            self.model = build(self.method, data)
             self._procedure = TrainingProcedure(self.model)
             held_out = data.hold_out()
             while (phase := self._begin_phase(held_out)) != self._procedure.phases[-1]:
@@ -220,7 +240,7 @@ class Trial:
         assert model is not None and procedure is not None
         phase = procedure.begin_phase(lambda: ranking(model, data).auc)
         assert phase is not None
-        self._optimizer = make_optimizer(model, _LEARNING_RATE)
+        self._optimizer = make_optimizer(model, self.learning_rate)
         procedure.attach(self._optimizer)
         self._shown = itertools.cycle(data.validation)
         model.train()
@@ -283,53 +303,37 @@ def distinct(methods: Sequence[Method], plans: Callable[[Method], object]) -> li
 
 def choose(
     methods: Sequence[Method],
-    build: Callable[[Method], nn.Module],
+    build: Build,
     data: TrialData,
     seconds: float,
     show: Show = silent,
+    learning_rate: float = LEARNING_RATES[0],
 ) -> list[Trial]:
     """Which of some plans a model learns best with: the first, unless another is clearly better.
 
     The better half goes on to more passes each time (Jamieson & Talwalkar, "Non-stochastic best
-    arm identification and hyperparameter optimization", AISTATS 2016, algorithm 1). What wins so
-    is mostly the luckiest of those that are alike. So it has to win against the first again on
-    examples that did not choose it (:func:`confirm`): what cannot be told apart stays as it is.
+    arm identification and hyperparameter optimization", AISTATS 2016, algorithm 1). The last few
+    are trained anew, in the order of the data and as long as the AUC rises. What wins so is mostly
+    the luckiest of those that are alike. So it has to win against the first again on examples that
+    did not choose it (:func:`confirm`): what cannot be told apart stays as it is.
 
     Args:
         methods: to be tried; the first is the best guess, and is never left out.
-        build: makes a model with tables of that method; its own random numbers, the same each
-            time.
+        build: makes a model with tables of that method.
         data: what they are trained on and compared by.
         seconds: trainings end after so long; those that were not finished do not count, nor do
             others of as many passes. As long as the time is enough the result does not depend on
             how fast the machine is.
         show: is told what is being done.
+        learning_rate: of all trainings.
 
     Returns:
         All of them, the chosen one first, then those that came further before the others.
     """
     end = time.monotonic() + seconds
-    trials = [Trial(method) for method in methods]
-    first, alive = trials[0], trials
-    found: dict[Trial, Ranking] = {}
-    for share in _RUNGS:
-        passes = share * full_passes(data)
-        for number, trial in enumerate(alive, 1):
-            show(f"plan {number} of {len(alive)}, trained for {passes:.3g} passes")
-            trial.train(build, data, passes, end)
-        if any(trial.passes < passes for trial in alive):
-            break
-        found = {trial: trial.ranking for trial in alive if trial.ranking is not None}
-        better = sorted(alive, key=_rank)[: max(1, len(alive) // 2)]
-        alive = better if first in better else [*better, first]
-        for trial in trials:
-            if trial not in alive:
-                trial.end()
-        if len(alive) == 1:
-            break
-    for trial in alive:
-        trial.end()
-    winner = max(found, key=lambda trial: found[trial].auc, default=first)
+    trials = [Trial(method, learning_rate) for method in methods]
+    found = _finish(_halve(trials, build, data, end, show), build, data, end, show)
+    first, winner = trials[0], _plainest(found) if found else trials[0]
     if winner is not first:
         show("the best plan against the closed forms' choice, on earlier examples")
         is_better = confirm(winner, first, build, data, end)
@@ -340,6 +344,70 @@ def choose(
     return sorted(trials, key=lambda trial: (trial is not winner, *_rank(trial)))
 
 
+def _halve(
+    trials: Sequence[Trial],
+    build: Build,
+    data: TrialData,
+    end: float,
+    show: Show,
+) -> dict[Trial, Ranking]:
+    """The plans that are left after the last round that there was time for, in their order."""
+    alive, found = list(trials), {}
+    for share in _RUNGS:
+        passes = share * full_passes(data)
+        for number, trial in enumerate(alive, 1):
+            show(f"plan {number} of {len(alive)}, trained for {passes:.3g} passes")
+            trial.train(build, data, passes, end, training_order(data))
+        if any(trial.passes < passes for trial in alive):
+            break
+        better = sorted(alive, key=_rank)[: max(_FEWEST, len(alive) // 2)]
+        alive = [trial for trial in alive if trial in better or trial is trials[0]]
+        found = {trial: trial.ranking for trial in alive if trial.ranking is not None}
+        for trial in trials:
+            if trial not in alive:
+                trial.end()
+    for trial in trials:
+        trial.end()
+    return found
+
+
+def _finish(
+    found: dict[Trial, Ranking],
+    build: Build,
+    data: TrialData,
+    end: float,
+    show: Show,
+) -> dict[Trial, Ranking]:
+    """The same after whole trainings in the order of the data, if there was time for all."""
+    finished: dict[Trial, Ranking] = {}
+    for number, trial in enumerate(found, 1):
+        show(f"plan {number} of {len(found)}, trained to the end")
+        ranking = full_training(trial.method, build, data, end, learning_rate=trial.learning_rate)
+        if ranking is None:
+            return found
+        finished[trial] = ranking
+    for trial, ranking in finished.items():
+        trial.ranking, trial.passes = ranking, full_passes(data)
+    return finished
+
+
+def _plainest(found: dict[Trial, Ranking]) -> Trial:
+    """The best, or the first of those that are hardly worse, but for the best guess.
+
+    Within a standard error of the best (Breiman et al., "Classification and regression trees",
+    1984, section 3.4.3): a plan far from the best guess needs a reason.
+    """
+    first, *others = found
+    best = max(found, key=lambda trial: found[trial].auc)
+    if best is first:
+        return first
+    for trial in others:
+        lead, error = found[best].lead(found[trial])
+        if lead <= error:
+            return trial
+    return best
+
+
 def _rank(trial: Trial) -> tuple[float, float]:
     return -trial.passes, -trial.auc
 
@@ -347,7 +415,7 @@ def _rank(trial: Trial) -> tuple[float, float]:
 def confirm(
     challenger: Trial,
     first: Trial,
-    build: Callable[[Method], nn.Module],
+    build: Build,
     data: TrialData,
     end: float,
 ) -> bool | None:
@@ -360,44 +428,51 @@ def confirm(
     """
     leads: list[float] = []
     errors: list[float] = []
+    known = math.inf
     earlier = data.earlier()
     while earlier is not None and len(leads) < _CONFIRMATIONS:
-        one = full_training(challenger.method, build, earlier, end)
-        other = full_training(first.method, build, earlier, end)
+        one, other = (
+            full_training(each.method, build, earlier, end, learning_rate=each.learning_rate)
+            for each in (challenger, first)
+        )
         if one is None or other is None:
             break
         lead, error = one.lead(other)
         leads.append(lead)
         errors.append(error)
         challenger.lead = statistics.fmean(leads)
+        deviation = statistics.stdev(leads) if len(leads) > 1 else 0.0
+        known = max(statistics.fmean(errors), deviation) / math.sqrt(len(leads))
+        if len(leads) >= _FEWEST and abs(challenger.lead) > _ERRORS_AHEAD * known:
+            break
         earlier = earlier.earlier()
-    if challenger.lead is None:
-        return None
-    deviation = statistics.stdev(leads) if len(leads) > 1 else 0.0
-    error = max(statistics.fmean(errors), deviation) / math.sqrt(len(leads))
-    return challenger.lead > error
+    return None if challenger.lead is None else challenger.lead > known
 
 
 def full_training(
     method: Method,
-    build: Callable[[Method], nn.Module],
+    build: Build,
     data: TrialData,
     end: float,
-    most_passes: float = _PASSES,
+    most_passes: int = _PASSES,
+    learning_rate: float = LEARNING_RATES[0],
     on_better: Callable[[nn.Module], None] | None = None,
 ) -> Ranking | None:
     """Of a training that goes on as long as the AUC rises; None if the time ran out.
 
     Args:
+        most_passes: fewer, the more examples there are.
         on_better: called with the model after every pass that made the AUC rise.
     """
-    trial, best, most = Trial(method), -1.0, full_passes(data, most_passes)
-    while trial.passes < most and trial.auc > best:
-        best, passes = trial.auc, min(trial.passes + 1, most)
+    trial, best = Trial(method, learning_rate), -1.0
+    for passes in range(1, full_passes(data, most_passes) + 1):
         trial.train(build, data, passes, end)
         if trial.passes < passes:
             return None
-        if on_better is not None and trial.auc > best:
+        if trial.auc <= best:
+            break
+        best = trial.auc
+        if on_better is not None:
             assert trial.model is not None
             on_better(trial.model)
     return trial.ranking

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,8 @@ from embcompress.methods.base import Method
 from embcompress.methods.full import Full
 from embcompress.methods.hash import Hashing
 from embcompress.planner.lookups import count_lookups
-from embcompress.planner.trials import TrialData, full_training, log_loss
+from embcompress.planner.ranking import Ranking
+from embcompress.planner.trials import LEARNING_RATES, TrialData, full_training, log_loss
 from embcompress.tables.compressed_table import CompressedTable
 
 #: Full tables are trained where they take no more bytes; else tables of hashed rows that do.
@@ -21,14 +24,32 @@ MOST_BYTES = 1 << 30
 _CHUNK = 1 << 16  # ids
 
 
-def measure_worths(
-    build: Callable[[Method, int], nn.Module], dense_bytes: int, data: TrialData, end: float
-) -> dict[str, float] | None:
-    """For each table, the log-loss of held-out examples that a model loses without it.
+@dataclass(frozen=True)
+class FullTables:
+    """What trainings of a model with full tables show.
 
-    A model of full tables is trained as long as its held-out AUC rises. Then one table after the
-    other gives all of its ids their mean vector, as often as they occur: what a table does that is
-    pruned to one row, but for what training would make up for.
+    Attributes:
+        learning_rate: with which the model learns best.
+        worths: nats an example by table name, which the model loses without the table; 0 where
+            nothing is lost.
+    """
+
+    learning_rate: float
+    worths: dict[str, float]
+
+
+def train_full_tables(
+    build: Callable[[Method, int, TrialData], nn.Module],
+    dense_bytes: int,
+    data: TrialData,
+    end: float,
+) -> FullTables | None:
+    """The learning rate that a model learns best with, and what it loses without each table.
+
+    A model of full tables is trained as long as its held-out AUC rises, with each learning rate; a
+    later one is taken if its lead is more than a standard error. Then one table after the other
+    gives all of its ids their mean vector, as often as they occur: what a table does that is pruned
+    to one row, but for what training would make up for.
 
     Args:
         build: makes the model with tables of a method in so many bytes.
@@ -37,19 +58,35 @@ def measure_worths(
         end: time after which nothing more is begun (:func:`time.monotonic`).
 
     Returns:
-        Nats an example by table name, 0 where nothing is lost; None if the time ran out.
+        None if the time ran out.
     """
     is_small = dense_bytes <= MOST_BYTES
     method, limit = (Full(), dense_bytes) if is_small else (Hashing(), MOST_BYTES)
-    worths: dict[str, float] = {}
-    found = full_training(
-        method,
-        lambda method: build(method, limit),
-        data,
-        end,
-        on_better=lambda model: worths.update(_lost_without(model, data)),
-    )
-    return None if found is None else worths
+    best: tuple[Ranking, FullTables] | None = None
+    for learning_rate in LEARNING_RATES:
+        worths: dict[str, float] = {}
+        found = full_training(
+            method,
+            lambda method, data: build(method, limit, data),
+            data,
+            end,
+            learning_rate=learning_rate,
+            on_better=functools.partial(_measure_worths, data, worths),
+        )
+        if found is None:
+            return None
+        if best is None or _is_better(found, best[0]):
+            best = found, FullTables(learning_rate, worths)
+    return None if best is None else best[1]
+
+
+def _measure_worths(data: TrialData, worths: dict[str, float], model: nn.Module) -> None:
+    worths.update(_lost_without(model, data))
+
+
+def _is_better(one: Ranking, other: Ranking) -> bool:
+    lead, error = one.lead(other)
+    return lead > error
 
 
 @torch.no_grad()

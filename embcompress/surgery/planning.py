@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterable, Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -76,18 +77,42 @@ def plan_with_data(
     show("reading data")
     if planners:
         trial_data = TrialData.of(data)
-        known = with_statistics(model, candidates, tables, trial_data.training, show)
+        statistics = _KnownTables(model, candidates, tables, trial_data, show)
         return _planned(
-            model, known, planners[0], budget_bytes, max_auc_loss, trial_data, seconds, show
+            model, statistics, planners[0], budget_bytes, max_auc_loss, trial_data, seconds, show
         )
     assert budget_bytes is not None
     known = with_statistics(model, candidates, tables, first_batches(data), show)
     return Planned(known, budget_bytes, [], 0, None)
 
 
+class _KnownTables:
+    """The tables that are to be swapped, with statistics of some examples' ids."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        candidates: Sequence[Candidate],
+        tables: Sequence[Table],
+        data: TrialData,
+        show: Show,
+    ) -> None:
+        self._details = model, candidates, tables
+        self._whole = data, with_statistics(*self._details, data.training, show)
+        self._part = self._whole
+
+    def of(self, data: TrialData) -> list[Table]:
+        """The tables, with statistics of the examples to be trained on; the last are kept."""
+        if data is not self._part[0]:
+            is_whole = data is self._whole[0]
+            found = self._whole[1] if is_whole else with_statistics(*self._details, data.training)
+            self._part = data, found
+        return self._part[1]
+
+
 def _planned(
     model: nn.Module,
-    tables: Sequence[Table],
+    known: _KnownTables,
     planner: Auto,
     budget_bytes: int | None,
     max_auc_loss: float | None,
@@ -97,21 +122,22 @@ def _planned(
 ) -> Planned:
     """Settings of the planner, and the budget if there is none, by short trainings."""
 
-    def planned_by(method: Method) -> list[Table]:
+    tables = known.of(data)
+
+    def planned_by(method: Method, tables: Sequence[Table] = tables) -> list[Table]:
         return [
             replace(each, method=method) if isinstance(each.method, Auto) else each
             for each in tables
         ]
 
-    def plans_of(method: Method, limit: int) -> list[LookupPlan]:
+    @functools.cache
+    def plans(method: Method, limit: int) -> tuple[LookupPlan, ...]:
         methods = [each.method for each in planned_by(method)]
-        return allocate([each.spec for each in tables], methods, limit, full_plan)
+        return tuple(allocate([each.spec for each in tables], methods, limit, full_plan))
 
-    def build(method: Method, limit: int) -> nn.Module:
-        return _copy_with_tables(model, planned_by(method), plans_of(method, limit))
-
-    def plans(method: Method, limit: int) -> Hashable:
-        return tuple(plans_of(method, limit))
+    def build(method: Method, limit: int, part: TrialData) -> nn.Module:
+        # Which ids have rows of their own follows from what the copy is to be trained on.
+        return _copy_with_tables(model, planned_by(method, known.of(part)), plans(method, limit))
 
     def expected(method: Method, limit: int) -> float:
         assert isinstance(method, Auto)

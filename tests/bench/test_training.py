@@ -128,18 +128,16 @@ def test_parts_of_one_label_have_no_score() -> None:
     assert slice_scores(labels, np.linspace(0, 1, 6), 9)[6:] == [None] * 3
 
 
-def test_the_planner_sees_training_rows_alone(
-    log: ClickLog, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_planner_sees_no_test_rows(log: ClickLog, monkeypatch: pytest.MonkeyPatch) -> None:
     split, seen, batch = log.split("time"), [], log.batch
     monkeypatch.setattr(log, "batch", lambda rows: (seen.append(rows), batch(rows))[1])
     settings = replace(SETTINGS, split="time")
     counts = count_ids(log, split.train)
-    tried = try_candidates(log, split.train, settings, "auto", "5%", counts, 60)
+    tried = try_candidates(log, split, settings, "auto", "5%", counts, 60)
     assert len(tried) > 1 and tried[0].passes >= 1
-    assert np.isin(np.concatenate(seen), split.train).all()
+    assert not np.isin(np.concatenate(seen), split.test).any()
     assert [each.method for each in tried] == [
-        each.method for each in try_candidates(log, split.train, settings, "auto", "5%", counts, 60)
+        each.method for each in try_candidates(log, split, settings, "auto", "5%", counts, 60)
     ]
 
 
@@ -243,7 +241,7 @@ def test_short_trainings_run_the_phases(log: ClickLog) -> None:
     )
     methods = [PhasedSearch(), ec.LowDim()]
     trials = choose(
-        methods, lambda method: build_model(log, SETTINGS, method, "50%", 0), data, 100.0
+        methods, lambda method, data: build_model(log, SETTINGS, method, "50%", 0), data, 100.0
     )
     assert all(trial.passes > 0 and trial.auc > 0 for trial in trials)
 
