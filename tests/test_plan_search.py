@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from embcompress.planner.trials import (
     choose,
     confirm,
     full_passes,
+    full_training,
     ranking,
     standard_error,
     training_order,
@@ -231,6 +232,27 @@ def test_the_last_trainings_are_in_the_order_of_the_data(
     choose([Fake(1), Fake(9)], fake_build, labels, 60)
     assert orders[:6] == [training_order(labels)] * 6  # two plans, three rounds
     assert set(map(str, orders[6:])) == {"None"}
+
+
+def test_prequential_data_is_ranked_before_it_is_trained_on() -> None:
+    """Every example has an id of its own: nothing is known of it before, and all afterwards."""
+    torch.manual_seed(0)
+    ids, labels = torch.arange(2000).split(100), (torch.rand(2000) < 0.5).float().split(100)
+    data = TrialData.of(zip(ids, labels, strict=True))
+    built: list[nn.Module] = []
+
+    def build(method: Method, data: TrialData) -> nn.Module:
+        table = nn.Embedding(2000, 1)
+        nn.init.zeros_(table.weight)
+        built.append(nn.Sequential(table, nn.Flatten(0)))
+        return built[-1]
+
+    found = full_training(Fake(), build, replace(data, is_prequential=True), math.inf)
+    assert found is not None
+    assert len(found.of_positives) + len(found.of_negatives) == 1000  # of the second half
+    assert found.auc == 0.5
+    assert ranking(built[0], TrialData([], [*data.training, *data.validation])).auc == 1.0
+    assert full_training(Fake(), build, replace(data, is_prequential=True), 0.0) is None
 
 
 def test_the_best_guess_wins_what_cannot_be_told_apart(labels: TrialData) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,7 +125,7 @@ def trial_data(log: ClickLog, split: Split, settings: TrainingSettings) -> Trial
     rows = _trial_order(split, settings)
     training = _batches(log, rows[-MOST_EXAMPLES:], settings)
     if settings.split == "prequential":
-        return TrialData.of(training)
+        return replace(TrialData.of(training), is_prequential=True)
     every = -(-len(split.validation) // _MOST_COMPARED)
     return TrialData(list(training), list(_batches(log, split.validation[::every], settings)))
 

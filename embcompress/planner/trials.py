@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -75,10 +75,14 @@ class TrialData:
     Attributes:
         training: batches to train on.
         validation: later batches, to compare by.
+        is_prequential: whether the model will be trained on every example once, in their order, and
+            is compared by what it says of each before. Then whole trainings are compared by the
+            second half of all examples so.
     """
 
     training: list[Example]
     validation: list[Example]
+    is_prequential: bool = False
 
     @classmethod
     def of(cls, data: Iterable[Example], max_examples: int = MOST_EXAMPLES) -> TrialData:
@@ -114,7 +118,7 @@ class TrialData:
         are all alike.
         """
         count = len(self.validation)
-        result = TrialData(self.training[:-count], self.training[-count:])
+        result = replace(self, training=self.training[:-count], validation=self.training[-count:])
         if len(result.training) < count:
             return None
         labels = result.held_out_labels
@@ -204,6 +208,7 @@ class Trial:
         passes: float,
         end: float,
         order: Sequence[int] | None = None,
+        outputs: list[Tensor] | None = None,
     ) -> None:
         """Go on to so many passes, and evaluate; give up when the time is past ``end``.
 
@@ -211,6 +216,7 @@ class Trial:
 
         Args:
             order: numbers of the training batches; None for that of the data.
+            outputs: is given the model's of every batch before it was trained on.
         """
         count = len(data.training)
         order = range(count) if order is None else order
@@ -228,7 +234,9 @@ class Trial:
         for batch in range(round(self.passes * count), round(passes * count)):
             if time.monotonic() > end:
                 return
-            self._step(self._procedure.phase, data.training[order[batch % count]])
+            output = self._step(self._procedure.phase, data.training[order[batch % count]])
+            if outputs is not None:
+                outputs.append(output)
         self.passes = passes
         now = ranking(self.model, data)
         if self.ranking is None or now.auc > self.ranking.auc:
@@ -246,17 +254,19 @@ class Trial:
         model.train()
         return phase
 
-    def _step(self, phase: Phase, batch: Example) -> None:
+    def _step(self, phase: Phase, batch: Example) -> Tensor:
         model, procedure = self.model, self._procedure
         assert model is not None and procedure is not None and self._optimizer is not None
         inputs, labels = batch
-        binary_step(self._optimizer, call_model(model, inputs).reshape(-1), labels.reshape(-1))
+        output = call_model(model, inputs).reshape(-1)
+        binary_step(self._optimizer, output, labels.reshape(-1))
         if phase.split == "validation":
             inputs, labels = next(self._shown)
             validation_step(
                 procedure, lambda: call_model(model, inputs).reshape(-1), labels.reshape(-1)
             )
         procedure.step()
+        return output.detach()
 
     def end(self) -> None:
         """Let the model go."""
@@ -465,6 +475,8 @@ def full_training(
         on_better: called with the model after every pass that made the AUC rise.
     """
     trial, best = Trial(method, learning_rate), -1.0
+    if data.is_prequential:
+        return _prequential_training(trial, build, data, end)
     for passes in range(1, full_passes(data, most_passes) + 1):
         trial.train(build, data, passes, end)
         if trial.passes < passes:
@@ -476,6 +488,20 @@ def full_training(
             assert trial.model is not None
             on_better(trial.model)
     return trial.ranking
+
+
+def _prequential_training(
+    trial: Trial, build: Build, data: TrialData, end: float
+) -> Ranking | None:
+    """Of the second half of all examples, each ranked before it was trained on."""
+    batches = [*data.training, *data.validation]
+    outputs: list[Tensor] = []
+    trial.train(build, replace(data, training=batches), 1.0, end, outputs=outputs)
+    if trial.passes < 1.0:
+        return None
+    half = len(batches) // 2
+    labels = torch.cat([labels.reshape(-1) for _, labels in batches[half:]])
+    return Ranking.of(torch.cat(outputs[half:]).double().cpu().numpy(), labels.numpy() > 0.5)
 
 
 def standard_error(data: TrialData) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,7 @@ def train_full_tables(
     Returns:
         None if the time ran out.
     """
+    data = replace(data, is_prequential=False)  # held-out examples stay unseen
     is_small = dense_bytes <= MOST_BYTES
     method, limit = (Full(), dense_bytes) if is_small else (Hashing(), MOST_BYTES)
     best: tuple[Ranking, FullTables] | None = None
