@@ -68,6 +68,21 @@ def test_the_budget_is_for_all_tables_together() -> None:
         collection("low_dim", "1%")
 
 
+def test_plans_stand_for_a_budget() -> None:
+    tables = [ec.TableConfig("user", 500, 8), ec.TableConfig("item", 900, 8)]
+    first = ec.EmbeddingBagCollection(tables, method="qr", budget="10%")
+    plans = [bag.plan for bag in first.embedding_bags.values()]
+    again = ec.EmbeddingBagCollection(tables, method="qr", plans=plans)
+    assert [bag.plan for bag in again.embedding_bags.values()] == plans
+    for message, arguments in (
+        ("either plans or a budget, not both; got a budget of '10%'", {"budget": "10%"}),
+        ("one a table: 1 for 2 tables", {"plans": plans[:1]}),
+        ("'user' is of 900 × 8, the table of 500 × 8", {"plans": plans[::-1]}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ec.EmbeddingBagCollection(tables, method="qr", **{"plans": plans, **arguments})
+
+
 def test_vectors_do_not_depend_on_the_order_of_the_tables() -> None:
     ordered = collection(budget=None)
     reverse = ec.EmbeddingBagCollection(TABLES[::-1], method="hash")

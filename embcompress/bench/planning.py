@@ -56,7 +56,7 @@ def try_candidates(
     asked = resolve_method(method)
     if len(asked.candidates()) == 1:
         return [Trial(asked)]
-    trials = _Trials(log, split, settings, counts)
+    trials = PlanTrials(log, split, settings, counts)
     dense = sum(4 * settings.embedding_dim * f.num_embeddings for f in log.features)
     search = PlanSearch(
         trials.build,
@@ -69,8 +69,11 @@ def try_candidates(
     return search.settings(asked, parse_budget(budget, dense))
 
 
-class _Trials:
+class PlanTrials:
     """Models for trials, and what they are trained on.
+
+    Args:
+        log, split, settings, counts: see :func:`try_candidates`.
 
     Attributes:
         data: see :func:`trial_data`.

@@ -16,7 +16,7 @@ from embcompress.bench import execution as execution_module
 from embcompress.bench import training as training_module
 from embcompress.bench.environment import torch_threads
 from embcompress.bench.execution import checked_memory
-from embcompress.bench.planning import try_candidates
+from embcompress.bench.planning import PlanTrials, try_candidates
 from embcompress.bench.prequential import SLICES, slice_scores, train_prequential
 from embcompress.bench.records import RecordFile
 from embcompress.bench.settings import Run, SweepSettings, TrainingSettings
@@ -139,6 +139,22 @@ def test_the_planner_sees_no_test_rows(log: ClickLog, monkeypatch: pytest.Monkey
     assert [each.method for each in tried] == [
         each.method for each in try_candidates(log, split, settings, "auto", "5%", counts, 60)
     ]
+
+
+@pytest.mark.parametrize("kind", ["time", "prequential"])
+def test_trials_know_no_ids_of_later_rows(log: ClickLog, kind: str) -> None:
+    split, settings = log.split("time"), replace(SETTINGS, split=kind)
+    trials = PlanTrials(log, split, settings, count_ids(log, split.train))
+    part = trials.data.earlier()
+    assert part is not None and part.examples < trials.data.examples
+    half = split.train[: len(split.train) // 2]
+    later = len(split.train) - trials.data.examples  # rows that are held out
+    for data in (trials.data, part):
+        known = split.train[: data.examples + later] if kind == "time" else half
+        expected = build_model(log, settings, ec.Pruned(), "20%", 0, count_ids(log, known))
+        size = ec.memory(expected).total
+        found = trials.build(ec.Pruned(), size, data).state_dict()
+        assert all(torch.equal(found[k], v) for k, v in expected.state_dict().items())
 
 
 def test_a_record_says_what_the_tables_were_made_into(log: ClickLog, tmp_path: Path) -> None:
