@@ -91,8 +91,8 @@ class SweepSettings:
             to nothing on an idle machine, and wait for each other on a busy one. Not a part of
             a run's key.
         workers: processes that runs are shared out to. Not a part of a run's key.
-        plan_seconds: for a method that chooses its settings by short trainings on training rows,
-            after so long it begins no further one. Not a part of a run's key.
+        plan_seconds: for a method that chooses its settings by short trainings, after so long it
+            begins no further one. Not a part of a run's key.
     """
 
     data: tuple[str, ...]
