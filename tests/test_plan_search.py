@@ -14,21 +14,13 @@ from torch import Tensor, nn
 
 import embcompress as ec
 from embcompress.methods.base import Method
-from embcompress.planner import trials
+from embcompress.planner import choosing, trial_data
+from embcompress.planner.choosing import choose, confirm, training_order
 from embcompress.planner.lookups import count_lookups
 from embcompress.planner.ranking import Ranking
 from embcompress.planner.search import PlanSearch
-from embcompress.planner.trials import (
-    Trial,
-    TrialData,
-    choose,
-    confirm,
-    full_passes,
-    full_training,
-    ranking,
-    standard_error,
-    training_order,
-)
+from embcompress.planner.trial_data import TrialData, full_passes, standard_error
+from embcompress.planner.trials import Trial, full_training, ranking
 from embcompress.training.recipe import OverfittingGuard, initialize_tables
 
 USERS, ITEMS = 300, 1000
@@ -102,9 +94,9 @@ def test_the_first_part_of_a_training_sees_all_times(
 ) -> None:
     assert full_passes(data) == 4
     assert training_order(data) == [*range(0, 54, 2), *range(1, 54, 2)]
-    monkeypatch.setattr(trials, "_MOST_SEEN", 2 * data.examples)
+    monkeypatch.setattr(trial_data, "_MOST_SEEN", 2 * data.examples)
     assert full_passes(data) == 2 and training_order(data)[:14] == list(range(0, 54, 4))
-    monkeypatch.setattr(trials, "_MOST_SEEN", 1)
+    monkeypatch.setattr(trial_data, "_MOST_SEEN", 1)
     assert full_passes(data) == 1 and sorted(training_order(data)) == list(range(54))
 
 
@@ -302,7 +294,7 @@ def test_a_winner_has_to_be_ahead_by_more_than_the_parts_differ(
     """On average, both are; and the error of the examples is 0 here."""
     aucs = [auc for lead in leads for auc in (0.4 + lead, 0.4)]
     rankings = iter([Ranking(np.full(9, auc), np.full(9, auc)) for auc in aucs])
-    monkeypatch.setattr(trials, "full_training", lambda *_, **__: next(rankings))
+    monkeypatch.setattr(choosing, "full_training", lambda *_, **__: next(rankings))
     challenger = Trial(Fake(9))
     assert confirm(challenger, Trial(Fake(3)), fake_build, labels, math.inf) == wins
     assert challenger.lead == pytest.approx(np.mean(leads[:counted])) and challenger.lead > 0
@@ -322,7 +314,7 @@ def test_without_time_the_best_guess_is_taken(labels: TrialData) -> None:
 def test_without_time_for_other_examples_a_clear_lead_is_taken(
     labels: TrialData, monkeypatch: pytest.MonkeyPatch, first: Fake, other: Fake, wins: bool
 ) -> None:
-    monkeypatch.setattr(trials, "confirm", lambda *details: None)
+    monkeypatch.setattr(choosing, "confirm", lambda *details: None)
     lead, error = ranking(fake_build(other), labels).lead(ranking(fake_build(first), labels))
     assert lead > 0 and (lead > 2.5 * error) == wins
     tried = choose([first, other], fake_build, labels, 60)
@@ -343,7 +335,7 @@ def test_a_round_that_was_cut_off_does_not_count(
             whole(trial, build, data, passes, end, order)
 
     monkeypatch.setattr(Trial, "train", train)
-    monkeypatch.setattr(trials, "confirm", lambda *details: None)
+    monkeypatch.setattr(choosing, "confirm", lambda *details: None)
     tried = choose([Fake(1), Fake(9), Fake(8), Fake(2)], fake_build, labels, 60)
     assert tried[0].method == Fake(9)
     assert {trial.passes for trial in tried} == {1, 0.5}

@@ -13,7 +13,8 @@ import embcompress as ec
 from embcompress.methods.base import Method
 from embcompress.planner import worth
 from embcompress.planner.ranking import Ranking
-from embcompress.planner.trials import TrialData, log_loss
+from embcompress.planner.trial_data import TrialData
+from embcompress.planner.trials import log_loss
 from embcompress.planner.worth import train_full_tables
 from embcompress.training.recipe import initialize_tables
 

@@ -17,13 +17,8 @@ from embcompress.data.click_log import ClickLog, Split
 from embcompress.methods import Method, resolve_method
 from embcompress.plan import LookupPlan
 from embcompress.planner.search import PlanSearch
-from embcompress.planner.trials import (
-    MOST_EXAMPLES,
-    TRIAL_SEED,
-    Example,
-    Trial,
-    TrialData,
-)
+from embcompress.planner.trial_data import MOST_EXAMPLES, Example, TrialData
+from embcompress.planner.trials import TRIAL_SEED, Trial
 from embcompress.tables.compressed_table import CompressedTable
 
 #: Validation rows that plans are compared by, at most.

@@ -173,7 +173,7 @@ class Method(ABC):
     def candidates(self, worths: Mapping[str, float] | None = None) -> Sequence[Method]:
         """The method with other settings that may suit some data better; the best guess first.
 
-        Where there is data, short trainings tell which (:mod:`embcompress.planner.trials`).
+        Where there is data, short trainings tell which (:mod:`embcompress.planner.choosing`).
 
         Args:
             worths: by table name, what a model loses without the table; None where that was not

@@ -14,7 +14,8 @@ from embcompress.approximation.co_occurrence import CoOccurrence, Occurrences, a
 from embcompress.collection import EmbeddingBagCollection
 from embcompress.engine import make_bags
 from embcompress.planner.progress import Show, silent
-from embcompress.planner.trials import Example, call_model
+from embcompress.planner.trial_data import Example
+from embcompress.planner.trials import call_model
 from embcompress.tables.compressed_table import CompressedTable
 from embcompress.training.observation import observe_collection
 

@@ -24,7 +24,7 @@ QUANTIZATION_LOSS = {1: 0.3634, 2: 0.1188, 4: 0.002, 8: 0.0001, FLOAT: 0.0}
 #: model that is trained with narrow rows loses much less than the variance they cannot hold. From
 #: AUC on validation rows of MovieLens-100K (``benchmarks/planner.py constants``): with what 1 and 2
 #: bits lose for the unit, 1, 2 and 4 columns of 16 say 0.045, 0.09 and 0.065. Other data may need
-#: more: short trainings try that (:mod:`embcompress.planner.trials`).
+#: more: short trainings try that (:mod:`embcompress.planner.choosing`).
 NARROWNESS = 0.075
 #: What a table loses where its projection is other tables', too: their vectors lie in one space of
 #: w dimensions, in the same directions. On validation rows of MovieLens-100K hardly more than the

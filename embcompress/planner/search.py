@@ -13,18 +13,10 @@ from torch import nn
 
 from embcompress.methods.base import Method
 from embcompress.methods.full import Full
+from embcompress.planner.choosing import choose, distinct
 from embcompress.planner.progress import Show, silent
-from embcompress.planner.trials import (
-    LEARNING_RATES,
-    TRIAL_SEED,
-    Build,
-    Trial,
-    TrialData,
-    choose,
-    distinct,
-    full_training,
-    standard_error,
-)
+from embcompress.planner.trial_data import TrialData, standard_error
+from embcompress.planner.trials import LEARNING_RATES, TRIAL_SEED, Build, Trial, full_training
 from embcompress.planner.worth import train_full_tables
 
 #: Shares of the dense bytes at which the loss of AUC is measured first.

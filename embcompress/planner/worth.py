@@ -16,7 +16,8 @@ from embcompress.methods.full import Full
 from embcompress.methods.hash import Hashing
 from embcompress.planner.lookups import count_lookups
 from embcompress.planner.ranking import Ranking
-from embcompress.planner.trials import LEARNING_RATES, TrialData, full_training, log_loss
+from embcompress.planner.trial_data import TrialData
+from embcompress.planner.trials import LEARNING_RATES, full_training, log_loss
 from embcompress.tables.compressed_table import CompressedTable
 
 #: Full tables are trained where they take no more bytes; else tables of hashed rows that do.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from embcompress.approximation.co_occurrence import NOTHING, CoOccurrence
 from embcompress.planner.lookups import count_lookups, sample_company
 from embcompress.planner.progress import Show, silent
-from embcompress.planner.trials import Example
+from embcompress.planner.trial_data import Example
 from embcompress.surgery.table_building import Table
 from embcompress.surgery.table_finding import Candidate
 

@@ -16,7 +16,8 @@ from embcompress.methods.auto import Auto
 from embcompress.plan import LookupPlan
 from embcompress.planner.progress import PlanProgress, Show, silent
 from embcompress.planner.search import PlanSearch, QualitySearch
-from embcompress.planner.trials import Example, Trial, TrialData, first_batches
+from embcompress.planner.trial_data import Example, TrialData, first_batches
+from embcompress.planner.trials import Trial
 from embcompress.surgery.id_statistics import with_statistics
 from embcompress.surgery.table_building import Table, build_modules, put_in_place
 from embcompress.surgery.table_finding import Candidate

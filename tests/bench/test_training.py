@@ -33,7 +33,9 @@ from embcompress.bench.training import (
 )
 from embcompress.data import ClickLog, load_click_log
 from embcompress.models import MODELS
-from embcompress.planner.trials import Trial, TrialData, choose
+from embcompress.planner.choosing import choose
+from embcompress.planner.trial_data import TrialData
+from embcompress.planner.trials import Trial
 from embcompress.training.recipe import binary_step, make_optimizer
 from tests.phased_method import Searched
 
