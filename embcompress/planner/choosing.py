@@ -18,10 +18,9 @@ from embcompress.planner.trials import LEARNING_RATES, Build, Trial, full_traini
 #: best guess stays to the end, because a short training says least of what learns slowly.
 _RUNGS = (1 / 8, 1 / 4, 1 / 2)
 _FEWEST = 3
-#: Earlier parts of the examples by which the winner has to beat the best guess again, at most, and
-#: parts after which a clear lead or lag is enough.
-_CONFIRMATIONS, _FEWEST_CONFIRMATIONS = 6, 3
-#: So many standard errors are a clear lead.
+#: Earlier parts of the examples by which the winner has to beat the best guess again, at most.
+_CONFIRMATIONS = 3
+#: Standard errors of its lead on the examples that chose it, where there was no time for others.
 _ERRORS_AHEAD = 2.5
 
 
@@ -75,13 +74,12 @@ def choose(
     end = time.monotonic() + seconds
     trials = [Trial(method, learning_rate) for method in methods]
     found = _finish(_halve(trials, build, data, end, show), build, data, end, show)
-    first, winner = trials[0], _plainest(found) if found else trials[0]
+    first = trials[0]
+    winner = max(found, key=lambda trial: found[trial].auc, default=first)
     if winner is not first:
         show("the best plan against the closed forms' choice, on earlier examples")
-        is_better = confirm(winner, first, build, data, end)
-        if is_better is None:
-            lead, error = found[winner].lead(found[first])
-            is_better = lead > _ERRORS_AHEAD * error
+        known = found[winner].lead(found[first])
+        is_better = confirm(winner, first, known, build, data, end)
         winner = winner if is_better else first
     return sorted(trials, key=lambda trial: (trial is not winner, *_rank(trial)))
 
@@ -133,23 +131,6 @@ def _finish(
     return finished
 
 
-def _plainest(found: dict[Trial, Ranking]) -> Trial:
-    """The best, or the first of those that are hardly worse, but for the best guess.
-
-    Within a standard error of the best (Breiman et al., "Classification and regression trees",
-    1984, section 3.4.3): a plan far from the best guess needs a reason.
-    """
-    first, *others = found
-    best = max(found, key=lambda trial: found[trial].auc)
-    if best is first:
-        return first
-    for trial in others:
-        lead, error = found[best].lead(found[trial])
-        if lead <= error:
-            return trial
-    return best
-
-
 def _rank(trial: Trial) -> tuple[float, float]:
     return -trial.passes, -trial.auc
 
@@ -157,22 +138,25 @@ def _rank(trial: Trial) -> tuple[float, float]:
 def confirm(
     challenger: Trial,
     first: Trial,
+    known: tuple[float, float],
     build: Build,
     data: TrialData,
     end: float,
-) -> bool | None:
-    """Whether the challenger beats the first on earlier examples, too; its lead is noted.
+) -> bool:
+    """Whether the challenger beats the first on earlier examples, too; its lead there is noted.
 
-    Both are trained on ever fewer of the examples, up to six times, and compared by those that
-    follow. The mean lead must be more than its standard error: that of the draw of the examples,
-    or that which the leads show, if it is larger, because trainings have a noise of their own. A
-    part for which there was no time does not count; None if there was time for none.
+    Both are trained on ever fewer of the examples, up to three times, and compared by those that
+    follow. The mean of these leads and of the known one must be more than its standard error: that
+    of the draw of the examples, or that which the leads show, if it is larger, because trainings
+    have a noise of their own. A part for which there was no time does not count; if there was time
+    for none, the known lead must be 2.5 standard errors.
+
+    Args:
+        known: lead on the examples that chose the challenger, and its standard error.
     """
-    leads: list[float] = []
-    errors: list[float] = []
-    known = math.inf
+    leads, errors = [known[0]], [known[1]]
     earlier = data.earlier()
-    while earlier is not None and len(leads) < _CONFIRMATIONS:
+    while earlier is not None and len(leads) <= _CONFIRMATIONS:
         one, other = (
             full_training(each.method, build, earlier, end, learning_rate=each.learning_rate)
             for each in (challenger, first)
@@ -182,13 +166,12 @@ def confirm(
         lead, error = one.lead(other)
         leads.append(lead)
         errors.append(error)
-        challenger.lead = statistics.fmean(leads)
-        deviation = statistics.stdev(leads) if len(leads) > 1 else 0.0
-        known = max(statistics.fmean(errors), deviation) / math.sqrt(len(leads))
-        if len(leads) >= _FEWEST_CONFIRMATIONS and abs(challenger.lead) > _ERRORS_AHEAD * known:
-            break
+        challenger.lead = statistics.fmean(leads[1:])
         earlier = earlier.earlier()
-    return None if challenger.lead is None else challenger.lead > known
+    if challenger.lead is None:
+        return known[0] > _ERRORS_AHEAD * known[1]
+    error = max(statistics.fmean(errors), statistics.stdev(leads)) / math.sqrt(len(leads))
+    return statistics.fmean(leads) > error
 
 
 def training_order(data: TrialData) -> list[int]:
