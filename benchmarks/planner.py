@@ -36,6 +36,7 @@ from embcompress.data import ClickLog, load_click_log
 from embcompress.data.click_log import Split
 from embcompress.methods.base import TableSpec
 from embcompress.planner.loss import table_value
+from embcompress.planner.trial_data import TrialData
 from embcompress.planner.worth import train_full_tables
 
 LEARNING_RATES = (0.03, 0.1)
@@ -108,7 +109,7 @@ def worths(log: ClickLog, settings: TrainingSettings, seeds: int) -> None:
             for f in log.features
         ]
 
-        def build(method: ec.Method, size: int) -> torch.nn.Module:
+        def build(method: ec.Method, size: int, data: TrialData) -> torch.nn.Module:
             return build_model(log, settings, method, size, seed, counts)  # noqa: B023
 
         dense = sum(spec.dense_bytes for spec in specs)
