@@ -104,30 +104,12 @@ class EmbeddingBagCollection(nn.Module):
     ) -> None:
         super().__init__()
         _check_names(tables)
-        if plans is not None:
-            _check_plans(tables, plans, budget)
         resolved = resolve_method(method)
-        name = dtype_name(torch.get_default_dtype() if dtype is None else dtype)
-        specs = [
-            TableSpec(
-                t.num_embeddings,
-                t.embedding_dim,
-                t.name,
-                seed,
-                name,
-                t.counts,
-                t.queries,
-                t.co_occurrence,
-            )
-            for t in tables
-        ]
-        if plans is None and budget is None:
-            plans = default_plans(resolved, specs)
-        elif plans is None:
-            assert budget is not None
-            dense = sum(spec.dense_bytes for spec in specs)
-            limit = parse_budget(budget, dense)
-            plans = allocate(specs, [resolved] * len(specs), limit, full_plan)
+        specs = _specs(tables, seed, dtype)
+        if plans is None:
+            plans = _plans(specs, resolved, budget)
+        else:
+            _check_plans(tables, plans, budget)
         self.embedding_bags = nn.ModuleDict()
         for table, spec, plan in zip(tables, specs, plans, strict=True):
             is_full = plan.is_dense and not resolved.searches_plans
@@ -300,6 +282,46 @@ def feature_bags(name: str, value: FeatureInput) -> Bags:
         return make_bags(ids, offsets, weights, include_last_offset=False)
     except (TypeError, ValueError) as error:
         raise type(error)(f"feature {name!r}: {error}") from None
+
+
+def plan_tables(
+    tables: Sequence[TableConfig],
+    *,
+    method: str | Method,
+    budget: Budget | None = None,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+) -> list[LookupPlan]:
+    """The plans that :class:`EmbeddingBagCollection` gives the tables, without the tables.
+
+    Raises:
+        BudgetError: the budget cannot be met; the error names the smallest that can.
+    """
+    return _plans(_specs(tables, seed, dtype), resolve_method(method), budget)
+
+
+def _specs(tables: Sequence[TableConfig], seed: int, dtype: torch.dtype | None) -> list[TableSpec]:
+    name = dtype_name(torch.get_default_dtype() if dtype is None else dtype)
+    return [
+        TableSpec(
+            t.num_embeddings,
+            t.embedding_dim,
+            t.name,
+            seed,
+            name,
+            t.counts,
+            t.queries,
+            t.co_occurrence,
+        )
+        for t in tables
+    ]
+
+
+def _plans(specs: Sequence[TableSpec], method: Method, budget: Budget | None) -> list[LookupPlan]:
+    if budget is None:
+        return default_plans(method, specs)
+    limit = parse_budget(budget, sum(spec.dense_bytes for spec in specs))
+    return allocate(specs, [method] * len(specs), limit, full_plan)
 
 
 def _check_plans(

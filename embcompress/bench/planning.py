@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from embcompress.bench.settings import TrainingSettings
-from embcompress.bench.training import build_model, count_ids
+from embcompress.bench.training import build_model, count_ids, table_configs
 from embcompress.budget import parse_budget
+from embcompress.collection import plan_tables
 from embcompress.data.click_log import ClickLog, Split
 from embcompress.methods import Method, resolve_method
 from embcompress.plan import LookupPlan
 from embcompress.planner.search import PlanSearch
 from embcompress.planner.trial_data import MOST_EXAMPLES, Example, TrialData
 from embcompress.planner.trials import TRIAL_SEED, Trial
-from embcompress.tables.compressed_table import CompressedTable
 
 #: Validation rows that plans are compared by, at most.
 _MOST_COMPARED = MOST_EXAMPLES // 8
@@ -89,10 +89,9 @@ class PlanTrials:
     def plans(self, method: Method, size: int) -> tuple[LookupPlan, ...]:
         """The method's plans of all tables in so many bytes."""
         if (method, size) not in self._plans:
-            details = (self._log, self._settings, method, size, TRIAL_SEED, self._counts)
-            tables = build_model(*details).get_submodule("embeddings.embedding_bags").children()
-            plans = tuple(table.plan for table in tables if isinstance(table, CompressedTable))
-            self._plans[method, size] = plans
+            tables = table_configs(self._log, self._settings, self._counts)
+            plans = plan_tables(tables, method=method, budget=size, seed=TRIAL_SEED)
+            self._plans[method, size] = tuple(plans)
         return self._plans[method, size]
 
     def build(self, method: Method, size: int, data: TrialData) -> nn.Module:

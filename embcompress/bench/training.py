@@ -160,6 +160,26 @@ def sample_co_occurrence(log: ClickLog, rows: NDArray[np.int64]) -> dict[str, Te
     return {name: each.samples() for name, each in found.items()}
 
 
+def table_configs(
+    log: ClickLog,
+    settings: TrainingSettings,
+    counts: Mapping[str, Tensor] | None = None,
+    co_occurrence: Mapping[str, Tensor] | None = None,
+) -> list[TableConfig]:
+    """One table a feature; see :func:`build_model`."""
+    return [
+        TableConfig(
+            f"t_{f.name}",
+            f.num_embeddings,
+            settings.embedding_dim,
+            (f.name,),
+            counts=None if counts is None else counts[f.name],
+            co_occurrence=None if co_occurrence is None else co_occurrence[f.name],
+        )
+        for f in log.features
+    ]
+
+
 def build_model(
     log: ClickLog,
     settings: TrainingSettings,
@@ -184,17 +204,7 @@ def build_model(
     Raises:
         BudgetError: the method cannot meet the budget for these tables.
     """
-    tables = [
-        TableConfig(
-            f"t_{f.name}",
-            f.num_embeddings,
-            settings.embedding_dim,
-            (f.name,),
-            counts=None if counts is None else counts[f.name],
-            co_occurrence=None if co_occurrence is None else co_occurrence[f.name],
-        )
-        for f in log.features
-    ]
+    tables = table_configs(log, settings, counts, co_occurrence)
     torch.manual_seed(seed)
     collection = EmbeddingBagCollection(
         tables, method=method, budget=budget, seed=seed, plans=plans

@@ -14,6 +14,7 @@ from torch import nn
 from embcompress.methods.base import Method
 from embcompress.methods.full import Full
 from embcompress.planner.choosing import choose, distinct
+from embcompress.planner.options import table_options
 from embcompress.planner.progress import Show, silent
 from embcompress.planner.trial_data import TrialData, standard_error
 from embcompress.planner.trials import LEARNING_RATES, TRIAL_SEED, Build, Trial, full_training
@@ -106,6 +107,14 @@ class PlanSearch:
         def plans(each: Method) -> Hashable:
             return self.plans(each, budget_bytes)
 
+        try:
+            return self._settings(method, budget_bytes, plans)
+        finally:
+            table_options.cache_clear()  # settings share options, and they are many
+
+    def _settings(
+        self, method: Method, budget_bytes: int, plans: Callable[[Method], Hashable]
+    ) -> list[Trial]:
         methods = distinct(method.candidates(), plans)
         if len(methods) == 1:
             return [Trial(methods[0])]

@@ -50,7 +50,8 @@ class Trial:
         method: what makes the plan.
         learning_rate: of its training.
         ranking: of the held-out examples, the best after any number of passes.
-        passes: over the training batches, after which it was evaluated last.
+        passes: over the training batches, after which it was evaluated last; of a training to the
+            end so many as it may have, whether or not the AUC rose as long.
         lead: of its AUC over the best guess's on earlier examples, on average; None where it was
             not compared there.
         model: while it is trained.
@@ -200,7 +201,8 @@ def _prequential_training(
     """Of the second half of all examples, each ranked before it was trained on."""
     batches = [*data.training, *data.validation]
     outputs: list[Tensor] = []
-    trial.train(build, replace(data, training=batches), 1.0, end, outputs=outputs)
+    one_pass = replace(data, training=batches)
+    trial.train(lambda method, _: build(method, data), one_pass, 1.0, end, outputs=outputs)
     if trial.passes < 1.0:
         return None
     half = len(batches) // 2

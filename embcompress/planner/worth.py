@@ -61,7 +61,7 @@ def train_full_tables(
     Returns:
         None if the time ran out.
     """
-    data = replace(data, is_prequential=False)  # held-out examples stay unseen
+    unseen = replace(data, is_prequential=False)  # held-out examples stay so
     is_small = dense_bytes <= MOST_BYTES
     method, limit = (Full(), dense_bytes) if is_small else (Hashing(), MOST_BYTES)
     best: tuple[Ranking, FullTables] | None = None
@@ -69,11 +69,11 @@ def train_full_tables(
         worths: dict[str, float] = {}
         found = full_training(
             method,
-            lambda method, data: build(method, limit, data),
-            data,
+            lambda method, _: build(method, limit, data),
+            unseen,
             end,
             learning_rate=learning_rate,
-            on_better=functools.partial(_measure_worths, data, worths),
+            on_better=functools.partial(_measure_worths, unseen, worths),
         )
         if found is None:
             return None
