@@ -6,6 +6,8 @@ TORCH_VERSION ?= 2.13.0
 TORCHREC_NEEDS := fbgemm-gpu-cpu pyre-extensions tensordict torchmetrics tqdm
 VENV := .venv
 RUN := $(VENV)/bin
+# torch compiles the engine's files side by side where it finds ninja.
+WITH_NINJA := PATH="$(CURDIR)/$(RUN):$$PATH"
 CSRC := $(shell find csrc -type f 2>/dev/null)
 CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(CSRC))
 SWEEP_METHODS ?= full,hash,qr,low_dim,low_bit
@@ -37,8 +39,8 @@ $(VENV)/.torch: $(VENV)/.python
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py constraints.txt $(CSRC)
-	$(RUN)/pip install -q -c constraints.txt "setuptools>=77" wheel
-	$(RUN)/pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	$(RUN)/pip install -q -c constraints.txt "setuptools>=77" wheel ninja
+	$(WITH_NINJA) $(RUN)/pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
 	@$(RUN)/python -c "from embcompress.engine import ops; print('The compiled CPU engine is built.' \
 	    if ops.is_available() else 'No C++ compiler was found: lookups run in pure torch.')"
 	@touch $@
@@ -77,8 +79,8 @@ format: setup ## format Python and C++ files
 
 # Leaks are left out: the interpreter never frees what it holds at its end.
 sanitize: setup ## the engine's tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	EMBCOMPRESS_SANITIZE=1 EMBCOMPRESS_BUILD_EXTENSION=1 $(RUN)/python setup.py -q build_ext \
-	    --build-lib .sanitize/lib --build-temp .sanitize/temp
+	$(WITH_NINJA) EMBCOMPRESS_SANITIZE=1 EMBCOMPRESS_BUILD_EXTENSION=1 \
+	    $(RUN)/python setup.py -q build_ext --build-lib .sanitize/lib --build-temp .sanitize/temp
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	    EMBCOMPRESS_LIBRARY=.sanitize/lib/embcompress/_C.abi3.so OMP_NUM_THREADS=2 \

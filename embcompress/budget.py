@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 from embcompress.methods.base import JointMethod, Method, TableSpec
 from embcompress.plan import LookupPlan, total_bytes
@@ -117,18 +118,25 @@ def fit_plan(method: Method, table: TableSpec, budget_bytes: int) -> LookupPlan:
     Raises:
         BudgetError: not even the smallest size fits.
     """
+    return _fit(method, table, budget_bytes, partial(method.plan, table))
+
+
+def _fit(
+    method: Method, table: TableSpec, budget_bytes: int, plan: Callable[[int], LookupPlan]
+) -> LookupPlan:
+    """The same, with the method's plan of each size."""
     sizes = method.sizes(table)
     # Bytes rise with the size, so the sizes that fit are the first ones.
-    fitting = bisect_right(sizes, budget_bytes, key=lambda size: method.plan(table, size).bytes)
+    fitting = bisect_right(sizes, budget_bytes, key=lambda size: plan(size).bytes)
     if fitting == 0:
-        smallest = smallest_plan(method, table).bytes
+        smallest = plan(sizes[0]).bytes
         raise BudgetError(
             f"{_table_name(table)}: {method.name!r} cannot take {budget_bytes} bytes; the smallest "
             f"budget it can meet is {smallest} bytes "
             f"({100 * smallest / table.dense_bytes:.3g}% of the dense table)",
             smallest,
         )
-    return method.plan(table, sizes[fitting - 1])
+    return plan(sizes[fitting - 1])
 
 
 def fit_group(
@@ -240,14 +248,19 @@ def _level(
 ) -> list[LookupPlan]:
     """Plans of at most a common level of bytes; see :func:`allocate`."""
     dense_plans = [full(table) for table in tables]
-    smallest_bytes = [smallest_plan(m, t).bytes for m, t in zip(methods, tables, strict=True)]
+    # Many levels are tried, and the searches for a size of each begin alike.
+    plans_of = [cache(partial(m.plan, t)) for m, t in zip(methods, tables, strict=True)]
+    smallest_bytes = [
+        plan(method.sizes(table)[0]).bytes
+        for plan, method, table in zip(plans_of, methods, tables, strict=True)
+    ]
 
     def fit(index: int, level: int) -> LookupPlan:
         """The best plan of the table within the level, or its smallest plan above it."""
         level = max(level, smallest_bytes[index])
         if dense_plans[index].bytes <= level:
             return dense_plans[index]
-        return fit_plan(methods[index], tables[index], level)
+        return _fit(methods[index], tables[index], level, plans_of[index])
 
     def total(plans: Sequence[LookupPlan]) -> int:
         return sum(plan.bytes for plan in plans)

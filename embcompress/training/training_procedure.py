@@ -381,9 +381,15 @@ class _Hook:
     ) -> None:
         self._procedure = None if procedure is None else weakref.ref(procedure)
         self._observer = observer
+        # Not as a decorator: it imports the compiler, which takes as long as torch itself.
+        self._watch = None if procedure is None else torch.compiler.disable(self._watch_call)
 
-    @torch.compiler.disable
     def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        return None if self._watch is None else self._watch(module, args, kwargs, output)
+
+    def _watch_call(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
         procedure = None if self._procedure is None else self._procedure()
