@@ -292,9 +292,9 @@ def test_the_dial_of_low_bit_rises(rows: int, width: int) -> None:
 
 def test_settings_fix_width_and_bits() -> None:
     table = TableSpec(ROWS, 6)
-    assert ec.LowBit(width=3).shapes(table) == [(3, 1), (3, 2), (3, 4), (3, 8)]
-    assert ec.LowBit(bits=2).shapes(table) == [(width, 2) for width in range(1, 7)]
-    assert ec.LowBit(5, 1).shapes(table) == [(5, 1)]
+    assert ec.LowBit(width=3).shapes(table) == ((3, 1), (3, 2), (3, 4), (3, 8))
+    assert ec.LowBit(bits=2).shapes(table) == tuple((width, 2) for width in range(1, 7))
+    assert ec.LowBit(5, 1).shapes(table) == ((5, 1),)
 
 
 @pytest.mark.parametrize("budget", ["10%", "3.5%", "1.7%", "0.9%", "0.5%", "0.3%"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -74,7 +75,7 @@ class LowBit(JointMethod):
                 f"head_dtype must be one of {', '.join(FLOAT_BITS)}, got {self.head_dtype!r}"
             )
 
-    def shapes(self, table: TableSpec) -> list[tuple[int, int]]:
+    def shapes(self, table: TableSpec) -> tuple[tuple[int, int], ...]:
         """The pairs (w, b) of the dial, in order of bytes.
 
         Raises:
@@ -84,8 +85,7 @@ class LowBit(JointMethod):
             raise ValueError(
                 f"width must be at most the table's, {table.embedding_dim}, got {self.width}"
             )
-        pairs = self._pairs(table.embedding_dim)
-        return sorted(pairs, key=lambda pair: self._plan(table, *pair).bytes)
+        return _shapes(self, table.num_embeddings, table.embedding_dim, table.dtype)
 
     def _pairs(self, widest: int) -> list[tuple[int, int]]:
         """Pairs that the settings allow; without settings, those worth their bytes."""
@@ -166,6 +166,14 @@ class LowBit(JointMethod):
             "projection": projection.to(getattr(torch, plan.store("projection").dtype)),
         }
         return {**stores, "weight": pack_latents(plan, store, stores)}
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(method: LowBit, rows: int, columns: int, dtype: str) -> tuple[tuple[int, int], ...]:
+    """See the method of that name; budgets ask for it again and again."""
+    table = TableSpec(rows, columns, dtype=dtype)
+    pairs = method._pairs(columns)
+    return tuple(sorted(pairs, key=lambda pair: method._plan(table, *pair).bytes))
 
 
 def _quantized(rows: Tensor, scale: Tensor, bits: int) -> Tensor:
