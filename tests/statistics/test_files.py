@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from embcompress import Profile, ProfileSettings
 from embcompress.statistics import profiles
 from embcompress.statistics.files import ProfileFileError, _digest
-from tests.test_statistics import assert_equal_states, make_batches, run
+from tests.statistics.logs import assert_equal_states, make_batches, run
 
 TINY = ProfileSettings(
     exact_ids=20, sketch_columns=256, sketch_rows=2, heavy_hitters=16, sampled_ids=64,
