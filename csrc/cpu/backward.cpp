@@ -16,7 +16,6 @@ constexpr int64_t kPiece = 4096;  // of ids, or of entries of one row
 // Pieces of the batch: few of them, because each has a gradient of the whole store.
 constexpr int64_t kShortestPiece = 1024;
 constexpr int64_t kMostPieces = 16;
-constexpr int64_t kSmallGradient = 16384;  // numbers
 constexpr int64_t kUpdatesPerThread = 512;
 
 void reduce_rows(Reducer& reducer, const StoreGradient& gradient, int64_t begin, int64_t end,
@@ -41,25 +40,6 @@ EMBCOMPRESS_CLONES void update_range(const Updated& store, const int64_t* rows, 
         if (i + 8 < end) store.prefetch(rows[i + 8]);
         store.update(rows[i], values + i * store.width);
     }
-}
-
-// Whether the entries of a source read rows of a store while they are added up.
-bool reads(const Lookup& lookup, const Source& source, int64_t store) {
-    for (int64_t t = 0; t < source.feature->num_probes; ++t) {
-        const Probe& probe = lookup.probes[source.feature->first_probe + t];
-        if (!source.is_product && t != source.use.probe) continue;
-        const Quantization& q = probe.quantization;
-        if (t != source.use.probe && probe.store == store) return true;
-        if (probe.scale.kind == ScaleKind::kWeight && probe.scale.store == store) return true;
-        if (q.bits > 0 && (q.scale_store == store || q.bias_store == store)) return true;
-    }
-    return false;
-}
-
-// Whether a probe reads rows as they are, one for every id but padding.
-bool is_plain(const Lookup& lookup, const Probe& probe) {
-    return probe.code.table.store < 0 && probe.quantization.bits == 0 && !is_sparse(probe) &&
-           probe.stride == probe.width && lookup.stores[probe.store].dtype == Dtype::kFloat32;
 }
 
 // A piece of the batch of one use, and what it adds to the whole store.
@@ -102,10 +82,7 @@ struct StoreGradients::State {
     State(const Lookup& lookup, const float* grad, int num_threads)
         : lookup(lookup), output(lookup, grad, num_threads), num_threads(num_threads) {}
 
-    void add_store(int64_t number);
-    void join_factors();
     bool shares_memory() const;
-    Source source_of(const Use& use, bool is_summed) const;
     bool add_piece(Piece& piece, RowBlock& block, Reducer& reducer) const;
     void add_pieces();
     void add_contributions_of_ids();
@@ -117,61 +94,6 @@ struct StoreGradients::State {
     int64_t most_probes() const;
 };
 
-Source StoreGradients::State::source_of(const Use& use, bool is_summed) const {
-    Source source{};
-    source.pieces = 1;
-    source.use = use;
-    source.feature = &lookup.features[use.feature];
-    source.first = ids_of(lookup, use.feature).begin;
-    if (use.role == Role::kHead) return source;
-    source.probe = &probe_of(lookup, use);
-    if (use.role != Role::kRows) {
-        source.width = contribution_width(lookup, use);
-        source.column = contribution_column(lookup, use);
-        return source;
-    }
-    const int64_t pieces = pieces_of(lookup, *source.probe);
-    if (is_summed) source.pieces = pieces;
-    source.width = source.probe->width / pieces * source.pieces;
-    source.first_column = use.piece * source.width;
-    source.is_product = source.feature->combine == Combine::kMul && source.feature->num_probes > 1;
-    source.has_coefficients =
-        output.has_coefficients(use.feature) || source.probe->scale.kind != ScaleKind::kNone;
-    for (int64_t t = 0; source.is_product && t < source.feature->num_probes; ++t) {
-        const Probe& other = lookup.probes[source.feature->first_probe + t];
-        source.has_coefficients |= other.scale.kind != ScaleKind::kNone;
-    }
-    return source;
-}
-
-void StoreGradients::State::add_store(int64_t number) {
-    StoreGradient& gradient = stores.emplace_back();
-    gradient.store = lookup.stores[number];
-    gradient.number = number;
-    int64_t count = 0;
-    const std::vector<Use> uses = uses_of(lookup, number);
-    for (const Use& use : uses) count += ids_of(lookup, use.feature).size();
-    const int64_t rows = gradient.store.rows, numbers = rows * gradient.store.width;
-    const bool is_small = numbers <= kSmallGradient && rows <= count;
-    for (const Use& use : uses) {
-        const bool is_summed =
-            use.role == Role::kHead || (use.role == Role::kRows ? is_small : rows == 1);
-        // A sum takes the pieces of an overlapping row at once.
-        if (is_summed && use.piece > 0) continue;
-        const Source source = source_of(use, is_summed);
-        if (use.role == Role::kRows &&
-            (is_latent(lookup, *source.probe) || is_masked(lookup, *source.probe))) {
-            gradient.latents = source.probe;
-        }
-        (is_summed ? gradient.summed : gradient.sources).push_back(source);
-        gradient.has_products |= source.is_product;
-    }
-    if (!gradient.summed.empty()) {
-        gradient.sums.assign(numbers, 0.0f);
-        gradient.touched.assign(rows, 0);
-    }
-}
-
 // Whether tables hold one tensor as two of the wanted stores.
 bool StoreGradients::State::shares_memory() const {
     for (const StoreGradient& one : stores) {
@@ -180,31 +102,6 @@ bool StoreGradients::State::shares_memory() const {
         }
     }
     return false;
-}
-
-// Where rows of a large store are multiplied by rows of a small one, the entries of the large one
-// have all that the gradient of the small one takes: it is added up along, not in a pass of its
-// own.
-void StoreGradients::State::join_factors() {
-    for (StoreGradient& gradient : stores) {
-        for (Source& source : gradient.sources) {
-            if (!source.is_product || source.feature->num_probes != 2) continue;
-            const int factor = 1 - source.use.probe;
-            const Probe& other = lookup.probes[source.feature->first_probe + factor];
-            if (!is_plain(lookup, *source.probe) || !is_plain(lookup, other)) continue;
-            for (StoreGradient& small : stores) {
-                if (small.number != other.store) continue;
-                const auto is_same = [&](const Source& each) {
-                    return each.use.role == Role::kRows && each.use.feature == source.use.feature &&
-                           each.use.probe == factor;
-                };
-                const auto found = std::find_if(small.summed.begin(), small.summed.end(), is_same);
-                if (found == small.summed.end()) continue;
-                small.summed.erase(found);
-                source.joint = &small;
-            }
-        }
-    }
 }
 
 int64_t StoreGradients::State::most_probes() const {
@@ -447,8 +344,12 @@ StoreGradients::StoreGradients(const Lookup& lookup, const float* grad,
                                const std::vector<int64_t>& wanted, Touches touches, int num_threads)
     : state_(new State(lookup, grad, num_threads)) {
     state_->stores.reserve(wanted.size());
-    for (const int64_t number : wanted) state_->add_store(number);
-    if (touches == Touches::kUncounted && !state_->shares_memory()) state_->join_factors();
+    for (const int64_t number : wanted) {
+        state_->stores.push_back(gradient_of(state_->output, number));
+    }
+    if (touches == Touches::kUncounted && !state_->shares_memory()) {
+        join_factors(lookup, state_->stores);
+    }
 }
 
 StoreGradients::~StoreGradients() = default;

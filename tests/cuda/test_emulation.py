@@ -43,6 +43,7 @@ SELECTIONS = {
         "tests/engine/test_layouts.py",
         "tests/engine/test_latents.py",
         "tests/engine/test_hostile.py",
+        "tests/engine/test_hostile_encodings.py",
         "tests/engine/test_hashing.py",
         "tests/test_optimizers.py",
     ],
