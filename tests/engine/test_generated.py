@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import embcompress.engine
+import embcompress.engine.program
+import embcompress.engine.reference
 from embcompress.engine import Bags, GradientOptions, lookup, lookup_features, ops
 from embcompress.engine.encoding import needs_cpu_kernels
 from embcompress.plan import (
@@ -60,7 +61,7 @@ def without_reference(*cases: Case, device: str = "cpu") -> AbstractContextManag
     if any(may_use_reference(case, device) for case in cases):
         return nullcontext()
     error = AssertionError("the engine fell back to the reference")
-    return patch.object(embcompress.engine, "lookup_reference", side_effect=error)
+    return patch.object(embcompress.engine.program, "lookup_reference", side_effect=error)
 
 
 @pytest.mark.parametrize("device", DEVICES)

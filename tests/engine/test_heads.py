@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-import embcompress.engine
+import embcompress.engine.program
 from embcompress.engine import Bags, GradientOptions, Program, lookup, ops
 from embcompress.engine.reference import lookup_reference
 from embcompress.plan import (
@@ -161,7 +161,7 @@ def test_what_kernels_gather_gives_the_same(kind: str, pool: Pool, sparse: bool)
         if engine == "reference":
             output = lookup_reference(plan, stores, bags)
         else:
-            with patch.object(embcompress.engine, "lookup_reference", side_effect=error):
+            with patch.object(embcompress.engine.program, "lookup_reference", side_effect=error):
                 output = lookup(plan, stores, bags, GradientOptions(sparse=sparse))
         output.pow(2).sum().backward()
         leaves = [*stores.values(), *([] if weights is None else [weights])]
