@@ -1,6 +1,6 @@
 """The keyed hash of the library, specified to the bit in ``docs/hashing.md``.
 
-Plain Python integers here; :mod:`embcompress.engine.reference` has the tensor form and
+Plain Python integers here; :mod:`embcompress.engine.hashing` has the tensor form and
 ``csrc/plan.h`` the C++/CUDA form. All three agree on the golden values in the tests.
 """
 

@@ -139,7 +139,7 @@ def test_what_loses_its_row_reads_the_shared_one() -> None:
     procedure.step()
     lost = sorted(set(before.tolist()) - set(keys_of(table).tolist()) - {EMPTY})
     assert lost
-    from embcompress.engine.reference import hash_bucket
+    from embcompress.engine.hashing import hash_bucket
 
     address = table.plan.probes[0].address.otherwise
     rows = hash_bucket(torch.tensor(lost), address.key, layout.shared)

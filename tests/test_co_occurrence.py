@@ -14,7 +14,7 @@ from embcompress.approximation.anchors import nearest_anchors
 from embcompress.approximation.co_occurrence import NOTHING, CoOccurrence, minhash, tokens
 from embcompress.bench.training import sample_co_occurrence
 from embcompress.data import ClickLog, load_click_log
-from embcompress.engine.reference import unpack_bits
+from embcompress.engine.rows import unpack_bits
 from embcompress.hashing import MASK64, derive_key, hash_bucket, mix64
 from embcompress.methods import TableSpec
 

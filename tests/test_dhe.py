@@ -48,7 +48,7 @@ def test_vectors_are_those_of_the_network(layers: int) -> None:
 
 @pytest.mark.parametrize("key", [0, 1, 2**63 + 5, 2**64 - 1])
 def test_features_are_exact_for_large_ids_and_keys(key: int) -> None:
-    from embcompress.engine.reference import hash_features
+    from embcompress.engine.hashing import hash_features
     from embcompress.plan import HashFeatures
 
     ids = [0, 1, 2**24 + 1, 2**31, 2**40 + 3, 2**63 - 1]
@@ -58,7 +58,7 @@ def test_features_are_exact_for_large_ids_and_keys(key: int) -> None:
 
 
 def test_features_are_even_and_of_their_own() -> None:
-    from embcompress.engine.reference import hash_features
+    from embcompress.engine.hashing import hash_features
     from embcompress.plan import HashFeatures
 
     features = hash_features(HashFeatures(7, 64), torch.arange(10_000), torch.float64)

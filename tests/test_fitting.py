@@ -70,7 +70,7 @@ def test_hashed_rows_are_weighted_means(table: torch.Tensor, counts: torch.Tenso
     hashed = ec.Embedding.from_pretrained(table, method="hash", budget="10%", counts=counts)
     rows = hashed.weight.shape[0]
     plan = hashed.plan
-    from embcompress.engine.reference import address_rows
+    from embcompress.engine.rows import address_rows
 
     row, _ = address_rows(plan.probes[0].address, torch.arange(ROWS), plan, {})
     share = counts + max(1e-3, 1e-3 * float(counts.float().mean()))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import embcompress as ec
-from embcompress.engine.reference import address_rows
+from embcompress.engine.rows import address_rows
 from embcompress.hashing import derive_key, hash_bucket
 from embcompress.layouts.factors import root_ceiling
 from embcompress.methods import TableSpec, register

@@ -11,7 +11,8 @@ from torch import Tensor
 import embcompress as ec
 from embcompress.budget import fit_plan, smallest_plan
 from embcompress.engine import Bags, lookup
-from embcompress.engine.reference import address_rows, lookup_reference
+from embcompress.engine.reference import lookup_reference
+from embcompress.engine.rows import address_rows
 from embcompress.layouts.precision import (
     PRECISIONS,
     PrecisionLayout,

@@ -13,7 +13,8 @@ from torch.autograd import gradcheck
 import embcompress as ec
 from embcompress.budget import fit_plan, smallest_plan
 from embcompress.engine import Bags, lookup
-from embcompress.engine.reference import lookup_reference, unpack_bits
+from embcompress.engine.reference import lookup_reference
+from embcompress.engine.rows import unpack_bits
 from embcompress.layouts.packing import unpack_codes
 from embcompress.layouts.sparse import mask_of_largest, read_mask
 from embcompress.methods import TableSpec

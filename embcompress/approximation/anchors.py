@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from embcompress.approximation.co_occurrence import NOTHING, ranks
-from embcompress.engine.reference import hash_bucket
+from embcompress.engine.hashing import hash_bucket
 
 Integers: TypeAlias = NDArray[np.int64]
 #: Nodes, anchors that they know, and at what distance: three columns of equal length.

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from embcompress.engine.reference import mix64
+from embcompress.engine.hashing import mix64
 from embcompress.hashing import derive_key
 
 #: Stands for "no more" in a sample.

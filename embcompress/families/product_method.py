@@ -13,7 +13,7 @@ from torch import Tensor
 
 from embcompress.approximation.calibration import check_finite
 from embcompress.clustering import cluster
-from embcompress.engine.reference import hash_bucket
+from embcompress.engine.hashing import hash_bucket
 from embcompress.layouts.packing import absent_code, pack_codes
 from embcompress.layouts.product import (
     CODES,

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from embcompress.engine.reference import hash_bucket, unpack_bits
+from embcompress.engine.hashing import hash_bucket
+from embcompress.engine.rows import unpack_bits
 from embcompress.layouts.packing import absent_code, unpack_codes, write_codes
 from embcompress.layouts.product import CODES, HOT_CODES, ProductLayout, codebook
 from embcompress.methods.base import TableSpec

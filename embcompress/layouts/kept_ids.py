@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from embcompress.engine.reference import mix64
+from embcompress.engine.hashing import mix64
 from embcompress.importance import strongest, weakest
 from embcompress.methods.base import TableSpec
 

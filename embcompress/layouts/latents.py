@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from embcompress.engine.quantization import code_positions
-from embcompress.engine.reference import gather_rows
+from embcompress.engine.rows import gather_rows
 from embcompress.layouts.packing import pack_codes
 from embcompress.plan import LookupPlan, Store
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from embcompress.engine.reference import unpack_bits
+from embcompress.engine.rows import unpack_bits
 
 _GROUP = 8
 _CHUNK = 1 << 17  # numbers

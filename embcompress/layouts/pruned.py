@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from embcompress.engine.reference import address_rows
+from embcompress.engine.rows import address_rows
 from embcompress.layouts.packing import absent_code, pack_codes, unpack_codes, write_codes
 from embcompress.plan import Code, Digit, DirectAddress, LookupPlan, Probe, Slot, Store
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from embcompress.engine.reference import address_rows, hash_bucket
+from embcompress.engine.hashing import hash_bucket
+from embcompress.engine.rows import address_rows
 from embcompress.importance import strongest
 from embcompress.layouts.packing import absent_code, pack_codes, write_codes
 from embcompress.methods.base import TableSpec

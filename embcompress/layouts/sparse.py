@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from embcompress.engine.reference import gather_rows, kept_numbers
+from embcompress.engine.rows import gather_rows, kept_numbers
 from embcompress.importance import strongest
 from embcompress.layouts.packing import pack_codes, packed_bytes, unpack_codes
 from embcompress.plan import LookupPlan, Sparsity, Store

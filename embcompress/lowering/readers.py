@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from embcompress.engine import Bags, check_ids
+from embcompress.engine.hashing import mix64
 from embcompress.engine.heads import apply_head
 from embcompress.engine.quantization import fake_quantize, gradient_scale
-from embcompress.engine.reference import address_rows, mix64, place, pool_bags
+from embcompress.engine.reference import place, pool_bags
+from embcompress.engine.rows import address_rows
 from embcompress.initialization import initialize_stores
 from embcompress.lowering.tables import Read, Role
 from embcompress.plan import (

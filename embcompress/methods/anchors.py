@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from embcompress.approximation.anchors import nearest_anchors
-from embcompress.engine.reference import hash_bucket
+from embcompress.engine.hashing import hash_bucket
 from embcompress.importance import strongest
 from embcompress.layouts.packing import pack_codes
 from embcompress.methods import register

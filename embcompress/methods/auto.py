@@ -12,7 +12,7 @@ from torch import Tensor
 
 from embcompress.approximation.calibration import calibrate
 from embcompress.approximation.fitting import principal_directions
-from embcompress.engine.reference import address_rows
+from embcompress.engine.rows import address_rows
 from embcompress.layouts.kept_ids import choose_kept_ids
 from embcompress.layouts.latents import pack_latents
 from embcompress.layouts.precision import fill_slots, offered_ids, slots

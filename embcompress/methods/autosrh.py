@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from embcompress.engine.reference import unpack_bits
+from embcompress.engine.rows import unpack_bits
 from embcompress.families.sparse_rows import WEIGHT, SparseRows, best_mask, final_form, full_weight
 from embcompress.layouts.packing import pack_codes, unpack_codes
 from embcompress.methods import register

@@ -13,7 +13,7 @@ from torch import Tensor
 from embcompress.approximation.calibration import check_finite
 from embcompress.approximation.fitting import fit_stores, new_stores
 from embcompress.clustering import cluster
-from embcompress.engine.reference import hash_bucket
+from embcompress.engine.hashing import hash_bucket
 from embcompress.methods import register
 from embcompress.methods.base import Method, TableSpec
 from embcompress.plan import LookupPlan

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from embcompress.approximation.calibration import check_finite
 from embcompress.approximation.deduplication import deduplicate
-from embcompress.engine.reference import hash_bucket
+from embcompress.engine.hashing import hash_bucket
 from embcompress.layouts.packing import pack_codes
 from embcompress.layouts.pruned import MOST_ROWS
 from embcompress.methods import register

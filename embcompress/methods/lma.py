@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from embcompress.approximation.co_occurrence import minhash
-from embcompress.engine.reference import hash_bucket
+from embcompress.engine.hashing import hash_bucket
 from embcompress.layouts.packing import pack_codes
 from embcompress.methods import register
 from embcompress.methods.base import Method, TableSpec

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from embcompress.approximation.calibration import calibrate, check_finite
-from embcompress.engine.reference import address_rows, gather_rows
+from embcompress.engine.rows import address_rows, gather_rows
 from embcompress.layouts.kept_ids import choose_kept_ids
 from embcompress.layouts.latents import pack_latents
 from embcompress.layouts.precision import PrecisionLayout, bucket_ranges, scale_name

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from embcompress.approximation.calibration import check_finite
-from embcompress.engine.reference import address_rows
+from embcompress.engine.rows import address_rows
 from embcompress.layouts.slots import KEYS, WEIGHT, SlotLayout, static_keys
 from embcompress.methods import register
 from embcompress.methods.base import Method, TableSpec

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from embcompress.engine.reference import address_rows
+from embcompress.engine.rows import address_rows
 from embcompress.methods.base import Method
 from embcompress.methods.full import Full
 from embcompress.methods.hash import Hashing

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from embcompress.engine import ops
-from embcompress.engine.reference import hash_bucket
+from embcompress.engine.hashing import hash_bucket
 
 #: The id of an empty slot; its score is 0.
 EMPTY = -1

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from embcompress.clustering import cluster, nearest
-from embcompress.engine.reference import address_rows
+from embcompress.engine.rows import address_rows
 from embcompress.hashing import mix64
 from embcompress.importance import observe
 from embcompress.layouts.packing import pack_codes, unpack_codes

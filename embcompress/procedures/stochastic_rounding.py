@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from embcompress.engine.hashing import hash_bucket
 from embcompress.engine.quantization import code_positions, dequantize
-from embcompress.engine.reference import hash_bucket
 from embcompress.hashing import derive_key
 from embcompress.layouts.latents import quantization_parts
 from embcompress.procedures.base import Observes, TableProcedure, TrainedTable

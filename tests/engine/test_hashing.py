@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from embcompress.engine import Bags, lookup, reference
+from embcompress.engine import Bags, hashing, lookup
 from embcompress.hashing import MASK64, derive_key, hash_bucket, hash_sign, mix64
 from embcompress.plan import Digit, Hash, LookupPlan, Probe, Sign, Store
 
@@ -29,7 +29,7 @@ def test_golden_mix() -> None:
     for row in GOLDEN["mix64"]:
         value, mixed = int(row["value"]), int(row["mixed"])
         assert mix64(value) == mixed
-        assert reference.mix64(torch.tensor([signed(value)])).tolist() == [signed(mixed)]
+        assert hashing.mix64(torch.tensor([signed(value)])).tolist() == [signed(mixed)]
 
 
 @pytest.mark.parametrize("buckets", BUCKETS)
@@ -40,7 +40,7 @@ def test_golden_buckets(buckets: int) -> None:
         expected = [int(row["buckets"][str(buckets)]) for row in rows]
         assert all(0 <= bucket < buckets for bucket in expected)
         assert [hash_bucket(id, int(key), buckets) for id in ids] == expected
-        assert reference.hash_bucket(torch.tensor(ids), int(key), buckets).tolist() == expected
+        assert hashing.hash_bucket(torch.tensor(ids), int(key), buckets).tolist() == expected
 
 
 def test_golden_signs() -> None:
@@ -81,7 +81,7 @@ def test_the_tensor_form_equals_the_integers_on_random_bits() -> None:
     keys, buckets_of = values[:50].tolist(), (values[50:100] & (2**63 - 1)).tolist()
     for key, buckets in zip(keys, buckets_of, strict=True):
         expected = [hash_bucket(id, key & MASK64, buckets) for id in values.tolist()]
-        actual = reference.hash_bucket(torch.from_numpy(values), key & MASK64, buckets)
+        actual = hashing.hash_bucket(torch.from_numpy(values), key & MASK64, buckets)
         assert actual.tolist() == expected
 
 
@@ -108,7 +108,7 @@ def normal_deviate(chi_square: float, freedom: int) -> float:
 def test_buckets_are_uniform(pattern: str, buckets: int) -> None:
     """Chi-square within five deviations, for the structured ids of real vocabularies."""
     for probe in range(8):
-        rows = reference.hash_bucket(PATTERNS[pattern], derive_key(0, "uniform", probe), buckets)
+        rows = hashing.hash_bucket(PATTERNS[pattern], derive_key(0, "uniform", probe), buckets)
         counts = torch.bincount(rows, minlength=buckets).double()
         expected = COUNT / buckets
         chi_square = float(((counts - expected) ** 2 / expected).sum())
@@ -121,8 +121,8 @@ def test_two_keys_are_independent(pattern: str) -> None:
     buckets, ids = 200, PATTERNS[pattern]
     expected = COUNT * (COUNT - 1) / 2 / buckets**2
     for probe in range(8):
-        first = reference.hash_bucket(ids, derive_key(0, "a", probe), buckets)
-        second = reference.hash_bucket(ids, derive_key(0, "b", probe), buckets)
+        first = hashing.hash_bucket(ids, derive_key(0, "a", probe), buckets)
+        second = hashing.hash_bucket(ids, derive_key(0, "b", probe), buckets)
         together = torch.bincount(first * buckets + second, minlength=buckets**2).double()
         pairs = float((together * (together - 1) / 2).sum())
         assert abs(pairs - expected) < 5 * expected**0.5, (pattern, probe)
@@ -130,8 +130,8 @@ def test_two_keys_are_independent(pattern: str) -> None:
 
 def test_the_sign_is_independent_of_the_bucket_of_another_key() -> None:
     ids = PATTERNS["consecutive"]
-    rows = reference.hash_bucket(ids, derive_key(0, "row", 0), 100)
-    sign_bit = reference.mix64(ids ^ signed(derive_key(0, "row", 1))) < 0
+    rows = hashing.hash_bucket(ids, derive_key(0, "row", 0), 100)
+    sign_bit = hashing.mix64(ids ^ signed(derive_key(0, "row", 1))) < 0
     negative = torch.bincount(rows, weights=sign_bit.double(), minlength=100)
     size = torch.bincount(rows, minlength=100).double()
     deviations = (negative - size / 2) / (size / 4).sqrt()

@@ -28,7 +28,7 @@ import json, sys
 from pathlib import Path
 import torch
 import embcompress as ec
-from embcompress.engine.reference import address_rows
+from embcompress.engine.rows import address_rows
 
 def status(field):
     return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) * 1024
