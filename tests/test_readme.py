@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import embcompress as ec
-from embcompress.bench.summary import load_records, summarize
+from embcompress.bench.summary import Summary, load_records, summarize
 from embcompress.bench.tables import markdown_lead, markdown_results
 from embcompress.text_table import markdown_table
 
@@ -33,17 +35,30 @@ def test_the_results_are_the_committed_records(part: str) -> None:
     assert between(f"results{part}") == markdown_results(summary)
 
 
-def test_the_planner_s_table_is_the_committed_records() -> None:
+def ten_seeds(directory: Path) -> Summary:
+    """The methods of a sweep that ran with five more seeds."""
+    more = directory.with_name(f"{directory.name}-fresh-seeds")
+    (summary,) = summarize([*load_records(directory), *load_records(more)])
+    cells = tuple(cell for cell in summary.cells if len(cell.auc_by_seed) == 10)
+    return replace(summary, cells=cells)
+
+
+def all_records(directory: Path) -> Summary:
+    (summary,) = summarize(load_records(directory))
+    return summary
+
+
+@pytest.mark.parametrize(("block", "read"), [("planner", all_records), ("ten-seeds", ten_seeds)])
+def test_the_planner_s_tables_are_the_committed_records(
+    block: str, read: Callable[[Path], Summary]
+) -> None:
     text = (ROOT / "docs" / "planner.md").read_text()
-    found = re.search(r"<!-- planner -->\n(.*?)\n<!-- /planner -->", text, re.S)
+    found = re.search(rf"<!-- {block} -->\n(.*?)\n<!-- /{block} -->", text, re.S)
     assert found is not None
-    links = dict.fromkeys(re.findall(r"\[[^]]*\]\(([^)]*)\)", found[1]))
-    summaries = {}
-    for link in links:
-        (summary,) = summarize(load_records((ROOT / "docs" / link).parent))
-        title = re.search(rf"\[[^]]*\]\({re.escape(link)}\)", found[1])
-        assert title is not None
-        summaries[title[0]] = summary
+    links = dict.fromkeys(re.findall(r"\[[^]]*\]\([^)]*\)", found[1]))
+    summaries = {
+        link: read((ROOT / "docs" / re.sub(r".*\((.*)\)", r"\1", link)).parent) for link in links
+    }
     assert found[1] == markdown_lead(summaries, "auto")
 
 
