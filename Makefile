@@ -9,7 +9,7 @@ RUN := $(VENV)/bin
 # torch compiles the engine's files side by side where it finds ninja.
 WITH_NINJA := PATH="$(CURDIR)/$(RUN):$$PATH"
 CSRC := $(shell find csrc -type f 2>/dev/null)
-CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(CSRC))
+CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(CSRC) $(shell find tests -type f))
 SWEEP_METHODS ?= full,hash,qr,low_dim,low_bit
 SWEEP_DATA ?= synthetic:rows=100000
 SWEEP_OUT ?= sweep-results/synthetic

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +17,7 @@ from embcompress.methods.full import Full
 from embcompress.planner.choosing import choose, distinct
 from embcompress.planner.options import table_options
 from embcompress.planner.progress import Show, silent
+from embcompress.planner.ranking import Ranking
 from embcompress.planner.trial_data import TrialData, standard_error
 from embcompress.planner.trials import LEARNING_RATES, TRIAL_SEED, Build, Trial, full_training
 from embcompress.planner.worth import train_full_tables
@@ -25,6 +27,10 @@ _LADDER = (0.25, 0.06, 0.015, 0.004, 0.001)
 _REFINEMENTS = 3
 #: Passes over the training examples, at most: fewer where the AUC has fallen after one.
 _PASSES = 6
+#: Plans that are expected to lose less of the tables' value, and whose AUC is no further below
+#: that of full tables than so many standard errors, are as good: their AUCs are averaged.
+_NOTHING = 1e-3
+_ERRORS_APART = 2.0
 
 
 @dataclass(frozen=True)
@@ -35,11 +41,14 @@ class Measurement:
         bytes: the budget.
         expected: share of the tables' value that the planner expects to be lost.
         auc: of a short training.
+        is_like_full: whether it cannot be told from the full tables, neither by the closed forms
+            nor by the held-out examples.
     """
 
     bytes: int
     expected: float
     auc: float
+    is_like_full: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,8 @@ class QualitySearch:
 
     Attributes:
         budget_bytes: what was found.
-        full_auc: of a short training with uncompressed tables.
+        full_auc: of short trainings with uncompressed tables, and with plans that cannot be told
+            from them: one AUC alone may be a lucky one.
         max_auc_loss: what may be lost of it.
         error: standard error of an AUC on the held-out examples; differences are known better.
         measurements: by falling bytes.
@@ -135,7 +145,8 @@ class PlanSearch:
 
         The loss is measured at a few budgets, and taken to rise with what the planner expects to
         be lost: never to fall, and in a straight line between two measurements. Where that line
-        passes ``max_auc_loss`` it is measured again.
+        passes ``max_auc_loss`` it is measured again. What is lost is lost of the mean AUC of the
+        full tables and of the plans that cannot be told from them.
 
         Raises:
             ValueError: the time was too short to train the model with full tables.
@@ -145,14 +156,16 @@ class PlanSearch:
             raise ValueError(
                 f"plan_seconds={self.seconds:g} is too short for one training with full tables"
             )
-        measured = [Measurement(self.dense_bytes, 0.0, full)]
+        measured = [Measurement(self.dense_bytes, 0.0, full.auc, is_like_full=True)]
         for share in _LADDER:
-            self._add(measured, method, int(share * self.dense_bytes))
+            self._add(measured, method, int(share * self.dense_bytes), full)
         for _ in range(_REFINEMENTS):
-            self._add(measured, method, self._crossing(method, measured, max_auc_loss))
+            crossing = self._crossing(method, measured, max_auc_loss)
+            self._add(measured, method, crossing, full)
         found = self._crossing(method, measured, max_auc_loss)
-        measured = sorted(measured[1:], key=lambda each: -each.bytes)
-        return QualitySearch(found, full, max_auc_loss, standard_error(self.data), tuple(measured))
+        below = tuple(sorted(measured[1:], key=lambda each: -each.bytes))
+        error = standard_error(self.data)
+        return QualitySearch(found, _full_auc(measured), max_auc_loss, error, below)
 
     def _builder(self, budget_bytes: int) -> Build:
         return lambda method, data: self._seeded(method, budget_bytes, data)
@@ -161,28 +174,34 @@ class PlanSearch:
         torch.manual_seed(TRIAL_SEED)
         return self.build(method, budget_bytes, data)
 
-    def _measure(self, method: Method, budget_bytes: int) -> float | None:
-        """AUC of a short training, the best after any pass; None if the time ran out."""
+    def _measure(self, method: Method, budget_bytes: int) -> Ranking | None:
+        """Of a short training, the best after any pass; None if the time ran out."""
         self.show(f"what is lost in {budget_bytes:,} bytes")
         with torch.random.fork_rng():
             build = self._builder(budget_bytes)
-            found = full_training(method, build, self.data, self._end, _PASSES)
-            return None if found is None else found.auc
+            return full_training(method, build, self.data, self._end, _PASSES)
 
-    def _add(self, measured: list[Measurement], method: Method, budget_bytes: int) -> None:
+    def _add(
+        self, measured: list[Measurement], method: Method, budget_bytes: int, full: Ranking
+    ) -> None:
         """Measure at that budget, if it is possible, new, and there is time."""
         if any(each.bytes == budget_bytes for each in measured):
             return
         expected = self.expected(method, budget_bytes)
-        auc = self._measure(method, budget_bytes) if expected < math.inf else None
-        if auc is not None:
-            measured.append(Measurement(budget_bytes, expected, auc))
+        found = self._measure(method, budget_bytes) if expected < math.inf else None
+        if found is not None:
+            lead, error = full.lead(found)
+            is_like_full = expected < _NOTHING and lead <= _ERRORS_APART * error
+            measured.append(Measurement(budget_bytes, expected, found.auc, is_like_full))
 
     def _crossing(self, method: Method, measured: list[Measurement], max_auc_loss: float) -> int:
         """The fewest bytes whose loss, read off the measured line, is within the limit."""
         ordered = sorted(measured, key=lambda each: (each.expected, -each.bytes))
         expected = np.array([each.expected for each in ordered])
-        lost = np.maximum.accumulate([measured[0].auc - each.auc for each in ordered])
+        full = _full_auc(measured)
+        lost = np.maximum.accumulate(
+            [0.0 if each.is_like_full else full - each.auc for each in ordered]
+        )
         within = int((lost <= max_auc_loss).sum()) - 1  # the full tables are always within
         limit = float(expected[within])
         if within + 1 < len(ordered) and lost[within + 1] > lost[within]:
@@ -194,3 +213,7 @@ class PlanSearch:
             is_enough = self.expected(method, middle) <= limit + 1e-9
             low, high = (low, middle) if is_enough else (middle + 1, high)
         return low
+
+
+def _full_auc(measured: Sequence[Measurement]) -> float:
+    return statistics.fmean(each.auc for each in measured if each.is_like_full)
