@@ -142,10 +142,11 @@ def extension_arguments() -> dict[str, object]:
         depends=sorted(str(path) for path in Path("csrc").rglob("*.*h")),
         py_limited_api=True,
     )
-    # Ninja compiles the CUDA files side by side; the few C++ files need no such thing.
+    # Ninja compiles files side by side; torch warns where it is asked for and is not there.
+    use_ninja = shutil.which("ninja") is not None
     return {
         "ext_modules": [extension],
-        "cmdclass": {"build_ext": OptionalBuildExtension.with_options(use_ninja=not no_cuda)},
+        "cmdclass": {"build_ext": OptionalBuildExtension.with_options(use_ninja=use_ninja)},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
