@@ -29,6 +29,7 @@ from contestants import (
     fbgemm_tables,
     full_weight,
     has_fbgemm,
+    parse_method,
     torch_full,
 )
 from criteo import CRITEO_CARDINALITIES, CollectionBatch, make_collection_batches
@@ -263,7 +264,8 @@ def dlrm_contestants(options: argparse.Namespace) -> list[Contestant]:
     for budget in options.budgets:
         for method in options.methods:
             try:
-                tables = ec.EmbeddingBagCollection(configs, method=method, budget=budget)
+                chosen = parse_method(method)
+                tables = ec.EmbeddingBagCollection(configs, method=chosen, budget=budget)
             except ec.BudgetError as error:
                 print(f"left out: {error}")
                 continue
