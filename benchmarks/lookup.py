@@ -26,6 +26,7 @@ from contestants import (
     fbgemm_tables,
     full_weight,
     has_fbgemm,
+    parse_method,
     torch_full,
 )
 from criteo import CRITEO_CARDINALITIES, CollectionBatch, make_collection_batches
@@ -165,7 +166,8 @@ def collection_contestants(options: argparse.Namespace, width: int) -> list[Cont
     for budget in options.budgets:
         for method in options.methods:
             try:
-                ours = ec.EmbeddingBagCollection(configs, method=method, budget=budget)
+                chosen = parse_method(method)
+                ours = ec.EmbeddingBagCollection(configs, method=chosen, budget=budget)
                 ec.deploy(ours)
             except ec.BudgetError as error:
                 print(f"left out: {error}")
