@@ -1,4 +1,4 @@
-"""What the compiled operators run of a plan, and what torch adds."""
+"""What the compiled operators run of plans, and the dtype of what they give."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def gathered_plan(plan: LookupPlan) -> LookupPlan:
     return replace(plan, head=None, embedding_dim=plan.width, stores=own)
 
 
-def output_dtype(plans: Sequence[LookupPlan]) -> torch.dtype:
+def promoted_dtype(plans: Sequence[LookupPlan]) -> torch.dtype:
     """What the values of all features promote to."""
     names = {
         (store if store.quantization is None else plan.store(store.quantization.scale)).dtype

@@ -14,7 +14,7 @@ from embcompress.engine.dense import GradientOptions, lookup_dense
 from embcompress.engine.encoding import EncodedPlans, can_encode, encode_plans, needs_cpu_kernels
 from embcompress.engine.fused import FusedStores, lookup_fused
 from embcompress.engine.heads import apply_head, is_linear
-from embcompress.engine.kernel_plans import gathered_plan, kernel_plan, output_dtype
+from embcompress.engine.kernel_plans import gathered_plan, kernel_plan, promoted_dtype
 from embcompress.engine.reference import lookup_reference, pool_bags, vectors_after_head
 from embcompress.plan import LookupPlan
 
@@ -71,7 +71,7 @@ class Program:
         self._has_sparse = any(self._sparse_stores)
         self._has_files = any(store.is_in_file for plan in plans for store in plan.stores)
         self._sparse = options.sparse or self._has_files
-        self._dtype = output_dtype(plans)
+        self._dtype = promoted_dtype(plans)
         self.is_plain = (
             self._encoded is not None
             and len(plans) == 1
@@ -100,7 +100,7 @@ class Program:
 
         Sums and means may be taken before linear heads, which are then torch's affair.
         """
-        is_float32 = output_dtype(self.plans) == torch.float32
+        is_float32 = promoted_dtype(self.plans) == torch.float32
         if self._encoded is None or self._ends_in_torch or not is_float32:
             return None
         plans = list(map(gathered_plan, self.plans))
