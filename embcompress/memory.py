@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from embcompress.budget import format_bytes
+from embcompress.engine.encoding import record_bytes
 from embcompress.engine.file_tensors import is_in_file
 from embcompress.plan import LookupPlan
 from embcompress.tables.compressed_table import CompressedTable
@@ -58,6 +59,8 @@ class TableMemory:
             state.
         also: other paths that lead to the same module.
         offloaded: bytes in files, which are not resident, of rows and of optimizer state.
+        plan_bytes: of the table's plan as the engine reads it, sizes and hash keys, on top of
+            ``bytes`` (0: torch's modules, which have none).
     """
 
     name: str
@@ -69,11 +72,15 @@ class TableMemory:
     training: int = 0
     also: tuple[str, ...] = ()
     offloaded: int = 0
+    plan_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """The tables of a model and their bytes; prints as a table."""
+    """The tables of a model and their bytes; prints as a table.
+
+    Bytes of plans are printed where they are more than a hundredth of the tables'.
+    """
 
     tables: tuple[TableMemory, ...] = field(default_factory=tuple)
 
@@ -102,21 +109,25 @@ class MemoryReport:
         """Bytes in files, beside ``total``."""
         return sum(table.offloaded for table in self.tables)
 
-    def __str__(self) -> str:
-        def in_files(count: int) -> tuple[str, ...]:
-            return (format_bytes(count),) if self.offloaded else ()
+    @property
+    def plan_bytes(self) -> int:
+        """Bytes of the plans that the engine reads, on top of ``total``."""
+        return sum(table.plan_bytes for table in self.tables)
 
-        rows = [
-            (
-                t.name, t.rows, t.width, t.method, format_bytes(t.dense), format_bytes(t.bytes),
-                *in_files(t.offloaded),
-            )
-            for t in self.tables
-        ]  # fmt: skip
-        sizes = (format_bytes(self.dense), format_bytes(self.total), *in_files(self.offloaded))
-        header = ("table", "rows", "width", "method", "dense", "bytes")
-        total = ("total", "", "", f"{self.ratio:.4%}", *sizes)
-        return text_table((*header, "in files") if self.offloaded else header, [*rows, total])
+    def __str__(self) -> str:
+        beside = {"in files": self.offloaded > 0, "plan": 100 * self.plan_bytes > self.total}
+
+        def sizes(of: TableMemory | MemoryReport, size: int) -> list[str]:
+            extra = {"in files": of.offloaded, "plan": of.plan_bytes}
+            shown = [of.dense, size, *(extra[name] for name in beside if beside[name])]
+            return [format_bytes(each) for each in shown]
+
+        rows = [(t.name, t.rows, t.width, t.method, *sizes(t, t.bytes)) for t in self.tables]
+        total = ("total", "", "", f"{self.ratio:.4%}", *sizes(self, self.total))
+        columns = [name for name in beside if beside[name]]
+        return text_table(
+            ("table", "rows", "width", "method", "dense", "bytes", *columns), [*rows, total]
+        )
 
 
 def memory(module: nn.Module) -> MemoryReport:
@@ -158,15 +169,16 @@ def _module_memory(
         if module.spec is not None:  # what phases will ask for
             known = (module.spec.counts, module.spec.co_occurrence)
             latents += _new_bytes([tensor for tensor in known if tensor is not None], counted)
-        method = module.method
+        method, plan_bytes = module.method, record_bytes(module.built_plan or module.plan)
     else:
-        size, latents, method = _new_bytes([module.weight], counted), 0, "full"
+        size, latents, method, plan_bytes = _new_bytes([module.weight], counted), 0, "full", 0
     training = latents + _new_bytes(tensors, counted)
     rows, width = module.num_embeddings, module.embedding_dim
     name, *also = paths
     return TableMemory(
-        name, rows, width, method, size, rows * width * 4, training, tuple(also), offloaded
-    )
+        name, rows, width, method, size, rows * width * 4, training, tuple(also), offloaded,
+        plan_bytes,
+    )  # fmt: skip
 
 
 def _held_memory(table: HeldTable, paths: list[str], counted: set[tuple[str, int]]) -> TableMemory:
@@ -179,8 +191,9 @@ def _held_memory(table: HeldTable, paths: list[str], counted: set[tuple[str, int
     rows, width = table.plan.num_embeddings, table.plan.embedding_dim
     name, *also = (f"{path}.{table.name}" for path in paths)
     return TableMemory(
-        name, rows, width, table.method, deployed, rows * width * 4, training, tuple(also)
-    )
+        name, rows, width, table.method, deployed, rows * width * 4, training, tuple(also),
+        plan_bytes=record_bytes(table.plan),
+    )  # fmt: skip
 
 
 def _table_bytes(table: CompressedTable, counted: set[tuple[str, int]]) -> tuple[int, int]:

@@ -96,6 +96,7 @@ def result_record(run: Run, log: ClickLog, finished: Finished) -> Record:
         "dense_bytes": dense,
         "training_bytes": best.training_bytes,
         "offloaded_bytes": finished.size.offloaded,
+        "plan_bytes": finished.size.plan_bytes,
         **_score(finished.scores[best.best_epoch]),
         "single_epoch": _score(finished.scores[1]),
         "auc_over_time": [None if each is None else each.auc for each in best.over_time],

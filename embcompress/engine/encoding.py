@@ -28,7 +28,7 @@ from embcompress.plan import (
 )
 
 FORMAT = 9
-HEADER_FIELDS, FEATURE_FIELDS, HEAD_STORE_FIELD = 4, 10, 8
+HEADER_FIELDS, FEATURE_FIELDS, PROBE_FIELDS, HEAD_STORE_FIELD = 4, 10, 76, 8
 #: Pools that the kernels run; maxima pool the kernels' vectors in torch.
 POOLS = {"none": 0, "sum": 1, "mean": 2}
 #: A concatenation is a sum of rows in columns of their own.
@@ -62,6 +62,11 @@ def head_stores(encoding: Tensor) -> set[int]:
     num_features = int(encoding[1])
     features = encoding[HEADER_FIELDS : HEADER_FIELDS + num_features * FEATURE_FIELDS]
     return set(features.view(num_features, FEATURE_FIELDS)[:, HEAD_STORE_FIELD].tolist()) - {-1}
+
+
+def record_bytes(plan: LookupPlan) -> int:
+    """Bytes of a plan's records: of its feature, and of every probe."""
+    return (FEATURE_FIELDS + PROBE_FIELDS * len(plan.probes)) * torch.int64.itemsize
 
 
 def can_encode(plan: LookupPlan) -> bool:
