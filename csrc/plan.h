@@ -203,7 +203,12 @@ EMBCOMPRESS_INLINE uint32_t unpack_bits(const uint8_t* stream, int64_t bytes, in
     const int64_t first_byte = first_bit >> 3;
     uint64_t window = 0;
     for (int64_t byte = 0; byte < 5; ++byte) {
-        if (8 * byte >= bits + (first_bit & 7) || first_byte + byte >= bytes) break;
+        const bool inside = 8 * byte < bits + (first_bit & 7) && first_byte + byte < bytes;
+#if defined(__CUDA_ARCH__)
+        if (!inside) continue;  // loads without branches, none of which waits for another
+#else
+        if (!inside) break;
+#endif
         window |= static_cast<uint64_t>(stream[first_byte + byte]) << (8 * byte);
     }
     return static_cast<uint32_t>((window >> (first_bit & 7)) & ((1ULL << bits) - 1));
@@ -213,12 +218,17 @@ EMBCOMPRESS_INLINE uint32_t unpack_bits(const uint8_t* stream, int64_t bytes, in
 constexpr int64_t kNowhere = -1;
 constexpr int64_t kOtherwise = -2;
 
-// The row that the code in a row of a table of codes stands for. Codes may be damaged: one past its
-// bound is absent, and never a row out of bounds.
-EMBCOMPRESS_INLINE int64_t code_row(const CodeTable& code, const uint8_t* stream, int64_t bytes,
-                                    int64_t row) {
+// The code in a row of a table of codes.
+EMBCOMPRESS_INLINE uint32_t read_code(const CodeTable& code, const void* stream, int64_t bytes,
+                                      int64_t row) {
+    return unpack_bits(static_cast<const uint8_t*>(stream), bytes, row * code.width + code.column,
+                       code.bits);
+}
+
+// The row that a code stands for. Codes may be damaged: one past its bound is absent, and never a
+// row out of bounds.
+EMBCOMPRESS_INLINE int64_t code_row(const CodeTable& code, uint32_t value) {
     const uint32_t absent = static_cast<uint32_t>((1ULL << code.bits) - 1);
-    const uint32_t value = unpack_bits(stream, bytes, row * code.width + code.column, code.bits);
     if (value == absent) return kOtherwise;
     const int64_t found = static_cast<int64_t>(value) - code.first;
     return found >= 0 && found < code.size ? found : kNowhere;
@@ -239,9 +249,8 @@ EMBCOMPRESS_INLINE int64_t slot_row(const CodeTable& code, const uint8_t* stream
 
 EMBCOMPRESS_INLINE int64_t find_row(const CodeTable& code, const void* stream, int64_t bytes,
                                     int64_t row, int64_t id) {
-    const uint8_t* numbers = static_cast<const uint8_t*>(stream);
-    return code.is_slot ? slot_row(code, numbers, bytes, row, id)
-                        : code_row(code, numbers, bytes, row);
+    return code.is_slot ? slot_row(code, static_cast<const uint8_t*>(stream), bytes, row, id)
+                        : code_row(code, read_code(code, stream, bytes, row));
 }
 
 }  // namespace embcompress

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 # The same generated cases on every run, so that a failure is that of a change. With
@@ -15,6 +16,12 @@ settings.register_profile("search", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """Tests that draw from torch's generator draw the same numbers in every run."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

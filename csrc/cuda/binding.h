@@ -19,40 +19,106 @@ inline StoreView store_or_none(const Lookup& lookup, int64_t number) {
 // Whether absent ids have an address, in another table or not; what was not checked is not read.
 inline bool goes_on(const Code& code) { return code.table.store >= 0 && code.has_otherwise; }
 
-inline CodeBytes codes_or_none(const Lookup& lookup, bool is_read, const CodeTable& table) {
-    const StoreView store = store_or_none(lookup, is_read ? table.store : -1);
-    return {store.data, store.bytes};
-}
-
-// How many columns of a probe's rows are one aligned access: 8, 4 or 1.
+// How many columns of a probe's rows are one aligned access: 8, 4, 2 or 1.
 inline int32_t vector_columns(const StoreView& store, const Probe& probe) {
     if (reinterpret_cast<uintptr_t>(store.data) % 16 != 0) return 1;
     const int64_t both = probe.width | probe.column;
-    return both % 8 == 0 ? 8 : (both % 4 == 0 ? 4 : 1);
+    return both % 8 == 0 ? 8 : (both % 4 == 0 ? 4 : (both % 2 == 0 ? 2 : 1));
 }
 
-inline std::vector<BoundProbe> bind_probes(const Lookup& lookup) {
-    std::vector<BoundProbe> bound(lookup.header.num_probes);
-    for (int64_t number = 0; number < lookup.header.num_probes; ++number) {
-        const Probe& probe = lookup.probes[number];
-        const bool packed = probe.quantization.bits > 0;
-        BoundProbe& each = bound[number];
-        each.probe = probe;
-        each.store = lookup.stores[probe.store];
-        each.codes = codes_or_none(lookup, true, probe.code.table);
-        each.other_codes = codes_or_none(lookup, goes_on(probe.code), probe.code.other);
-        const Scale& scale = probe.scale;
-        const bool weighted = scale.kind == ScaleKind::kWeight;
-        each.scale = store_or_none(lookup, weighted ? scale.store : -1);
-        each.scale_codes = codes_or_none(lookup, weighted, scale.code.table);
-        each.other_scale_codes =
-            codes_or_none(lookup, weighted && goes_on(scale.code), scale.code.other);
-        each.step = store_or_none(lookup, packed ? probe.quantization.scale_store : -1);
-        each.bias = store_or_none(lookup, packed ? probe.quantization.bias_store : -1);
-        each.vector_columns = vector_columns(each.store, probe);
-        each.staged_at = -1;
+// The probes of a feature, and after them what they have beside a store: the words that a plan
+// holds of it.
+class FeatureRecords {
+  public:
+    FeatureRecords(const Lookup& lookup, const Feature& feature)
+        : lookup_(lookup), words_(feature.num_probes * kProbeWords) {
+        for (int64_t t = 0; t < feature.num_probes; ++t)
+            bind(t, lookup.probes[feature.first_probe + t]);
     }
-    return bound;
+    BoundProbe* probes() { return reinterpret_cast<BoundProbe*>(words_.data()); }
+    const std::vector<int64_t>& words() const { return words_; }
+
+  private:
+    static constexpr int64_t kProbeWords = sizeof(BoundProbe) / 8;
+
+    void bind(int64_t t, const Probe& probe) {
+        const int64_t at = t * kProbeWords;
+        BoundProbe bound{};
+        bound.store = lookup_.stores[probe.store];
+        bound.address = probe.address;
+        bound.offset = probe.offset;
+        bound.column = static_cast<int32_t>(probe.column);
+        bound.width = static_cast<int32_t>(probe.width);
+        bound.bits = static_cast<int32_t>(probe.quantization.bits);
+        bound.vector_columns = vector_columns(bound.store, probe);
+        bound.staged_at = -1;
+        bound.code_at = static_cast<int32_t>(add_code(probe.code, at));
+        bound.scale_at = static_cast<int32_t>(add_scale(probe.scale, at));
+        bound.steps_at = static_cast<int32_t>(add_steps(probe.quantization, at));
+        std::memcpy(words_.data() + at, &bound, sizeof(bound));
+    }
+
+    // Words from the record at `from` to a new one; 0 is no record.
+    template <typename T>
+    int64_t add(const T& record, int64_t from) {
+        const int64_t at = static_cast<int64_t>(words_.size());
+        words_.resize(at + static_cast<int64_t>(sizeof(T) / 8));
+        std::memcpy(words_.data() + at, &record, sizeof(T));
+        return at - from;
+    }
+    int64_t next() const { return static_cast<int64_t>(words_.size()); }
+
+    BoundTable bind_table(const CodeTable& table) const {
+        const StoreView& store = lookup_.stores[table.store];
+        return {table, store.data, store.bytes};
+    }
+
+    int64_t add_code(const Code& code, int64_t from) {
+        if (code.table.store < 0) return 0;
+        BoundCode bound{bind_table(code.table), code.has_otherwise, code.otherwise, 0};
+        const int64_t at = next();
+        // Absent ids may have an address, in another table or not; what was not checked is not
+        // read.
+        const bool goes_on = code.has_otherwise && code.other.store >= 0;
+        if (goes_on) bound.other_at = static_cast<int64_t>(sizeof(BoundCode) / 8);
+        add(bound, from);
+        if (goes_on) add(bind_table(code.other), at);
+        return at - from;
+    }
+
+    int64_t add_scale(const Scale& scale, int64_t from) {
+        if (scale.kind == ScaleKind::kNone) return 0;
+        BoundScale bound{scale.kind, scale.key, scale.column, scale.address, StoreView{}, 0};
+        if (scale.kind == ScaleKind::kWeight) bound.store = lookup_.stores[scale.store];
+        const bool coded = scale.kind == ScaleKind::kWeight && scale.code.table.store >= 0;
+        const int64_t at = next();
+        if (coded) bound.code_at = static_cast<int64_t>(sizeof(BoundScale) / 8);
+        add(bound, from);
+        if (coded) add_code(scale.code, at);
+        return at - from;
+    }
+
+    int64_t add_steps(const Quantization& quantization, int64_t from) {
+        if (quantization.bits == 0) return 0;
+        BoundSteps bound{};
+        bound.step = store_or_none(lookup_, quantization.scale_store);
+        bound.bias = store_or_none(lookup_, quantization.bias_store);
+        bound.has_bias = quantization.bias_store >= 0;
+        bound.per_row = quantization.per_row != 0;
+        bound.per_column = quantization.per_column;
+        return add(bound, from);
+    }
+
+    const Lookup& lookup_;
+    std::vector<int64_t> words_;
+};
+
+inline std::vector<FeatureRecords> bind_features(const Lookup& lookup) {
+    std::vector<FeatureRecords> records;
+    for (int64_t f = 0; f < lookup.header.num_features; ++f) {
+        records.emplace_back(lookup, lookup.features[f]);
+    }
+    return records;
 }
 
 inline Inputs bind_inputs(const Lookup& lookup) {
@@ -70,15 +136,21 @@ inline Inputs bind_inputs(const Lookup& lookup) {
     return inputs;
 }
 
-inline void add_records(const Lookup& lookup, const std::vector<BoundProbe>& bound,
+inline void add_records(const Lookup& lookup, const std::vector<FeatureRecords>& records,
                         PlanWords& plan) {
-    plan.layout.features = plan.add(lookup.features, lookup.header.num_features);
-    plan.layout.probes = plan.add(bound.data(), static_cast<int64_t>(bound.size()));
-    plan.layout.num_features = static_cast<int32_t>(lookup.header.num_features);
+    std::vector<BoundFeature> features;
     for (int64_t f = 0; f < lookup.header.num_features; ++f) {
+        const Feature& feature = lookup.features[f];
+        const std::vector<int64_t>& words = records[f].words();
+        const int64_t count = static_cast<int64_t>(words.size());
+        features.push_back({feature.num_embeddings, feature.padding_idx, feature.pool,
+                            feature.combine, feature.width, feature.out_column, feature.num_probes,
+                            plan.add(words.data(), count), count});
         plan.layout.most_probes =
-            std::max(plan.layout.most_probes, static_cast<int32_t>(lookup.features[f].num_probes));
+            std::max(plan.layout.most_probes, static_cast<int32_t>(feature.num_probes));
     }
+    plan.layout.features = plan.add(features.data(), lookup.header.num_features);
+    plan.layout.num_features = static_cast<int32_t>(lookup.header.num_features);
 }
 
 // ------------------------------------------------------------------------------------ forward
@@ -91,28 +163,31 @@ struct ForwardPlan {
 // Features that the same kernel runs with the same lanes go into one launch.
 inline ForwardPlan plan_forward(const Lookup& lookup, const DeviceLimits& device) {
     ForwardPlan plan;
-    std::vector<BoundProbe> bound = bind_probes(lookup);
+    std::vector<FeatureRecords> records = bind_features(lookup);
     struct Members {
         FeatureClass which;
         std::vector<int64_t> features;
         int64_t staged_bytes;
+        int64_t record_bytes;
         int64_t width;
         int64_t probes;
     };
     std::vector<Members> classes;
     for (int64_t f = 0; f < lookup.header.num_features; ++f) {
         const Feature& feature = lookup.features[f];
-        BoundProbe* probes = bound.data() + feature.first_probe;
+        BoundProbe* probes = records[f].probes();
         const FeatureClass which = classify(feature, probes);
         auto found = std::find_if(classes.begin(), classes.end(),
                                   [&](const Members& each) { return each.which == which; });
-        if (found == classes.end()) found = classes.insert(found, Members{which, {}, 0, 0, 0});
+        if (found == classes.end()) found = classes.insert(found, Members{which, {}, 0, 0, 0, 0});
         found->features.push_back(f);
         found->staged_bytes = std::max(found->staged_bytes, stage_stores(feature, probes));
+        found->record_bytes =
+            std::max(found->record_bytes, 8 * static_cast<int64_t>(records[f].words().size()));
         found->width = std::max(found->width, feature.width);
         found->probes = std::max(found->probes, feature.num_probes);
     }
-    add_records(lookup, bound, plan.words);
+    add_records(lookup, records, plan.words);
     std::vector<int64_t> order;
     const int64_t bags = std::max<int64_t>(1, lookup.header.num_features * lookup.batch);
     for (const Members& each : classes) {
@@ -120,7 +195,7 @@ inline ForwardPlan plan_forward(const Lookup& lookup, const DeviceLimits& device
         const PoolShape shape =
             each.which.kind == Kind::kAny
                 ? pool_shape(each.which, lookup.batch, count, lookup.num_ids / bags, each.probes,
-                             each.width, each.staged_bytes, device)
+                             each.width, each.record_bytes, each.staged_bytes, device)
                 : plain_shape(each.which, lookup.batch, count, lookup.num_ids / bags, each.width,
                               device);
         plan.launches.push_back({each.which, shape, static_cast<int64_t>(order.size()), count,
@@ -218,7 +293,7 @@ inline BackwardPlan plan_backward(const Lookup& lookup, const std::vector<int64_
                                   std::vector<Target> targets, SinkKind sink) {
     BackwardPlan plan{};
     Backward& backward = plan.backward;
-    add_records(lookup, bind_probes(lookup), plan.words);
+    add_records(lookup, bind_features(lookup), plan.words);
     PlanLayout& layout = plan.words.layout;
     const std::vector<Use> uses = find_uses(lookup, wanted, &layout.uses_per_feature);
     backward.rounds = number_rounds(targets);

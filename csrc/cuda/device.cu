@@ -42,12 +42,12 @@ Errors* error_flags() {
 
 void upload(const PlanWords& plan, int64_t* memory, cudaStream_t stream) {
     const int64_t count = static_cast<int64_t>(plan.words.size());
-    for (int64_t begin = 0; begin < count; begin += kInlineWords) {
+    for (int64_t begin = 0; begin < count; begin += kPieceWords) {
         PlanPiece piece;
-        piece.count = static_cast<int32_t>(std::min<int64_t>(kInlineWords, count - begin));
+        piece.count = static_cast<int32_t>(std::min<int64_t>(kPieceWords, count - begin));
         std::copy_n(plan.words.data() + begin, piece.count, piece.words);
         LaunchShape shape;
-        shape.threads = 128;
+        shape.threads = 1024;
         launch("upload_kernel", upload_kernel, shape, stream, piece, memory + begin);
     }
 }

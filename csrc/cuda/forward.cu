@@ -39,13 +39,12 @@ struct Tile {
 
 // Copies the records of the block's feature to shared memory, and its hot stores.
 __device__ const BoundProbe* copy_plan(const PoolArguments& arguments, const PlanView& plan,
-                                       const Feature& feature, unsigned char* shared) {
+                                       const BoundFeature& feature, unsigned char* shared) {
     const BoundProbe* probes = plan.probes(feature);
     if (arguments.shape.plan_bytes == 0) return probes;
     const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-    const int64_t words = feature.num_probes * static_cast<int64_t>(sizeof(BoundProbe) / 8);
     int64_t* copy = reinterpret_cast<int64_t*>(shared);
-    for (int64_t w = thread; w < words; w += threads) {
+    for (int64_t w = thread; w < feature.num_words; w += threads) {
         copy[w] = reinterpret_cast<const int64_t*>(probes)[w];
     }
     BoundProbe* bound = reinterpret_cast<BoundProbe*>(shared);
@@ -72,7 +71,7 @@ __device__ const BoundProbe* copy_plan(const PoolArguments& arguments, const Pla
 
 // Finds what the ids [position, position + tile) read, those before `end`.
 __device__ void fill_tile(const PoolArguments& arguments, const Group& group,
-                          const Feature& feature, const BoundProbe* bound, int64_t position,
+                          const BoundFeature& feature, const BoundProbe* bound, int64_t position,
                           int64_t end, const Tile& tile) {
     const Inputs& inputs = arguments.inputs;
     for (int i = group.lane; i < tile.size; i += group.lanes) {
@@ -95,12 +94,13 @@ __device__ void fill_tile(const PoolArguments& arguments, const Group& group,
 // From the first to the last probe that reaches columns [column, column + C): of the many parts of
 // a concatenation, a few. Begin and end in 16 bits each: no block holds what more probes need.
 template <int C>
-EMBCOMPRESS_DEVICE uint32_t probes_at(const Feature& feature, const BoundProbe* bound, int column) {
+EMBCOMPRESS_DEVICE uint32_t probes_at(const BoundFeature& feature, const BoundProbe* bound,
+                                      int column) {
     const int num_probes = static_cast<int>(feature.num_probes);
     int begin = 0, end = num_probes;
     if (feature.combine == Combine::kPlace) begin = num_probes, end = 0;
     for (int t = num_probes - 1; t >= 0 && feature.combine == Combine::kPlace; --t) {
-        const Probe& probe = bound[t].probe;
+        const BoundProbe& probe = bound[t];
         if (probe.column + probe.width <= column || probe.column >= column + C) continue;
         begin = t;
         if (end == 0) end = t + 1;
@@ -110,8 +110,9 @@ EMBCOMPRESS_DEVICE uint32_t probes_at(const Feature& feature, const BoundProbe* 
 
 // Vectors of U ids, `column` on: probes combined.
 template <int C, int U>
-EMBCOMPRESS_DEVICE void combine(const Feature& feature, const BoundProbe* bound, const Tile& tile,
-                                uint32_t reach, int i, int column, float (&values)[U][C]) {
+EMBCOMPRESS_DEVICE void combine(const BoundFeature& feature, const BoundProbe* bound,
+                                const Tile& tile, uint32_t reach, int i, int column,
+                                float (&values)[U][C]) {
     const bool multiply = feature.combine == Combine::kMul;
 #pragma unroll
     for (int u = 0; u < U; ++u) {
@@ -120,15 +121,15 @@ EMBCOMPRESS_DEVICE void combine(const Feature& feature, const BoundProbe* bound,
     }
     const int end = static_cast<int>(reach >> 16);
     for (int t = static_cast<int>(reach & 0xFFFF); t < end; ++t) {
-        const Probe& probe = bound[t].probe;
-        const int first = column - static_cast<int>(probe.column);
+        const BoundProbe& probe = bound[t];
+        const int first = column - probe.column;
         if (first + C <= 0 || first >= probe.width) continue;
         float part[U][C];
         load_values<C, U>(bound[t], tile.rows + t * tile.size + i, first, part);
 #pragma unroll
         for (int u = 0; u < U; ++u) {
             const float scale = tile.scales[t * tile.size + i + u];
-            const bool scaled = probe.scale.kind != ScaleKind::kNone;
+            const bool scaled = probe.scale_at != 0;
 #pragma unroll
             for (int c = 0; c < C; ++c) {
                 const float value = scaled ? part[u][c] * scale : part[u][c];
@@ -141,9 +142,9 @@ EMBCOMPRESS_DEVICE void combine(const Feature& feature, const BoundProbe* bound,
 // Pools bags [first, first + count) of a feature into columns [column, column + C).
 template <int C>
 EMBCOMPRESS_DEVICE void pool_run(const PoolArguments& arguments, const Group& group,
-                                 const Feature& feature, const BoundProbe* bound, const Tile& tile,
-                                 int64_t feature_number, int64_t first, int count, int column,
-                                 int64_t num_bags) {
+                                 const BoundFeature& feature, const BoundProbe* bound,
+                                 const Tile& tile, int64_t feature_number, int64_t first, int count,
+                                 int column, int64_t num_bags) {
     constexpr int U = 16 / C;
     const Inputs& inputs = arguments.inputs;
     const int64_t bag = feature_number * inputs.batch + first;
@@ -216,7 +217,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const PlanView plan(argument);
     const PoolShape& shape = arguments.shape;
     const int64_t number = plan.ordered(arguments.first_feature + blockIdx.y);
-    const Feature& feature = plan.feature(number);
+    const BoundFeature& feature = plan.feature(number);
     const BoundProbe* bound = copy_plan(arguments, plan, feature, shared);
     const Group group(arguments.lanes);
     const int column = (static_cast<int>(blockIdx.z) * group.lanes + group.lane) * C;

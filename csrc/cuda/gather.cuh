@@ -16,11 +16,11 @@ struct PlanView {
     __device__ explicit PlanView(const PlanArgument& plan)
         : words(plan.memory == nullptr ? plan.words : plan.memory), layout(&plan.layout) {}
 
-    EMBCOMPRESS_DEVICE const Feature& feature(int64_t number) const {
-        return reinterpret_cast<const Feature*>(words + layout->features)[number];
+    EMBCOMPRESS_DEVICE const BoundFeature& feature(int64_t number) const {
+        return reinterpret_cast<const BoundFeature*>(words + layout->features)[number];
     }
-    EMBCOMPRESS_DEVICE const BoundProbe* probes(const Feature& feature) const {
-        return reinterpret_cast<const BoundProbe*>(words + layout->probes) + feature.first_probe;
+    EMBCOMPRESS_DEVICE const BoundProbe* probes(const BoundFeature& feature) const {
+        return reinterpret_cast<const BoundProbe*>(words + feature.records);
     }
     EMBCOMPRESS_DEVICE const Use& use(int64_t number) const {
         return reinterpret_cast<const Use*>(words + layout->uses)[number];
@@ -45,49 +45,52 @@ EMBCOMPRESS_DEVICE int64_t row_of(const Address& address, int64_t id) {
     return address_row(address, id);
 }
 
-// The row that a row of the table of codes, or a bucket of slots, leads to; negative: none.
-// Kernels of plain probes, which are short of registers, leave out the second table.
+// Where what a table of codes gave leads to in the end; negative: nowhere. Kernels of plain probes,
+// which are short of registers, leave out the second table.
 template <bool kTwoTables = true>
-EMBCOMPRESS_DEVICE int64_t decode(const Code& code, const CodeBytes& codes,
-                                  const CodeBytes& other_codes, int64_t id, int64_t code_row) {
-    int64_t row = find_row(code.table, codes.data, codes.bytes, code_row, id);
-    if (row != kOtherwise) return row;
+EMBCOMPRESS_DEVICE int64_t or_otherwise(const BoundCode& code, int64_t id, int64_t found) {
+    if (found != kOtherwise) return found;
     if (!code.has_otherwise) return kNowhere;
-    row = row_of(code.otherwise, id);
-    if (!kTwoTables || code.other.store < 0) return row;
-    return find_row(code.other, other_codes.data, other_codes.bytes, row, id);
+    const int64_t row = row_of(code.otherwise, id);
+    const BoundTable* other = kTwoTables ? code.other() : nullptr;
+    return other == nullptr ? row : find_row(other->table, other->data, other->bytes, row, id);
+}
+
+// The row that a row of the table of codes, or a bucket of slots, leads to; negative: none.
+template <bool kTwoTables = true>
+EMBCOMPRESS_DEVICE int64_t decode(const BoundCode& code, int64_t id, int64_t code_row) {
+    const BoundTable& first = code.first;
+    const int64_t found = find_row(first.table, first.data, first.bytes, code_row, id);
+    return or_otherwise<kTwoTables>(code, id, found);
 }
 
 // Row of a checked id in the store of a probe; -1: absent.
 template <bool kTwoTables = true>
 EMBCOMPRESS_DEVICE int64_t probe_row(const BoundProbe& bound, int64_t id) {
-    const Probe& probe = bound.probe;
-    int64_t row = row_of(probe.address, id);
-    if (probe.code.table.store >= 0) {
-        row = decode<kTwoTables>(probe.code, bound.codes, bound.other_codes, id, row);
-    }
-    return row < 0 ? -1 : row + probe.offset;
+    int64_t row = row_of(bound.address, id);
+    if (const BoundCode* code = bound.code()) row = decode<kTwoTables>(*code, id, row);
+    return row < 0 ? -1 : row + bound.offset;
 }
 
 // Row of the learned scale of a checked id; negative: absent.
-EMBCOMPRESS_DEVICE int64_t scale_row(const BoundProbe& bound, int64_t id) {
-    const Scale& scale = bound.probe.scale;
+EMBCOMPRESS_DEVICE int64_t scale_row(const BoundScale& scale, int64_t id) {
     const int64_t row = row_of(scale.address, id);
-    if (scale.code.table.store < 0) return row;
-    return decode(scale.code, bound.scale_codes, bound.other_scale_codes, id, row);
+    const BoundCode* code = scale.code();
+    return code == nullptr ? row : decode(*code, id, row);
 }
 
 EMBCOMPRESS_DEVICE float probe_scale(const BoundProbe& bound, int64_t id) {
-    const Scale& scale = bound.probe.scale;
-    if (scale.kind == ScaleKind::kNone) return 1.0f;
-    if (scale.kind == ScaleKind::kSign) return hash_sign(id, static_cast<uint64_t>(scale.key));
-    const int64_t row = scale_row(bound, id);
+    const BoundScale* scale = bound.scale();
+    if (scale == nullptr) return 1.0f;
+    if (scale->kind == ScaleKind::kSign) return hash_sign(id, static_cast<uint64_t>(scale->key));
+    const int64_t row = scale_row(*scale, id);
     if (row < 0) return 0.0f;
-    return load_float(bound.scale.data, bound.scale.dtype, row * bound.scale.width + scale.column);
+    const StoreView& store = scale->store;
+    return load_float(store.data, store.dtype, row * store.width + scale->column);
 }
 
 // An id if it is in the vocabulary and no padding; -1 otherwise.
-EMBCOMPRESS_DEVICE int64_t checked_id(const Feature& feature, int64_t id, bool* inside) {
+EMBCOMPRESS_DEVICE int64_t checked_id(const BoundFeature& feature, int64_t id, bool* inside) {
     *inside = static_cast<uint64_t>(id) < static_cast<uint64_t>(feature.num_embeddings);
     return *inside && id != feature.padding_idx ? id : -1;
 }
@@ -99,48 +102,47 @@ EMBCOMPRESS_DEVICE bool is_packed(const BoundProbe& bound) {
 }
 
 EMBCOMPRESS_DEVICE bool is_latent(const BoundProbe& bound) {
-    return bound.probe.quantization.bits > 0 && !is_packed(bound);
+    return bound.bits > 0 && !is_packed(bound);
 }
 
 // Where the step and bias of a column are.
 EMBCOMPRESS_DEVICE int64_t step_position(const BoundProbe& bound, int64_t row, int64_t column) {
-    const Quantization& q = bound.probe.quantization;
-    return (q.per_row ? row * bound.step.width : 0) + (q.per_column ? column : 0);
+    const BoundSteps& steps = *bound.steps();
+    return (steps.per_row ? row * steps.step.width : 0) + (steps.per_column ? column : 0);
 }
 
 EMBCOMPRESS_DEVICE Latent<float> latent_of(const BoundProbe& bound, int64_t row, int64_t column,
                                            float value) {
-    const Quantization& q = bound.probe.quantization;
+    const BoundSteps& steps = *bound.steps();
     const int64_t at = step_position(bound, row, column);
-    const float step = load_float(bound.step.data, bound.step.dtype, at);
-    if (q.bias_store < 0) return read_latent<float>(value, step, nullptr, q.bits);
-    const float bias = load_float(bound.bias.data, bound.bias.dtype, at);
-    return read_latent<float>(value, step, &bias, q.bits);
+    const float step = load_float(steps.step.data, steps.step.dtype, at);
+    if (!steps.has_bias) return read_latent<float>(value, step, nullptr, bound.bits);
+    const float bias = load_float(steps.bias.data, steps.bias.dtype, at);
+    return read_latent<float>(value, step, &bias, bound.bits);
 }
 
 // The value of a code: the same operations in the same order as for latents, so the same bits.
 EMBCOMPRESS_DEVICE float dequantize(const BoundProbe& bound, int64_t row, int64_t column,
                                     float code) {
-    const Quantization& q = bound.probe.quantization;
+    const BoundSteps& steps = *bound.steps();
     const int64_t at = step_position(bound, row, column);
-    const float step = load_float(bound.step.data, bound.step.dtype, at);
-    if (q.bias_store < 0) return step * (code - static_cast<float>((1 << q.bits) - 1) / 2);
-    return step * code + load_float(bound.bias.data, bound.bias.dtype, at);
+    const float step = load_float(steps.step.data, steps.step.dtype, at);
+    if (!steps.has_bias) return step * (code - static_cast<float>((1 << bound.bits) - 1) / 2);
+    return step * code + load_float(steps.bias.data, steps.bias.dtype, at);
 }
 
 // What is stored in column c of a row: a float, or a code.
 EMBCOMPRESS_DEVICE float stored_number(const BoundProbe& bound, int64_t row, int64_t column) {
-    const int64_t position = row * bound.probe.width + column;
+    const int64_t position = row * bound.width + column;
     if (!is_packed(bound)) return load_float(bound.store.data, bound.store.dtype, position);
     return static_cast<float>(unpack_bits(static_cast<const uint8_t*>(bound.store.data),
-                                          bound.store.bytes, position,
-                                          bound.probe.quantization.bits));
+                                          bound.store.bytes, position, bound.bits));
 }
 
 // The number that a stored one stands for.
 EMBCOMPRESS_DEVICE float value_of(const BoundProbe& bound, int64_t row, int64_t column,
                                   float stored) {
-    if (bound.probe.quantization.bits == 0) return stored;
+    if (bound.bits == 0) return stored;
     if (is_packed(bound)) return dequantize(bound, row, column, stored);
     return latent_of(bound, row, column, stored).value;
 }
@@ -180,7 +182,14 @@ EMBCOMPRESS_DEVICE void load_floats(const float* from, float (&to)[C]) {
     }
 }
 
-// Four numbers that nothing writes while the kernel runs: the load may pass stores.
+// Numbers that nothing writes while the kernel runs: the load may pass stores.
+EMBCOMPRESS_DEVICE void read_floats(const float* from, float (&to)[2]) {
+    EMBCOMPRESS_CHECK_ALIGNED(from, sizeof(float2));
+    const float2 pair = __ldg(reinterpret_cast<const float2*>(from));
+    to[0] = pair.x;
+    to[1] = pair.y;
+}
+
 EMBCOMPRESS_DEVICE void read_floats(const float* from, float (&to)[4]) {
     EMBCOMPRESS_CHECK_ALIGNED(from, sizeof(float4));
     const float4 quad = __ldg(reinterpret_cast<const float4*>(from));
@@ -192,9 +201,13 @@ EMBCOMPRESS_DEVICE void read_floats(const float* from, float (&to)[4]) {
 
 template <int C>
 EMBCOMPRESS_DEVICE void store_floats(float* to, const float (&from)[C]) {
+    if constexpr (C == 2) {
+        at<float2>(to) = make_float2(from[0], from[1]);
+    } else {
 #pragma unroll
-    for (int c = 0; c < C; c += 4) {
-        at<float4>(to + c) = make_float4(from[c], from[c + 1], from[c + 2], from[c + 3]);
+        for (int c = 0; c < C; c += 4) {
+            at<float4>(to + c) = make_float4(from[c], from[c + 1], from[c + 2], from[c + 3]);
+        }
     }
 }
 
@@ -223,8 +236,7 @@ EMBCOMPRESS_DEVICE bool is_aligned(const void* pointer, int64_t width) {
 
 // Whether C numbers of a row are loaded as half-words: 16-bit floats and codes of 16 bits.
 EMBCOMPRESS_DEVICE bool has_half_words(const BoundProbe& bound) {
-    return is_packed(bound) ? bound.probe.quantization.bits == 16
-                            : bound.store.dtype != Dtype::kFloat32;
+    return is_packed(bound) ? bound.bits == 16 : bound.store.dtype != Dtype::kFloat32;
 }
 
 // C numbers of fewer than 16 bits of a packed row, as many bytes as they are: `position` is a
@@ -255,7 +267,7 @@ template <int C, int U>
 EMBCOMPRESS_DEVICE void fetch_vectors(const BoundProbe& bound, const int64_t* rows, int64_t column,
                                       uint32_t (&raw)[U][C]) {
     const StoreView& store = bound.store;
-    const int64_t width = bound.probe.width;
+    const int64_t width = bound.width;
 #pragma unroll
     for (int u = 0; u < U; ++u) {
 #pragma unroll
@@ -273,8 +285,7 @@ EMBCOMPRESS_DEVICE void fetch_vectors(const BoundProbe& bound, const int64_t* ro
 #pragma unroll
         for (int u = 0; u < U; ++u) {
             if (rows[u] < 0) continue;
-            const uint64_t codes =
-                load_codes<C>(store, rows[u] * width + column, bound.probe.quantization.bits);
+            const uint64_t codes = load_codes<C>(store, rows[u] * width + column, bound.bits);
             raw[u][0] = static_cast<uint32_t>(codes);
             raw[u][1] = static_cast<uint32_t>(codes >> 32);
         }
@@ -311,7 +322,7 @@ EMBCOMPRESS_DEVICE void unpack_vector(const BoundProbe& bound, const uint32_t (&
 #pragma unroll
         for (int c = 0; c < C; ++c) stored[c] = as_float(raw[c]);
     } else if (!has_half_words(bound)) {
-        const int bits = static_cast<int>(bound.probe.quantization.bits);
+        const int bits = static_cast<int>(bound.bits);
         const uint32_t mask = (1u << bits) - 1;
         const uint64_t codes = static_cast<uint64_t>(raw[1]) << 32 | raw[0];
 #pragma unroll
@@ -334,7 +345,7 @@ EMBCOMPRESS_DEVICE void unpack_vector(const BoundProbe& bound, const uint32_t (&
 template <int C, int U>
 EMBCOMPRESS_DEVICE void load_values(const BoundProbe& bound, const int64_t* rows, int64_t column,
                                     float (&values)[U][C]) {
-    const int64_t width = bound.probe.width;
+    const int64_t width = bound.width;
     const bool at_once = bound.vector_columns >= C && column >= 0 && column + C <= width;
     uint32_t raw[U][C];
     if (at_once) fetch_vectors<C, U>(bound, rows, column, raw);
@@ -350,7 +361,7 @@ EMBCOMPRESS_DEVICE void load_values(const BoundProbe& bound, const int64_t* rows
                 values[u][c] = inside ? stored_number(bound, row, column + c) : 0.0f;
             }
         }
-        if (bound.probe.quantization.bits == 0) continue;
+        if (bound.bits == 0) continue;
 #pragma unroll
         for (int c = 0; c < C; ++c) {
             const bool inside = row >= 0 && column + c >= 0 && column + c < width;

@@ -43,7 +43,7 @@ struct PoolLaunch {
 void pool(const PlanArgument& plan, const Inputs& inputs, const PoolLaunch& launch, float* out,
           cudaStream_t stream);
 
-// The same for features of Kind::kOne and Kind::kTwo.
+// The same for features of Kind::kPlain and Kind::kPlaced.
 void pool_plain(const PlanArgument& plan, const Inputs& inputs, const PoolLaunch& launch,
                 float* out, cudaStream_t stream);
 

@@ -1,6 +1,6 @@
-// Forward of the plainest features, those of one or two probes of float32 rows: each lane of a
-// group finds the rows of one id and hands them round, so that there is no shared memory and no
-// barrier.
+// Forward of the plainest features, whose probes read float32 rows: each lane of a group finds the
+// rows of one id and hands them round, so that there is no shared memory and no barrier. Where
+// probes lie side by side, a lane finds the rows of its own columns for every id instead.
 
 #include "gather.cuh"
 #include "kernels.h"
@@ -9,11 +9,8 @@ namespace embcompress {
 namespace cuda {
 namespace {
 
-constexpr int kColumns = 4;  // of a lane: 16 bytes
-// Rows of one or of two probes that a lane has under way: more would cost registers, and these
-// blocks on a multiprocessor.
-constexpr int kRowsOfOne = 4;
-constexpr int kRowsOfTwo = 2;
+// Rows that a lane has under way: more would cost registers, and these blocks on a multiprocessor.
+constexpr int kRowsAtOnce = 4;
 constexpr uint32_t kNoRow = 0xFFFFFFFFu;
 
 struct PlainArguments {
@@ -24,68 +21,182 @@ struct PlainArguments {
     int32_t bags;  // that a group pools one after the other, a lane's number of them at most
 };
 
-// What a lane knows of the id that it has found.
-template <int kProbes>
-struct Found {
-    uint32_t rows[kProbes];
-    float weight;
-    bool is_counted;
+// The probes whose rows a lane reads, and where its columns are in row 0.
+template <int kProbes, bool kPlaced>
+struct LaneProbes {
+    const BoundProbe* first;
+    const float* data[kProbes];
+
+    __device__ LaneProbes(const BoundFeature&, const BoundProbe* all, int64_t column) : first(all) {
+#pragma unroll
+        for (int t = 0; t < kProbes; ++t) {
+            data[t] = static_cast<const float*>(all[t].store.data) + column;
+        }
+    }
+    EMBCOMPRESS_DEVICE const BoundProbe* bound(int t) const { return first + t; }
 };
 
+// Those that reach its columns, where probes lie side by side.
 template <int kProbes>
-EMBCOMPRESS_DEVICE Found<kProbes> find_rows(const Inputs& inputs, const Feature& feature,
-                                            const BoundProbe* bound, int position, bool exists,
-                                            int64_t id) {
+struct LaneProbes<kProbes, true> {
+    const BoundProbe* reaching[kProbes];  // nullptr: none
+    const float* data[kProbes];
+
+    __device__ LaneProbes(const BoundFeature& feature, const BoundProbe* all, int64_t column) {
+#pragma unroll
+        for (int t = 0; t < kProbes; ++t) reaching[t] = nullptr;
+        for (int64_t t = feature.num_probes - 1; t >= 0; --t) {
+            const int64_t inside = column - all[t].column;
+            if (inside < 0 || inside >= all[t].width) continue;
+            if constexpr (kProbes == 2) {
+                reaching[1] = reaching[0];
+                data[1] = data[0];
+            }
+            reaching[0] = all + t;
+            data[0] = static_cast<const float*>(all[t].store.data) + inside;
+        }
+    }
+    EMBCOMPRESS_DEVICE const BoundProbe* bound(int t) const { return reaching[t]; }
+};
+
+// What a lane knows of the id at its position.
+template <int kProbes, bool kPlaced>
+struct Found {
+    int64_t id;  // checked; negative: none
+    float weight;
+
+    EMBCOMPRESS_DEVICE bool is_counted() const { return id >= 0; }
+};
+
+// The rows too, unless every lane finds its own.
+template <int kProbes>
+struct Found<kProbes, false> {
+    uint32_t rows[kProbes];
+    float weight;
+    bool counted;
+
+    EMBCOMPRESS_DEVICE bool is_counted() const { return counted; }
+};
+
+EMBCOMPRESS_DEVICE uint32_t plain_row(int64_t row) {
+    return row < 0 ? kNoRow : static_cast<uint32_t>(row);
+}
+
+template <int kProbes, bool kPlaced>
+EMBCOMPRESS_DEVICE Found<kProbes, kPlaced> find_id(const Inputs& inputs,
+                                                   const BoundFeature& feature,
+                                                   const LaneProbes<kProbes, kPlaced>& probes,
+                                                   int position, bool exists, int64_t id) {
     bool inside = true;
     if (exists) id = checked_id(feature, id, &inside);
     if (!inside) inputs.errors->ids = 1;
     if (!exists) id = -1;
-    Found<kProbes> found;
+    Found<kProbes, kPlaced> found;
+    if constexpr (kPlaced) {
+        found.id = id;
+    } else {
+        found.counted = id >= 0;
 #pragma unroll
-    for (int t = 0; t < kProbes; ++t) {
-        const int64_t row = id < 0 ? -1 : probe_row<false>(bound[t], id);
-        found.rows[t] = row < 0 ? kNoRow : static_cast<uint32_t>(row);
+        for (int t = 0; t < kProbes; ++t) {
+            found.rows[t] = plain_row(id < 0 ? -1 : probe_row<false>(*probes.bound(t), id));
+        }
     }
     found.weight = id < 0 ? 0.0f : inputs.weight(position);
-    found.is_counted = id >= 0;
     return found;
 }
 
-// Columns of the rows of U ids, the first of which lane `first` of the warp has found: all loads
+// Rows of U ids in the store of one probe: their codes are under way before the first is used.
+template <int U>
+EMBCOMPRESS_DEVICE void find_rows(const BoundProbe& bound, const int64_t (&ids)[U],
+                                  uint32_t (&rows)[U]) {
+    const BoundCode* code = bound.code();
+    if (code == nullptr || code->first.table.is_slot) {
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+            rows[u] = plain_row(ids[u] < 0 ? -1 : probe_row<false>(bound, ids[u]));
+        }
+        return;
+    }
+    const BoundTable& first = code->first;
+    uint32_t codes[U];
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+        codes[u] = 0;
+        if (ids[u] >= 0) {
+            codes[u] =
+                read_code(first.table, first.data, first.bytes, row_of(bound.address, ids[u]));
+        }
+    }
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+        int64_t row = -1;
+        if (ids[u] >= 0) row = or_otherwise<false>(*code, ids[u], code_row(first.table, codes[u]));
+        rows[u] = plain_row(row < 0 ? -1 : row + bound.offset);
+    }
+}
+
+// Columns of the rows of U ids, the first of which lane `first` of the group has found: all loads
 // are under way before the first is used.
-template <int kProbes, int U>
-EMBCOMPRESS_DEVICE void load_rows(const Group& group, const Found<kProbes>& found, int first,
-                                  int count, const float* const (&data)[kProbes], int width,
-                                  bool active, float (&part)[kProbes][U][kColumns]) {
+template <int kProbes, bool kPlaced, int U, int C>
+EMBCOMPRESS_DEVICE void load_rows(const Group& group, const Found<kProbes, kPlaced>& found,
+                                  int first, int count, const LaneProbes<kProbes, kPlaced>& probes,
+                                  int width, bool active, float (&part)[kProbes][U][C]) {
+    uint32_t rows[kProbes][U];
+    if constexpr (kPlaced) {
+        int64_t ids[U];
+#pragma unroll
+        for (int u = 0; u < U; ++u) ids[u] = u < count ? group.read(found.id, first + u) : -1;
+#pragma unroll
+        for (int t = 0; t < kProbes; ++t) {
+#pragma unroll
+            for (int u = 0; u < U; ++u) rows[t][u] = kNoRow;
+            if (const BoundProbe* own = probes.bound(t)) find_rows<U>(*own, ids, rows[t]);
+        }
+    } else {
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+#pragma unroll
+            for (int t = 0; t < kProbes; ++t) {
+                rows[t][u] = u < count ? group.read(found.rows[t], first + u) : kNoRow;
+            }
+        }
+    }
 #pragma unroll
     for (int u = 0; u < U; ++u) {
 #pragma unroll
         for (int t = 0; t < kProbes; ++t) {
-            const uint32_t row = u < count ? group.read(found.rows[t], first + u) : kNoRow;
 #pragma unroll
-            for (int c = 0; c < kColumns; ++c) part[t][u][c] = 0.0f;
-            if (active && row != kNoRow)
-                read_floats(data[t] + static_cast<uint64_t>(row) * width, part[t][u]);
+            for (int c = 0; c < C; ++c) part[t][u][c] = 0.0f;
+            if (!active || rows[t][u] == kNoRow) continue;
+            const int row_width = kPlaced ? probes.bound(t)->width : width;
+            read_floats(probes.data[t] + static_cast<uint64_t>(rows[t][u]) * row_width, part[t][u]);
         }
     }
 }
 
-// Pools bags [first, first + count) of a feature into columns [column, column + 4).
-template <int kProbes>
+// The rows of an id, combined.
+template <int kProbes, int U, int C>
+EMBCOMPRESS_DEVICE float combined(const float (&part)[kProbes][U][C], int u, int c, bool multiply) {
+    float value = part[0][u][c];
+#pragma unroll
+    for (int t = 1; t < kProbes; ++t) {
+        value = multiply ? value * part[t][u][c] : value + part[t][u][c];
+    }
+    return value;
+}
+
+// Pools bags [first, first + count) of a feature into columns [column, column + C).
+template <int kProbes, bool kPlaced, int C>
 EMBCOMPRESS_DEVICE void pool_plain(const PlainArguments& arguments, const Group& group,
-                                   const Feature& feature, const BoundProbe* bound, int64_t number,
+                                   const BoundFeature& feature,
+                                   const LaneProbes<kProbes, kPlaced>& probes, int64_t number,
                                    int64_t first, int count, int64_t column, int64_t num_bags) {
-    constexpr int U = kProbes == 1 ? kRowsOfOne : kRowsOfTwo;
+    constexpr int U = kProbes > kRowsAtOnce ? 1 : kRowsAtOnce / kProbes;
     const Inputs& inputs = arguments.inputs;
     const int64_t bag = number * inputs.batch + first;
     const int width = static_cast<int>(feature.width);
     const bool active = column < width, weighted = inputs.weights != nullptr;
     const bool multiply = feature.combine == Combine::kMul, mean = feature.pool == Pool::kMean;
-    const float* data[kProbes];
-#pragma unroll
-    for (int t = 0; t < kProbes; ++t) {
-        data[t] = static_cast<const float*>(bound[t].store.data) + column;
-    }
     // Positions of ids fit 32 bits: kMostIds.
     const int begin = static_cast<int>(inputs.clamp(inputs.offset(bag)));
     const int end = static_cast<int>(inputs.clamp(inputs.offset(bag + count)));
@@ -96,18 +207,18 @@ EMBCOMPRESS_DEVICE void pool_plain(const PlainArguments& arguments, const Group&
     }
     float* out = arguments.out + first * inputs.num_columns + feature.out_column;
     const bool aligned = is_aligned(out, inputs.num_columns);
-    float sum[kColumns] = {0.0f, 0.0f, 0.0f, 0.0f};
+    float sum[C] = {};
     int counted = 0, done = 0;
     int next_end = group.read(ends, 0);
     const auto finish_bag = [&] {
         if (mean && counted > 0) {
             const float divisor = static_cast<float>(counted);
 #pragma unroll
-            for (int c = 0; c < kColumns; ++c) sum[c] /= divisor;
+            for (int c = 0; c < C; ++c) sum[c] /= divisor;
         }
         if (active) store_some(out, column, width, aligned, sum);
 #pragma unroll
-        for (int c = 0; c < kColumns; ++c) sum[c] = 0.0f;
+        for (int c = 0; c < C; ++c) sum[c] = 0.0f;
         counted = 0;
         out += inputs.num_columns;
         if (++done < count) next_end = group.read(ends, done);
@@ -117,25 +228,22 @@ EMBCOMPRESS_DEVICE void pool_plain(const PlainArguments& arguments, const Group&
     int64_t ahead = id_at(begin + group.lane);
     for (int position = begin; position < end; position += group.lanes) {
         const int own = position + group.lane;
-        const Found<kProbes> found =
-            find_rows<kProbes>(inputs, feature, bound, own, own < end, ahead);
+        const auto found =
+            find_id<kProbes, kPlaced>(inputs, feature, probes, own, own < end, ahead);
         // Under way while rows are read.
         ahead = id_at(own + group.lanes);
-        const unsigned known = group.ballot(found.is_counted);
+        const unsigned known = group.ballot(found.is_counted());
         const int n = end - position < group.lanes ? end - position : group.lanes;
         for (int i = 0; i < n; i += U) {
-            float part[kProbes][U][kColumns];
-            load_rows<kProbes, U>(group, found, i, n - i, data, width, active, part);
+            float part[kProbes][U][C];
+            load_rows(group, found, i, n - i, probes, width, active, part);
 #pragma unroll
             for (int u = 0; u < U; ++u) {
                 if (i + u >= n) break;
                 const float weight = weighted ? group.read(found.weight, i + u) : 1.0f;
 #pragma unroll
-                for (int c = 0; c < kColumns; ++c) {
-                    const float other = part[kProbes - 1][u][c];
-                    const float value = kProbes == 1 ? other
-                                        : multiply   ? part[0][u][c] * other
-                                                     : part[0][u][c] + other;
+                for (int c = 0; c < C; ++c) {
+                    const float value = combined(part, u, c, multiply);
                     sum[c] += weighted ? value * weight : value;
                 }
                 counted += known >> (i + u) & 1;
@@ -146,23 +254,37 @@ EMBCOMPRESS_DEVICE void pool_plain(const PlainArguments& arguments, const Group&
     while (done < count) finish_bag();
 }
 
-template <int kProbes>
-__global__ void __launch_bounds__(kThreads, kPlainBlocks)
+template <int kProbes, bool kPlaced, int C>
+__global__ void __launch_bounds__(kThreads, plain_blocks(kPlaced, kProbes))
     plain_kernel(const __grid_constant__ PlanArgument argument,
                  const __grid_constant__ PlainArguments arguments) {
     const PlanView plan(argument);
     const int64_t number = plan.ordered(arguments.first_feature + blockIdx.y);
-    const Feature& feature = plan.feature(number);
-    const BoundProbe* bound = plan.probes(feature);
+    const BoundFeature& feature = plan.feature(number);
     const Group group(arguments.lanes);
-    const int64_t column = (static_cast<int64_t>(blockIdx.z) * group.lanes + group.lane) * kColumns;
+    const int64_t column = (static_cast<int64_t>(blockIdx.z) * group.lanes + group.lane) * C;
     const int64_t groups = blockDim.x / group.lanes, batch = arguments.inputs.batch;
     const int64_t num_bags = argument.layout.num_features * batch;
     const int64_t first = (blockIdx.x * groups + group.number) * arguments.bags;
     if (first >= batch) return;
     const int64_t left = batch - first;
     const int count = left < arguments.bags ? static_cast<int>(left) : arguments.bags;
-    pool_plain<kProbes>(arguments, group, feature, bound, number, first, count, column, num_bags);
+    const LaneProbes<kProbes, kPlaced> probes(feature, plan.probes(feature), column);
+    pool_plain<kProbes, kPlaced, C>(arguments, group, feature, probes, number, first, count, column,
+                                    num_bags);
+}
+
+using PlainKernel = void (*)(PlanArgument, PlainArguments);
+
+PlainKernel kernel_for(const FeatureClass& which) {
+    if (which.kind == Kind::kPlaced) {
+        if (which.columns == 2) return plain_kernel<1, true, 2>;
+        return which.probes == 1 ? plain_kernel<1, true, 4> : plain_kernel<2, true, 4>;
+    }
+    const PlainKernel kernels[kMostPlainProbes] = {
+        plain_kernel<1, false, 4>, plain_kernel<2, false, 4>, plain_kernel<3, false, 4>,
+        plain_kernel<4, false, 4>};
+    return kernels[which.probes - 1];
 }
 
 }  // namespace
@@ -175,8 +297,7 @@ void pool_plain(const PlanArgument& plan, const Inputs& inputs, const PoolLaunch
     shape.chunks = which.shape.chunks;
     shape.threads = which.shape.threads;
     const PlainArguments arguments{inputs, out, which.first, which.which.lanes, which.shape.bags};
-    const auto kernel = which.which.kind == Kind::kOne ? plain_kernel<1> : plain_kernel<2>;
-    launch("plain_kernel", kernel, shape, stream, plan, arguments);
+    launch("plain_kernel", kernel_for(which.which), shape, stream, plan, arguments);
 }
 
 }  // namespace cuda

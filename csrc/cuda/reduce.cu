@@ -57,11 +57,11 @@ __device__ void read_touch(const BackwardArguments& arguments, const PlanView& p
     const Arrays arrays(arguments.workspace, arguments.layout);
     const int64_t position = touch % inputs.num_ids, j = touch / inputs.num_ids;
     const int64_t bag = arrays.bags[position], number = bag / inputs.batch;
-    const Feature& feature = plan.feature(number);
+    const BoundFeature& feature = plan.feature(number);
     const BoundProbe* bound = plan.probes(feature);
     const int64_t use_number = number * plan.layout->uses_per_feature + j;
     const Use& use = plan.use(use_number);
-    const Probe& probe = bound[use.probe].probe;
+    const BoundProbe& probe = bound[use.probe];
     const bool multiply = feature.combine == Combine::kMul;
     bool inside;
     const int64_t id = checked_id(feature, inputs.id(position), &inside);
@@ -91,23 +91,23 @@ EMBCOMPRESS_DEVICE void touch_values(const BackwardArguments& arguments, const P
 #pragma unroll
         for (int c = 0; c < C; ++c) values[u][c] = 0.0f;
         if (tile.keys[i + u] < 0) continue;
-        const Feature& feature = plan.feature(tile.uses[i + u] / uses);
+        const BoundFeature& feature = plan.feature(tile.uses[i + u] / uses);
         const Use& use = plan.use(tile.uses[i + u]);
         const BoundProbe& bound = plan.probes(feature)[use.probe];
         if (is_scalar(use, bound)) continue;
         const float* gradient = arguments.gradient + tile.gradients[i + u];
         const bool aligned = is_aligned(gradient, 0);
-        load_some(gradient, column, bound.probe.width, aligned, values[u]);
+        load_some(gradient, column, bound.width, aligned, values[u]);
     }
 #pragma unroll
     for (int u = 0; u < U; ++u) {
         if (tile.keys[i + u] < 0) continue;
-        const Feature& feature = plan.feature(tile.uses[i + u] / uses);
+        const BoundFeature& feature = plan.feature(tile.uses[i + u] / uses);
         const Use& use = plan.use(tile.uses[i + u]);
         const BoundProbe* bound = plan.probes(feature);
         const BoundProbe& own = bound[use.probe];
         if (is_scalar(use, own)) {
-            const int64_t target = use.role == Role::kScale ? own.probe.scale.column : 0;
+            const int64_t target = use.role == Role::kScale ? own.scale()->column : 0;
             const Arrays arrays(arguments.workspace, arguments.layout);
             const float scalar = arrays.scalars[tile.touches[i + u]];
 #pragma unroll
@@ -130,7 +130,7 @@ EMBCOMPRESS_DEVICE void touch_values(const BackwardArguments& arguments, const P
         const int64_t row = tile.rows[use.probe * tile.size + i + u];
 #pragma unroll
         for (int c = 0; c < C; ++c) {
-            if (column + c >= own.probe.width) continue;
+            if (column + c >= own.width) continue;
             if (use.role == Role::kRows) {
                 const float latent = stored_number(own, row, column + c);
                 if (!latent_of(own, row, column + c, latent).inside) values[u][c] = 0.0f;

@@ -24,8 +24,6 @@ constexpr int64_t kPlanBytes = 7 << 10;
 constexpr int64_t kTileBytes = 16 << 10;
 constexpr int64_t kMostBags = 8;  // that a group pools one after the other
 constexpr int64_t kSmallestTile = 4;
-// Blocks of plain features that are on a multiprocessor at once.
-constexpr int kPlainBlocks = 4;
 // What finding the rows of a tile of ids takes, in rows that are read meanwhile.
 constexpr int64_t kRowsOfTile = 4;
 
@@ -41,41 +39,75 @@ inline int lanes_for(int64_t width, int columns, int64_t probes) {
     return lanes;
 }
 
-// Which of the forward kernels runs a feature: the one for all, or that for one or two plain
-// probes.
-enum class Kind : int { kAny = 0, kOne = 1, kTwo = 2 };
+// Which of the forward kernels runs a feature: the one for all, that for a few plain probes which
+// all lanes read, or that for plain probes side by side, of which a lane reads its own.
+enum class Kind : int { kAny = 0, kPlain = 1, kPlaced = 2 };
+constexpr int kMostPlainProbes = 4;
+constexpr int kMostPlacedProbes = 2;  // of one lane, and one of a lane of 2 columns
 // Ids of one call: their positions, and those a warp further on, fit 32 bits.
 constexpr int64_t kMostIds = 0x7FFFFFFF - 64;
 // Rows of plain probes are numbered in 32 bits, with one number for "none".
 constexpr int64_t kMostPlainRows = 0xFFFFFFFF;
 
+// Blocks of plain features that are on a multiprocessor at once, as registers allow.
+constexpr int plain_blocks(bool placed, int probes) {
+    return placed ? (probes == 1 ? 3 : 2) : (probes < 4 ? 4 : 3);
+}
+
 struct FeatureClass {
-    int columns;  // of a lane: 4 floats, or 8 numbers of 16 bits and less, are 16 bytes
+    int columns;  // of a lane: 4 floats, or 8 numbers of 16 bits and less, are 16 bytes; 2 floats
     int lanes;
     Kind kind;
+    int probes;  // that a lane reads, of plain ones
 
     bool operator==(const FeatureClass& other) const {
-        return columns == other.columns && lanes == other.lanes && kind == other.kind;
+        return columns == other.columns && lanes == other.lanes && kind == other.kind &&
+               probes == other.probes;
     }
 };
 
 inline bool is_plain(const BoundProbe& bound) {
-    return bound.store.dtype == Dtype::kFloat32 && bound.probe.quantization.bits == 0 &&
-           bound.probe.scale.kind == ScaleKind::kNone && bound.probe.code.other.store < 0 &&
-           bound.vector_columns >= 4 && bound.store.rows < kMostPlainRows;
+    const BoundCode* code = bound.code();
+    return bound.store.dtype == Dtype::kFloat32 && bound.steps_at == 0 && bound.scale_at == 0 &&
+           (code == nullptr || code->other_at == 0) && bound.store.rows < kMostPlainRows;
+}
+
+// The most probes that reach one column, which those of one lane are where the ends of probes are
+// ends of lanes.
+inline int64_t probes_of_a_lane(const Feature& feature, const BoundProbe* bound) {
+    int64_t most = 0;
+    for (int64_t t = 0; t < feature.num_probes; ++t) {
+        int64_t reaching = 0;  // the first column of probe t
+        for (int64_t u = 0; u < feature.num_probes; ++u) {
+            const int64_t ahead = bound[t].column - bound[u].column;
+            reaching += ahead >= 0 && ahead < bound[u].width;
+        }
+        most = std::max(most, reaching);
+    }
+    return most;
 }
 
 inline FeatureClass classify(const Feature& feature, const BoundProbe* bound) {
-    bool narrow = true, plain = feature.combine != Combine::kPlace || feature.num_probes == 1;
+    bool narrow = true, plain = feature.num_probes > 0;
+    int columns = 4;  // of a lane that reads floats
     for (int64_t t = 0; t < feature.num_probes; ++t) {
         narrow &= bound[t].store.dtype != Dtype::kFloat32 && bound[t].vector_columns == 8;
         plain &= is_plain(bound[t]);
+        columns = std::min(columns, bound[t].vector_columns);
     }
-    FeatureClass result{narrow ? 8 : 4, 0, Kind::kAny};
-    result.lanes = lanes_for(feature.width, result.columns, feature.num_probes);
-    if (plain && feature.num_probes == 1) result.kind = Kind::kOne;
-    if (plain && feature.num_probes == 2) result.kind = Kind::kTwo;
-    return result;
+    const bool placed = feature.combine == Combine::kPlace && feature.num_probes > 1;
+    if (plain && placed && columns > 1) {
+        const int probes = static_cast<int>(probes_of_a_lane(feature, bound));
+        if (probes <= (columns == 4 ? kMostPlacedProbes : 1)) {
+            return {columns, lanes_for(feature.width, columns, 1), Kind::kPlaced, probes};
+        }
+    }
+    if (plain && !placed && columns == 4 && feature.num_probes <= kMostPlainProbes) {
+        const int probes = static_cast<int>(feature.num_probes);
+        return {columns, lanes_for(feature.width, columns, 1), Kind::kPlain, probes};
+    }
+    columns = narrow ? 8 : 4;
+    return {columns, lanes_for(feature.width, columns, feature.num_probes), Kind::kAny, 0};
 }
 
 // Bytes of shared memory that a group of lanes needs for the rows that it found.
@@ -109,10 +141,12 @@ struct PoolShape {
     int64_t shared_bytes;
 };
 
-// The launch for the features of one class; `probes` and `width` are the most that one of them has.
+// The launch for the features of one class; `probes`, `width` and bytes are the most that one of
+// them has.
 inline PoolShape pool_shape(const FeatureClass& which, int64_t batch, int64_t num_features,
                             int64_t ids_per_bag, int64_t probes, int64_t width,
-                            int64_t staged_bytes, const DeviceLimits& device) {
+                            int64_t record_bytes, int64_t staged_bytes,
+                            const DeviceLimits& device) {
     PoolShape shape{};
     shape.tile = static_cast<int>(tile_size(which.lanes));
     shape.group_bytes = pool_group_bytes(shape.tile, probes);
@@ -128,14 +162,16 @@ inline PoolShape pool_shape(const FeatureClass& which, int64_t batch, int64_t nu
     shape.chunks = divide_up(width, which.lanes * which.columns);
     const int64_t share = std::max<int64_t>(1, most_blocks / (num_features * shape.chunks));
     shape.blocks = std::max<int64_t>(1, std::min(divide_up(runs, groups), share));
-    const int64_t records = sizeof(Feature) + probes * sizeof(BoundProbe);
-    shape.plan_bytes = records <= kPlanBytes ? align_up(records, 16) : 0;
+    shape.plan_bytes = record_bytes <= kPlanBytes ? align_up(record_bytes, 16) : 0;
+    shape.shared_bytes = shape.plan_bytes + align_up(groups * shape.group_bytes, 16);
     // Copying a store pays where a block reads it several times over.
     const int64_t reads =
         divide_up(runs, groups * shape.blocks) * groups * shape.bags * ids_per_bag * width * 4;
-    shape.staged_bytes = shape.plan_bytes > 0 && reads >= 4 * staged_bytes ? staged_bytes : 0;
-    shape.shared_bytes =
-        shape.plan_bytes + shape.staged_bytes + align_up(groups * shape.group_bytes, 16);
+    const bool fits = shape.shared_bytes + staged_bytes <= device.shared_bytes;
+    if (shape.plan_bytes > 0 && fits && reads >= 4 * staged_bytes) {
+        shape.staged_bytes = staged_bytes;
+        shape.shared_bytes += staged_bytes;
+    }
     return shape;
 }
 
@@ -153,15 +189,16 @@ inline int plain_bags(int lanes, int64_t bags, int64_t ids_per_bag, int64_t grou
     return static_cast<int>(best);
 }
 
-// The launch for plain features: no shared memory, and a block for every few bags, which the device
-// hands out as others end.
+// The launch for plain or placed features: no shared memory, and a block for every few bags, which
+// the device hands out as others end.
 inline PoolShape plain_shape(const FeatureClass& which, int64_t batch, int64_t num_features,
                              int64_t ids_per_bag, int64_t width, const DeviceLimits& device) {
     PoolShape shape{};
     shape.threads = kThreads;
     shape.chunks = divide_up(width, which.lanes * which.columns);
     const int64_t groups = shape.threads / which.lanes;
-    const int64_t at_once = device.multiprocessors * kPlainBlocks * groups;
+    const int blocks = plain_blocks(which.kind == Kind::kPlaced, which.probes);
+    const int64_t at_once = device.multiprocessors * blocks * groups;
     shape.bags = plain_bags(which.lanes, batch * num_features * shape.chunks,
                             std::max<int64_t>(1, ids_per_bag), at_once);
     shape.blocks = std::max<int64_t>(1, divide_up(divide_up(batch, shape.bags), groups));

@@ -10,8 +10,8 @@ namespace cuda {
 namespace {
 
 // How many ids of a bag count: all but padding. Every lane gets it.
-__device__ int64_t counted_ids(const Inputs& inputs, const Group& group, const Feature& feature,
-                               int64_t begin, int64_t end) {
+__device__ int64_t counted_ids(const Inputs& inputs, const Group& group,
+                               const BoundFeature& feature, int64_t begin, int64_t end) {
     if (feature.padding_idx < 0) return end - begin;
     // In halves that float holds exactly.
     int64_t count = 0;
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const Inputs& inputs = arguments.inputs;
     const Arrays arrays(arguments.workspace, arguments.layout);
     const int64_t number = blockIdx.y, groups = blockDim.x / lanes;
-    const Feature& feature = plan.feature(number);
+    const BoundFeature& feature = plan.feature(number);
     const BoundProbe* bound = plan.probes(feature);
     const int uses = argument.layout.uses_per_feature;
     const int64_t none = static_cast<int64_t>(argument.layout.num_targets)
@@ -86,7 +86,8 @@ struct ProbeTile {
           size(size_),
           probes(probes_) {}
 
-    __device__ void fill(int i, const Feature& feature, const BoundProbe* bound, int64_t id) const {
+    __device__ void fill(int i, const BoundFeature& feature, const BoundProbe* bound,
+                         int64_t id) const {
         for (int t = 0; t < feature.num_probes; ++t) {
             const int64_t row = id < 0 ? -1 : probe_row(bound[t], id);
             rows[t * size + i] = row;
@@ -101,8 +102,8 @@ struct ProbeTile {
     }
 
     // The product of what the other probes give, where probes multiply.
-    EMBCOMPRESS_DEVICE float others(const Feature& feature, const BoundProbe* bound, int t, int i,
-                                    int64_t column) const {
+    EMBCOMPRESS_DEVICE float others(const BoundFeature& feature, const BoundProbe* bound, int t,
+                                    int i, int64_t column) const {
         float product = 1.0f;
         if (feature.combine != Combine::kMul) return product;
         for (int u = 0; u < feature.num_probes; ++u) {
@@ -114,9 +115,9 @@ struct ProbeTile {
 
 // Dot product over the columns of probe t of a lane: the gradient times what a scale multiplies, or
 // times the derivative by a shared step or bias.
-__device__ float dot(const Group& group, const Feature& feature, const BoundProbe* bound, int t,
-                     Role role, const ProbeTile& tile, int i, const float* gradient) {
-    const Probe& probe = bound[t].probe;
+__device__ float dot(const Group& group, const BoundFeature& feature, const BoundProbe* bound,
+                     int t, Role role, const ProbeTile& tile, int i, const float* gradient) {
+    const BoundProbe& probe = bound[t];
     const float* mine = gradient + probe.column;
     const int64_t row = tile.rows[t * tile.size + i];
     float total = 0.0f;
@@ -137,7 +138,7 @@ __device__ void write_scalars(const BackwardArguments& arguments, const PlanView
                               const Group& group, const ProbeTile& tile, int i, int64_t position) {
     const Arrays arrays(arguments.workspace, arguments.layout);
     const int64_t bag = arrays.bags[position], number = bag / arguments.inputs.batch;
-    const Feature& feature = plan.feature(number);
+    const BoundFeature& feature = plan.feature(number);
     const BoundProbe* bound = plan.probes(feature);
     const float* gradient = gradient_of(arguments, feature, bag);
     const int uses = plan.layout->uses_per_feature;
@@ -157,7 +158,7 @@ __device__ void write_weight_gradient(const BackwardArguments& arguments, const 
                                       int64_t position, float* out) {
     const Arrays arrays(arguments.workspace, arguments.layout);
     const int64_t bag = arrays.bags[position];
-    const Feature& feature = plan.feature(bag / arguments.inputs.batch);
+    const BoundFeature& feature = plan.feature(bag / arguments.inputs.batch);
     const BoundProbe* bound = plan.probes(feature);
     const float* gradient = gradient_of(arguments, feature, bag);
     const bool multiply = feature.combine == Combine::kMul;
@@ -187,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int64_t first = (blockIdx.x * groups + group.number) * size; first < inputs.num_ids;
          first += gridDim.x * groups * size) {
         for (int i = group.lane; i < size && first + i < inputs.num_ids; i += lanes) {
-            const Feature& feature = plan.feature(arrays.bags[first + i] / inputs.batch);
+            const BoundFeature& feature = plan.feature(arrays.bags[first + i] / inputs.batch);
             bool inside;
             const int64_t id = checked_id(feature, inputs.id(first + i), &inside);
             tile.fill(i, feature, plan.probes(feature), id);

@@ -75,7 +75,7 @@ struct BackwardArguments {
 
 // The output's gradient for a feature of a bag.
 EMBCOMPRESS_DEVICE const float* gradient_of(const BackwardArguments& arguments,
-                                            const Feature& feature, int64_t bag) {
+                                            const BoundFeature& feature, int64_t bag) {
     return arguments.gradient + bag % arguments.inputs.batch * arguments.inputs.num_columns +
            feature.out_column;
 }
@@ -83,17 +83,17 @@ EMBCOMPRESS_DEVICE const float* gradient_of(const BackwardArguments& arguments,
 // What multiplies the gradients of the step and bias of latents: 1 / sqrt(N * (2^bits - 1)), N
 // numbers to a step (Esser et al., "Learned step size quantization", section 2.2).
 EMBCOMPRESS_DEVICE float damping(const BoundProbe& bound) {
-    const int64_t numbers =
-        (bound.store.rows / bound.step.rows) * (bound.store.width / bound.step.width);
-    const int64_t last = (int64_t{1} << bound.probe.quantization.bits) - 1;
+    const StoreView& step = bound.steps()->step;
+    const int64_t numbers = (bound.store.rows / step.rows) * (bound.store.width / step.width);
+    const int64_t last = (int64_t{1} << bound.bits) - 1;
     return static_cast<float>(1.0 / sqrt(static_cast<double>(numbers * last)));
 }
 
 // Derivative of a number of a packed or latent row by its step or bias.
 EMBCOMPRESS_DEVICE float step_factor(const BoundProbe& bound, Role role, int64_t row,
                                      int64_t column) {
-    const Quantization& q = bound.probe.quantization;
-    const float zero = q.bias_store < 0 ? static_cast<float>((1 << q.bits) - 1) / 2 : 0.0f;
+    const bool has_bias = bound.steps()->has_bias;
+    const float zero = has_bias ? 0.0f : static_cast<float>((1 << bound.bits) - 1) / 2;
     const float stored = stored_number(bound, row, column);
     if (!is_latent(bound)) return role == Role::kBias ? 1.0f : stored - zero;
     const Latent<float> latent = latent_of(bound, row, column, stored);
@@ -105,14 +105,14 @@ EMBCOMPRESS_DEVICE float step_factor(const BoundProbe& bound, Role role, int64_t
 // Whether a use's gradient is one number: a dot product over the columns.
 EMBCOMPRESS_DEVICE bool is_scalar(const Use& use, const BoundProbe& bound) {
     if (use.role == Role::kRows) return false;
-    return use.role == Role::kScale || !bound.probe.quantization.per_column;
+    return use.role == Role::kScale || !bound.steps()->per_column;
 }
 
 // Row of a wanted store that a checked id touches; negative: none.
 EMBCOMPRESS_DEVICE int64_t touched_row(const Use& use, const BoundProbe& bound, int64_t id) {
-    if (use.role == Role::kScale) return scale_row(bound, id);
+    if (use.role == Role::kScale) return scale_row(*bound.scale(), id);
     const int64_t row = probe_row(bound, id);
-    const bool shared = use.role != Role::kRows && !bound.probe.quantization.per_row;
+    const bool shared = use.role != Role::kRows && !bound.steps()->per_row;
     return row >= 0 && shared ? 0 : row;
 }
 

@@ -16,9 +16,10 @@ void print_pool() {
                    &length, &probes, &width, &staged, &sms) != 9) {
         return;
     }
-    const FeatureClass which{static_cast<int>(columns), static_cast<int>(lanes), Kind::kAny};
-    const PoolShape shape = pool_shape(which, batch, features, length, probes, width, staged,
-                                       {static_cast<int>(sms), 48 << 10});
+    const FeatureClass which{static_cast<int>(columns), static_cast<int>(lanes), Kind::kAny, 0};
+    const PoolShape shape =
+        pool_shape(which, batch, features, length, probes, width, probes * sizeof(BoundProbe),
+                   staged, {static_cast<int>(sms), 48 << 10});
     std::printf("%d %d %d %ld %ld %ld %ld %ld %ld\n", shape.tile, shape.bags, shape.threads,
                 shape.blocks, shape.chunks, shape.plan_bytes, shape.staged_bytes, shape.group_bytes,
                 shape.shared_bytes);
@@ -30,7 +31,7 @@ void print_plain() {
         6) {
         return;
     }
-    const FeatureClass which{4, static_cast<int>(lanes), Kind::kOne};
+    const FeatureClass which{4, static_cast<int>(lanes), Kind::kPlain, 1};
     const PoolShape shape =
         plain_shape(which, batch, features, length, width, {static_cast<int>(sms), 48 << 10});
     std::printf("%d %d %ld %ld %ld\n", shape.bags, shape.threads, shape.blocks, shape.chunks,

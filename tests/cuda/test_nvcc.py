@@ -23,7 +23,7 @@ OURS = sorted(path.name for path in (ROOT / "csrc/cuda").glob("*.cu") if path.na
 MOST_REGISTERS = 128
 KERNELS = {
     "forward.cu": ["pool_kernel"] * 2,
-    "plain.cu": ["plain_kernel"] * 2,
+    "plain.cu": ["plain_kernel"] * 7,
     "touches.cu": ["touch_kernel", "dot_kernel"],
     "reduce.cu": ["reduce_kernel"] * 2,
     "segments.cu": [

@@ -13,7 +13,18 @@ from torch import Tensor
 from embcompress.engine import Bags, GradientOptions, Program, lookup, ops
 from embcompress.engine.fused import FusedStores, UpdateRule
 from embcompress.engine.reference import lookup_reference
-from embcompress.plan import Code, Digit, Hash, LookupPlan, Probe, Quantization, Sign, Store, Weight
+from embcompress.plan import (
+    Code,
+    Digit,
+    Hash,
+    LookupPlan,
+    Probe,
+    Quantization,
+    Sign,
+    Slot,
+    Store,
+    Weight,
+)
 from tests.engine.devices import DEVICES, to_device
 from tests.engine.judging import Judge, run
 from tests.engine.test_generated import run_features
@@ -106,13 +117,16 @@ def test_probes_that_overlap_are_combined_for_each_id(device: str, weighted: boo
 
 
 def test_stores_that_begin_at_one_address(device: str) -> None:
-    """Slices of a tensor, one longer than the other, which small stores' copies keep apart."""
-    stores = (Store("few", 3, 8), Store("all", 40, 8), Store("other", 10, 8))
+    """Slices of a tensor, one longer than the other, which small stores' copies keep apart.
+
+    Six columns, which are not read four at once: the kernels for such rows make no copies.
+    """
+    stores = (Store("few", 3, 6), Store("all", 40, 6), Store("other", 10, 6))
     probes = (Probe("few", Digit(1, 3)), Probe("all", Digit(1, 40)), Probe("other", Hash(1, 10)))
-    plan = LookupPlan(1000, 8, stores, probes, pool="sum")
+    plan = LookupPlan(1000, 6, stores, probes, pool="sum")
     case = make_case(plan, [20] * 200)
-    table = torch.arange(320.0).reshape(40, 8)
-    other = -torch.arange(80.0).reshape(10, 8)
+    table = torch.arange(240.0).reshape(40, 6)
+    other = -torch.arange(60.0).reshape(10, 6)
     moved = table.to(device)
     tensors = {"few": moved[:3], "all": moved, "other": other.to(device)}
     bags = to_device(case, device).bags
@@ -120,6 +134,53 @@ def test_stores_that_begin_at_one_address(device: str) -> None:
         plan, {"few": table[:3], "all": table, "other": other}, case.bags, sparse=False
     )
     assert torch.equal(lookup(plan, tensors, bags).cpu(), expected)
+
+
+LENGTHS = [3, 0, 1, 1, 70, 2, 0, 0, 9] * 20
+
+
+def weighted_case(plan: LookupPlan) -> Case:
+    case = make_case(plan, LENGTHS)
+    weights = torch.randn(case.bags.ids.numel(), generator=torch.Generator().manual_seed(1))
+    return replace(case, bags=replace(case.bags, weights=weights))
+
+
+@pytest.mark.parametrize("combine", ["sum", "mul"])
+@pytest.mark.parametrize("width", [4, 64, 132])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_a_few_rows_of_floats(device: str, count: int, width: int, combine: str) -> None:
+    """Hashed, coded with absent ids, in slots: one to four of them have a kernel of their own."""
+    stores = (
+        Store("rows", 40, width),
+        Store("codes", 300, 1, "uint5"),
+        Store("tags", 20, 2, "uint9"),
+    )
+    addresses = [
+        Hash(1, 40), Code("codes", 31, Digit(1, 300)), Digit(3, 40),
+        Slot("tags", 40, Hash(2, 20), Digit(1, 300), otherwise=Hash(3, 7)), Hash(4, 40),
+    ]  # fmt: skip
+    probes = tuple(Probe("rows", address) for address in addresses[:count])
+    used = {"rows", *(["codes"] if count > 1 else []), *(["tags"] if count > 3 else [])}
+    stores = tuple(store for store in stores if store.name in used)
+    check(weighted_case(LookupPlan(300, width, stores, probes, combine, pool="sum")), device)
+    check(make_case(LookupPlan(300, width, stores, probes, combine, pool="mean"), LENGTHS), device)
+
+
+@pytest.mark.parametrize("bits", [2, 8, 11, 17])
+@pytest.mark.parametrize("each", [1, 2, 3])
+@pytest.mark.parametrize("part", [1, 2, 4, 16, 36])
+def test_rows_of_floats_side_by_side(device: str, part: int, each: int, bits: int) -> None:
+    """Codebooks of 1 to 36 columns, up to three added up in each: quantized products and sums."""
+    parts, rows = 5, min((1 << bits) - 1, 50)
+    codes = Store("codes", 300, parts * each, f"uint{bits}")
+    books = [Store(f"book_{p}", rows, part) for p in range(parts)]
+    probes = tuple(
+        Probe(f"book_{p}", Code("codes", rows, Digit(1, 300), p * each + e), column=p * part)
+        for p in range(parts)
+        for e in range(each)
+    )
+    plan = LookupPlan(300, parts * part, (codes, *books), probes, pool="sum")
+    check(weighted_case(plan), device)
 
 
 @pytest.mark.parametrize("num_features", [1, 40])

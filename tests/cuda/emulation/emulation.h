@@ -28,12 +28,16 @@ struct dim3 {
 struct uint2 {
     unsigned x, y;
 };
+struct float2 {
+    float x, y;
+};
 struct uint4 {
     unsigned x, y, z, w;
 };
 struct float4 {
     float x, y, z, w;
 };
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 namespace emulation {
