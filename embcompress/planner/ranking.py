@@ -64,6 +64,11 @@ class Ranking:
                 variance += float((own - others).var(ddof=1)) / len(own)
         return self.auc - other.auc, math.sqrt(variance)
 
+    def is_better(self, other: Ranking) -> bool:
+        """Whether it leads by more than a standard error."""
+        lead, error = self.lead(other)
+        return lead > error
+
 
 def _share_below(values: Array, thresholds: Array) -> Array:
     """For each threshold, the share of values below it; equal ones count half."""

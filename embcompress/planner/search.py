@@ -19,7 +19,14 @@ from embcompress.planner.options import table_options
 from embcompress.planner.progress import Show, silent
 from embcompress.planner.ranking import Ranking
 from embcompress.planner.trial_data import TrialData, standard_error
-from embcompress.planner.trials import LEARNING_RATES, TRIAL_SEED, Build, Trial, full_training
+from embcompress.planner.trials import (
+    LEARNING_RATES,
+    TRIAL_SEED,
+    Build,
+    Trial,
+    best_learning_rate,
+    full_training,
+)
 from embcompress.planner.worth import train_full_tables
 
 #: Shares of the dense bytes at which the loss of AUC is measured first.
@@ -62,6 +69,7 @@ class QualitySearch:
         max_auc_loss: what may be lost of it.
         error: standard error of an AUC on the held-out examples; differences are known better.
         measurements: by falling bytes.
+        learning_rate: of all these trainings; that with which the full tables learn best.
     """
 
     budget_bytes: int
@@ -69,12 +77,13 @@ class QualitySearch:
     max_auc_loss: float
     error: float
     measurements: tuple[Measurement, ...]
+    learning_rate: float
 
     def __str__(self) -> str:
         lines = [
             f"At most {self.max_auc_loss:g} of the full tables' AUC, {self.full_auc:.4f} after "
-            f"short trainings, may be lost (a single AUC has a standard error of "
-            f"{self.error:.4f}). Measured:"
+            f"short trainings at a learning rate of {self.learning_rate:g}, may be lost (a single "
+            f"AUC has a standard error of {self.error:.4f}). Measured:"
         ]
         lines += [
             f"  {each.bytes:,} bytes lose {self.full_auc - each.auc:+.4f}"
@@ -143,7 +152,8 @@ class PlanSearch:
     def smallest(self, method: Method, max_auc_loss: float) -> QualitySearch:
         """The fewest bytes that lose no more AUC than that.
 
-        The loss is measured at a few budgets, and taken to rise with what the planner expects to
+        All trainings have the learning rate with which the full tables learn best. The loss is
+        measured at a few budgets, and taken to rise with what the planner expects to
         be lost: never to fall, and in a straight line between two measurements. Where that line
         passes ``max_auc_loss`` it is measured again. What is lost is lost of the mean AUC of the
         full tables and of the plans that cannot be told from them.
@@ -151,21 +161,26 @@ class PlanSearch:
         Raises:
             ValueError: the time was too short to train the model with full tables.
         """
-        full = self._measure(Full(), self.dense_bytes)
-        if full is None:
+        best = best_learning_rate(lambda rate: self._measure(Full(), self.dense_bytes, rate))
+        if best is None:
             raise ValueError(
                 f"plan_seconds={self.seconds:g} is too short for one training with full tables"
             )
+        learning_rate, full = best
         measured = [Measurement(self.dense_bytes, 0.0, full.auc, is_like_full=True)]
+
+        def add(budget_bytes: int) -> None:
+            self._add(measured, method, budget_bytes, full, learning_rate)
+
         for share in _LADDER:
-            self._add(measured, method, int(share * self.dense_bytes), full)
+            add(int(share * self.dense_bytes))
         for _ in range(_REFINEMENTS):
-            crossing = self._crossing(method, measured, max_auc_loss)
-            self._add(measured, method, crossing, full)
+            add(self._crossing(method, measured, max_auc_loss))
         found = self._crossing(method, measured, max_auc_loss)
         below = tuple(sorted(measured[1:], key=lambda each: -each.bytes))
         error = standard_error(self.data)
-        return QualitySearch(found, _full_auc(measured), max_auc_loss, error, below)
+        auc = _full_auc(measured)
+        return QualitySearch(found, auc, max_auc_loss, error, below, learning_rate)
 
     def _builder(self, budget_bytes: int) -> Build:
         return lambda method, data: self._seeded(method, budget_bytes, data)
@@ -174,21 +189,30 @@ class PlanSearch:
         torch.manual_seed(TRIAL_SEED)
         return self.build(method, budget_bytes, data)
 
-    def _measure(self, method: Method, budget_bytes: int) -> Ranking | None:
+    def _measure(self, method: Method, budget_bytes: int, learning_rate: float) -> Ranking | None:
         """Of a short training, the best after any pass; None if the time ran out."""
         self.show(f"what is lost in {budget_bytes:,} bytes")
         with torch.random.fork_rng():
             build = self._builder(budget_bytes)
-            return full_training(method, build, self.data, self._end, _PASSES)
+            return full_training(
+                method, build, self.data, self._end, _PASSES, learning_rate=learning_rate
+            )
 
     def _add(
-        self, measured: list[Measurement], method: Method, budget_bytes: int, full: Ranking
+        self,
+        measured: list[Measurement],
+        method: Method,
+        budget_bytes: int,
+        full: Ranking,
+        learning_rate: float,
     ) -> None:
         """Measure at that budget, if it is possible, new, and there is time."""
         if any(each.bytes == budget_bytes for each in measured):
             return
         expected = self.expected(method, budget_bytes)
-        found = self._measure(method, budget_bytes) if expected < math.inf else None
+        if expected == math.inf:
+            return
+        found = self._measure(method, budget_bytes, learning_rate)
         if found is not None:
             lead, error = full.lead(found)
             is_like_full = expected < _NOTHING and lead <= _ERRORS_APART * error

@@ -195,6 +195,27 @@ def full_training(
     return trial.ranking
 
 
+def best_learning_rate(
+    train: Callable[[float], Ranking | None],
+) -> tuple[float, Ranking] | None:
+    """The first rate, or a later one whose lead is more than a standard error.
+
+    Args:
+        train: a training with that rate; None if the time ran out.
+
+    Returns:
+        The rate and what came of its training; None if the time ran out in the first one.
+    """
+    best: tuple[float, Ranking] | None = None
+    for learning_rate in LEARNING_RATES:
+        found = train(learning_rate)
+        if found is None:
+            break
+        if best is None or found.is_better(best[1]):
+            best = learning_rate, found
+    return best
+
+
 def _prequential_training(
     trial: Trial, build: Build, data: TrialData, end: float
 ) -> Ranking | None:

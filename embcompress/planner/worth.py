@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from embcompress.methods.hash import Hashing
 from embcompress.planner.lookups import count_lookups
 from embcompress.planner.ranking import Ranking
 from embcompress.planner.trial_data import TrialData
-from embcompress.planner.trials import LEARNING_RATES, full_training, log_loss
+from embcompress.planner.trials import best_learning_rate, full_training, log_loss
 from embcompress.tables.compressed_table import CompressedTable
 
 #: Full tables are trained where they take no more bytes; else tables of hashed rows that do.
@@ -47,8 +46,8 @@ def train_full_tables(
 ) -> FullTables | None:
     """The learning rate that a model learns best with, and what it loses without each table.
 
-    A model of full tables is trained as long as its held-out AUC rises, with each learning rate; a
-    later one is taken if its lead is more than a standard error. Then one table after the other
+    A model of full tables is trained as long as its held-out AUC rises, with each learning rate
+    (:func:`~embcompress.planner.trials.best_learning_rate`). Then one table after the other
     gives all of its ids their mean vector, as often as they occur: what a table does that is pruned
     to one row, but for what training would make up for.
 
@@ -59,36 +58,28 @@ def train_full_tables(
         end: time after which nothing more is begun (:func:`time.monotonic`).
 
     Returns:
-        None if the time ran out.
+        None if the time ran out in the first training.
     """
     unseen = replace(data, is_prequential=False)  # held-out examples stay so
     is_small = dense_bytes <= MOST_BYTES
     method, limit = (Full(), dense_bytes) if is_small else (Hashing(), MOST_BYTES)
-    best: tuple[Ranking, FullTables] | None = None
-    for learning_rate in LEARNING_RATES:
-        worths: dict[str, float] = {}
-        found = full_training(
+    worths: dict[float, dict[str, float]] = {}
+
+    def train(learning_rate: float) -> Ranking | None:
+        def measure(model: nn.Module) -> None:
+            worths[learning_rate] = _lost_without(model, unseen)
+
+        return full_training(
             method,
             lambda method, _: build(method, limit, data),
             unseen,
             end,
             learning_rate=learning_rate,
-            on_better=functools.partial(_measure_worths, unseen, worths),
+            on_better=measure,
         )
-        if found is None:
-            return None
-        if best is None or _is_better(found, best[0]):
-            best = found, FullTables(learning_rate, worths)
-    return None if best is None else best[1]
 
-
-def _measure_worths(data: TrialData, worths: dict[str, float], model: nn.Module) -> None:
-    worths.update(_lost_without(model, data))
-
-
-def _is_better(one: Ranking, other: Ranking) -> bool:
-    lead, error = one.lead(other)
-    return lead > error
+    best = best_learning_rate(train)
+    return None if best is None else FullTables(best[0], worths[best[0]])
 
 
 @torch.no_grad()
