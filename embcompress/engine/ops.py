@@ -263,6 +263,32 @@ class _Lookup(torch.autograd.Function):
         return weights_gradient, None, *gradients
 
 
+class _TransformedLookup(torch.autograd.Function):
+    """The same in the form that ``torch.func`` takes, which costs more."""
+
+    @staticmethod
+    def forward(
+        weights: Tensor | None,
+        ids: Tensor,
+        offsets: Tensor | None,
+        encoding: Tensor,
+        shape: tuple[bool, int, int, bool],
+        *stores: Tensor,
+    ) -> Tensor:
+        return lookup_forward(stores, ids, offsets, weights, encoding, *shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weights, ids, offsets, encoding, shape, *stores = inputs
+        _setup_context(ctx, (stores, ids, offsets, weights, encoding, *shape), output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        weights_gradient, gradients = _gradients(ctx, grads[0], ctx.needs_input_grad[0])
+        return weights_gradient, None, None, None, None, *gradients
+
+
 def lookup(
     stores: Sequence[Tensor],
     ids: Tensor,
@@ -282,11 +308,14 @@ def lookup(
     inputs = [
         stores, ids, offsets, weights, encoding, ends_are_given, num_features, num_columns, sparse,
     ]  # fmt: skip
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return torch.ops.embcompress.lookup(*inputs)
     if torch.is_grad_enabled():
         trained = any(store.requires_grad for store in stores)
         if trained or (weights is not None and weights.requires_grad):
+            if torch._C._are_functorch_transforms_active():
+                shape = (ends_are_given, num_features, num_columns, sparse)
+                return _TransformedLookup.apply(weights, ids, offsets, encoding, shape, *stores)
             return _Lookup.apply(weights, inputs, *stores)
     return lookup_forward(*inputs)
 
