@@ -38,6 +38,30 @@ void print_plain() {
                 shape.shared_bytes);
 }
 
+// The kernel, columns, lanes and probes of a lane for a feature of float32 rows.
+void print_class() {
+    long combine, width, probes;
+    if (std::scanf("%ld %ld %ld", &combine, &width, &probes) != 3) return;
+    Feature feature{};
+    feature.combine = static_cast<Combine>(combine);
+    feature.width = width;
+    feature.num_probes = probes;
+    std::vector<BoundProbe> bound(probes);
+    for (BoundProbe& each : bound) {
+        long column, row_width, at_once, scaled;
+        if (std::scanf("%ld %ld %ld %ld", &column, &row_width, &at_once, &scaled) != 4) return;
+        each.store.dtype = Dtype::kFloat32;
+        each.store.rows = 10;
+        each.column = static_cast<int32_t>(column);
+        each.width = static_cast<int32_t>(row_width);
+        each.vector_columns = static_cast<int32_t>(at_once);
+        each.scale_at = static_cast<int32_t>(scaled);
+    }
+    const FeatureClass which = classify(feature, bound.data());
+    std::printf("%d %d %d %d\n", static_cast<int>(which.kind), which.columns, which.lanes,
+                which.probes);
+}
+
 void print_lanes() {
     long width, columns, probes;
     if (std::scanf("%ld %ld %ld", &width, &columns, &probes) != 3) return;
@@ -101,6 +125,7 @@ int main() {
     while (std::scanf("%15s", what) == 1) {
         if (std::strcmp(what, "pool") == 0) print_pool();
         if (std::strcmp(what, "plain") == 0) print_plain();
+        if (std::strcmp(what, "class") == 0) print_class();
         if (std::strcmp(what, "lanes") == 0) print_lanes();
         if (std::strcmp(what, "levels") == 0) print_levels();
         if (std::strcmp(what, "keys") == 0) print_keys();

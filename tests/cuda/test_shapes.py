@@ -50,6 +50,38 @@ def test_lanes_cover_a_row_and_no_more_than_needed(ask: Ask) -> None:
     assert ask(["lanes 1 4 9", "lanes 128 4 60"]) == [[4], [32]]
 
 
+ANY, PLAIN, PLACED = range(3)
+SUM, MULTIPLY, PLACE = range(3)
+
+
+def test_the_plainest_features_have_kernels_of_their_own(ask: Ask) -> None:
+    def probes(count: int, width: int, at_once: int, *, apart: bool, scaled: bool = False) -> str:
+        return " ".join(f"{t * width * apart} {width} {at_once} {scaled:d}" for t in range(count))
+
+    def parts(width: int, at_once: int, each: int, count: int = 4) -> str:
+        columns = (part * width for part in range(count) for _ in range(each))
+        return " ".join(f"{column} {width} {at_once} 0" for column in columns)
+
+    expected = {
+        **{
+            f"{combine} 64 {count} {probes(count, 64, 8, apart=False)}": [PLAIN, 4, 16, count]
+            for combine in (SUM, MULTIPLY)
+            for count in (1, 2, 3, 4)
+        },
+        f"{SUM} 64 5 {probes(5, 64, 8, apart=False)}": [ANY, 4, 16, 0],
+        f"{SUM} 64 2 {probes(2, 64, 8, apart=False, scaled=True)}": [ANY, 4, 16, 0],
+        f"{SUM} 66 1 {probes(1, 66, 2, apart=False)}": [ANY, 4, 32, 0],
+        f"{PLACE} 64 4 {parts(16, 8, 1)}": [PLACED, 4, 16, 1],
+        f"{PLACE} 64 8 {parts(16, 8, 2)}": [PLACED, 4, 16, 2],
+        f"{PLACE} 64 12 {parts(16, 8, 3)}": [ANY, 4, 16, 0],
+        f"{PLACE} 64 32 {parts(2, 2, 1, 32)}": [PLACED, 2, 32, 1],
+        f"{PLACE} 64 64 {parts(2, 2, 2, 32)}": [ANY, 4, 16, 0],
+        f"{PLACE} 64 64 {parts(1, 1, 1, 64)}": [ANY, 4, 16, 0],
+    }
+    answers = ask([f"class {line}" for line in expected])
+    assert dict(zip(expected, answers, strict=True)) == expected
+
+
 def test_forward_launches(ask: Ask) -> None:
     cases = list(
         itertools.product(
