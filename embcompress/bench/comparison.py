@@ -76,6 +76,8 @@ class Difference:
     Attributes:
         mean: over the seeds that both have finished.
         seeds: their number.
+        error: standard error of the mean, from the spread of the paired differences; None below
+            two seeds.
         p_value: two-sided, of Student's t-test of the paired differences; None below two seeds,
             and where all differences are equal. With three seeds the test has two degrees of
             freedom: it misses most real differences of one deviation, and is not corrected for
@@ -84,22 +86,27 @@ class Difference:
 
     mean: float
     seeds: int
+    error: float | None
     p_value: float | None
 
 
-def difference(summary: Summary, method: str, budget: str) -> Difference | None:
-    """The difference from the baseline; None where there is nothing to compare."""
-    one, other = summary.find(method, budget), summary.find(BASELINE, budget)
-    if one is None or other is None or method == BASELINE:
+def difference(
+    summary: Summary, method: str, budget: str, baseline: str = BASELINE
+) -> Difference | None:
+    """The difference from another method; None where there is nothing to compare."""
+    one, other = summary.find(method, budget), summary.find(baseline, budget)
+    if one is None or other is None or method == baseline:
         return None
     seeds = [seed for seed in one.auc_by_seed if seed in other.auc_by_seed]
     if not seeds:
         return None
     pairs = [(one.auc_by_seed[seed], other.auc_by_seed[seed]) for seed in seeds]
     differences = [a - b for a, b in pairs]
-    p_value = None
+    error = p_value = None
+    if len(differences) > 1:
+        error = statistics.stdev(differences) / math.sqrt(len(differences))
     if len(set(differences)) > 1:
         from scipy.stats import ttest_rel
 
         p_value = float(ttest_rel(*zip(*pairs, strict=True)).pvalue)
-    return Difference(statistics.fmean(differences), len(seeds), p_value)
+    return Difference(statistics.fmean(differences), len(seeds), error, p_value)

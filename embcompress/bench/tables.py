@@ -81,6 +81,8 @@ def markdown_results(summary: Summary) -> str:
 def markdown_lead(summaries: Mapping[str, Summary], method: str) -> str:
     """One method against the best other one at each budget, and hashing, in Markdown.
 
+    Leads have the standard error of the differences over the seeds, where both have the same.
+
     Args:
         summaries: by what the first column says of each.
         method: whose AUC is compared; the best other one is chosen afterwards, by its test AUC, of
@@ -113,10 +115,20 @@ def markdown_lead(summaries: Mapping[str, Summary], method: str) -> str:
             rows.append([
                 name, budget, f"{full.auc.mean:.4f}", own.auc.text(),
                 f"{full.auc.mean - mean:+.4f}", f"{best} {others[best]:.4f}",
-                f"{mean - others[best]:+.4f}",
+                f"{mean - others[best]:+.4f}{_error_text(summary, method, budget, best)}",
                 f"{means[BASELINE]:.4f}" if BASELINE in means else "–",
             ])  # fmt: skip
     return markdown_table(header, rows)
+
+
+def _error_text(summary: Summary, method: str, budget: str, other: str) -> str:
+    """The standard error of a lead, where both methods have the same seeds, two or more."""
+    cells = [summary.find(each, budget) for each in (method, other)]
+    paired = difference(summary, method, budget, other)
+    if paired is None or paired.error is None:
+        return ""
+    is_whole = all(cell is not None and len(cell.auc_by_seed) == paired.seeds for cell in cells)
+    return f" ± {paired.error:.4f}" if is_whole else ""
 
 
 def ranking_table(summary: Summary) -> Table:

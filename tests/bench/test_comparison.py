@@ -71,6 +71,18 @@ def test_the_lead_is_over_methods_without_files() -> None:
     assert "| log | 10% | 0.8000 | 0.7800 | +0.0200 | qr 0.7500 | +0.0300 | 0.7000 |" in text
 
 
+def test_a_lead_has_an_error_where_the_seeds_are_the_same() -> None:
+    """Leads of 0.01 and 0.03 over qr, and so an error of 0.01."""
+    records = [
+        record("full", FULL_BUDGET, 0, 0.80),
+        record("auto", "10%", 0, 0.77), record("auto", "10%", 1, 0.78),
+        record("qr", "10%", 0, 0.76), record("qr", "10%", 1, 0.75),
+    ]  # fmt: skip
+    assert "| +0.0200 ± 0.0100 |" in markdown_lead({"log": summary_of(records)}, "auto")
+    records.append(record("qr", "10%", 2, 0.70))
+    assert "±" not in markdown_lead({"log": summary_of(records)}, "auto").split("qr")[1]
+
+
 def test_budgets_that_were_not_run_do_not_count() -> None:
     summary = summary_of([
         record("hash", "10%", 0, 0.70), record("hash", "1%", 0, 0.60), record("qr", "10%", 0, 0.75)
@@ -88,6 +100,7 @@ def test_a_difference_is_paired_over_seeds() -> None:
     found = difference(summary, "qr", "10%")
     assert found is not None and found.seeds == 3
     assert found.mean == pytest.approx(0.02)
+    assert found.error == pytest.approx(0.01 / 3**0.5)
     assert found.p_value == pytest.approx(0.0741799, abs=1e-6)
     assert difference_table(summary)[1] == [[("qr", False), ("+0.0200 (p = 0.074)", False)]]
     assert difference(summary, "hash", "10%") is None
@@ -96,7 +109,7 @@ def test_a_difference_is_paired_over_seeds() -> None:
 def test_one_seed_has_no_p_value() -> None:
     summary = summary_of([record("hash", "10%", 0, 0.6), record("qr", "10%", 0, 0.7)])
     found = difference(summary, "qr", "10%")
-    assert found is not None and found.p_value is None
+    assert found is not None and found.error is found.p_value is None
     assert difference_table(summary)[1][0][1][0] == "+0.1000"
 
 
