@@ -178,6 +178,29 @@ def expected_loss(method: Method, budget_bytes: int) -> float:
     return max(0.0, math.log10(100_000 / budget_bytes)) if method == ec.Auto() else 0.0
 
 
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (5, "data must be batches of .*; got int"),
+        ([torch.zeros(3)] * 3, "pairs .*; got Tensor"),
+        ([(torch.zeros(3), torch.zeros(3), 1)] * 3, "got tuple of 3"),
+    ],
+)
+def test_data_that_are_no_batches_are_named(data: Any, message: str) -> None:
+    for method in ("auto", "hash"):
+        with pytest.raises(TypeError, match=message):
+            ec.compress(Model(), method=method, budget="8%", data=data)
+
+
+@pytest.mark.parametrize("wrong", [5.0, -1.0, math.nan])
+def test_labels_that_are_no_probabilities_are_refused(wrong: float) -> None:
+    labelled = [(inputs, labels.clone()) for inputs, labels in batches(4)]
+    labelled[2][1][1] = wrong
+    with pytest.raises(ValueError, match=f"labels must be 0 or 1, .*; got {wrong:g}"):
+        ec.compress(Model(), budget="8%", data=labelled)
+    ec.compress(Model(), method="hash", budget="8%", data=labelled)  # only ids are counted
+
+
 @pytest.mark.parametrize("best_rate", [0.03, 0.1])
 @pytest.mark.parametrize("max_auc_loss", [0.3, 0.1, 0.03, 0.004])
 def test_the_fewest_bytes_that_keep_a_quality(max_auc_loss: float, best_rate: float) -> None:

@@ -24,16 +24,24 @@ def first_batches(data: Iterable[Example], max_examples: int = MOST_EXAMPLES) ->
     """So many of the batches as have the first ``max_examples``, with labels as floats.
 
     Raises:
-        TypeError: batches that are not pairs.
+        TypeError: no iterable, or batches that are not pairs.
         ValueError: no batches.
     """
+    try:
+        iterator = iter(data)
+    except TypeError:
+        raise TypeError(
+            "data must be batches of (inputs, labels), such as a DataLoader; got "
+            f"{type(data).__name__}"
+        ) from None
     batches: list[Example] = []
     count = 0
-    for batch in data:
+    for batch in iterator:
         if not isinstance(batch, tuple | list) or len(batch) != 2:
+            size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
             raise TypeError(
                 "data must yield pairs (inputs, labels); inputs are a tensor, a tuple of the "
-                f"model's arguments or a dict of named ones; got {type(batch).__name__}"
+                f"model's arguments or a dict of named ones; got {type(batch).__name__}{size}"
             )
         inputs, labels = batch
         batches.append((inputs, torch.as_tensor(labels).float()))
@@ -67,11 +75,19 @@ class TrialData:
 
         Raises:
             TypeError: batches that are not pairs.
-            ValueError: fewer than two batches, or held-out labels that are all alike.
+            ValueError: fewer than two batches, labels that are no probabilities, or held-out ones
+                that are all alike.
         """
         batches = first_batches(data, max_examples)
         if len(batches) < 2:
             raise ValueError(f"data must yield at least 2 batches, got {len(batches)}")
+        for _, labels in batches:
+            wrong = labels[~((labels >= 0) & (labels <= 1))]
+            if wrong.numel():
+                raise ValueError(
+                    "labels must be 0 or 1, or between, because the model's outputs are taken for "
+                    f"logits; got {wrong[0].item():g}"
+                )
         held_out = max(1, round(len(batches) * _HELD_OUT))
         result = cls(batches[:-held_out], batches[-held_out:])
         labels = result.held_out_labels
