@@ -11,6 +11,7 @@ namespace {
 
 // Rows that a lane has under way: more would cost registers, and these blocks on a multiprocessor.
 constexpr int kRowsAtOnce = 4;
+static_assert(kRowsAtOnce >= kMostPlainProbes, "a lane reads an id at least");
 constexpr uint32_t kNoRow = 0xFFFFFFFFu;
 
 struct PlainArguments {
@@ -68,7 +69,7 @@ struct Found {
     EMBCOMPRESS_DEVICE bool is_counted() const { return id >= 0; }
 };
 
-// The rows too, unless every lane finds its own.
+// Its rows, where all lanes read the same ones.
 template <int kProbes>
 struct Found<kProbes, false> {
     uint32_t rows[kProbes];
@@ -191,7 +192,7 @@ EMBCOMPRESS_DEVICE void pool_plain(const PlainArguments& arguments, const Group&
                                    const BoundFeature& feature,
                                    const LaneProbes<kProbes, kPlaced>& probes, int64_t number,
                                    int64_t first, int count, int64_t column, int64_t num_bags) {
-    constexpr int U = kProbes > kRowsAtOnce ? 1 : kRowsAtOnce / kProbes;
+    constexpr int U = kRowsAtOnce / kProbes;
     const Inputs& inputs = arguments.inputs;
     const int64_t bag = number * inputs.batch + first;
     const int width = static_cast<int>(feature.width);
