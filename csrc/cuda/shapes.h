@@ -55,7 +55,7 @@ constexpr int plain_blocks(bool placed, int probes) {
 }
 
 struct FeatureClass {
-    int columns;  // of a lane: 4 floats, or 8 numbers of 16 bits and less, are 16 bytes; 2 floats
+    int columns;  // of a lane: 4 floats, 2 of narrow parts, or 8 numbers of 16 bits and less
     int lanes;
     Kind kind;
     int probes;  // that a lane reads, of plain ones
