@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import embcompress as ec
 from embcompress.methods.base import Method
-from embcompress.planner import worth
+from embcompress.planner import trials, worth
 from embcompress.planner.ranking import Ranking
 from embcompress.planner.trial_data import TrialData
 from embcompress.planner.trials import log_loss
@@ -70,7 +70,7 @@ def test_a_worth_is_the_log_loss_of_the_mean_vector(
         built.append(Model(method, limit))
         return built[-1]
 
-    monkeypatch.setattr(worth, "LEARNING_RATES", (0.03,))
+    monkeypatch.setattr(trials, "LEARNING_RATES", (0.03,))
     full = train_full_tables(build, 3 * ROWS * 4, data, math.inf)
     assert full is not None and len(built) == 1
     # The last pass was not better, or the fourth: its weights are still in the model.
@@ -89,7 +89,7 @@ def test_a_worth_is_the_log_loss_of_the_mean_vector(
 def test_the_learning_rate_is_that_of_the_full_tables(
     data: TrialData, monkeypatch: pytest.MonkeyPatch, rates: tuple[float, ...], best: float
 ) -> None:
-    monkeypatch.setattr(worth, "LEARNING_RATES", rates)
+    monkeypatch.setattr(trials, "LEARNING_RATES", rates)
     full = train_full_tables(build_model, 3 * ROWS * 4, data, math.inf)
     assert full is not None and full.learning_rate == best
 
@@ -106,7 +106,7 @@ def test_a_later_learning_rate_needs_a_lead(
     )
     monkeypatch.setattr(worth, "full_training", lambda *_, **__: next(rankings))
     full = train_full_tables(build_model, 3 * ROWS * 4, TrialData([], []), math.inf)
-    assert full is not None and full.learning_rate == worth.LEARNING_RATES[taken]
+    assert full is not None and full.learning_rate == trials.LEARNING_RATES[taken]
 
 
 def test_large_tables_are_hashed(data: TrialData, monkeypatch: pytest.MonkeyPatch) -> None:

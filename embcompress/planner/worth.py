@@ -66,6 +66,8 @@ def train_full_tables(
     worths: dict[float, dict[str, float]] = {}
 
     def train(learning_rate: float) -> Ranking | None:
+        worths[learning_rate] = {}
+
         def measure(model: nn.Module) -> None:
             worths[learning_rate] = _lost_without(model, unseen)
 
