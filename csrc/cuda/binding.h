@@ -28,21 +28,21 @@ inline Inputs bind_inputs(const Lookup& lookup) {
     return inputs;
 }
 
-inline void add_records(const Lookup& lookup, const std::vector<FeatureRecords>& records,
-                        PlanWords& plan) {
+// Begins a plan: the records of all features. Returns the features.
+inline std::vector<BoundFeature> add_records(const Lookup& lookup, PlanWords& plan) {
     std::vector<BoundFeature> features;
     for (int64_t f = 0; f < lookup.header.num_features; ++f) {
         const Feature& feature = lookup.features[f];
-        const std::vector<int64_t>& words = records[f].words();
-        const int64_t count = static_cast<int64_t>(words.size());
+        const FeatureRecords records(lookup, feature, plan.words);
         features.push_back({feature.num_embeddings, feature.padding_idx, feature.pool,
                             feature.combine, feature.width, feature.out_column, feature.num_probes,
-                            plan.add(words.data(), count), count});
+                            records.begin(), records.size()});
         plan.layout.most_probes =
             std::max(plan.layout.most_probes, static_cast<int32_t>(feature.num_probes));
     }
     plan.layout.features = plan.add(features.data(), lookup.header.num_features);
     plan.layout.num_features = static_cast<int32_t>(lookup.header.num_features);
+    return features;
 }
 
 // ------------------------------------------------------------------------------------ forward
@@ -55,7 +55,7 @@ struct ForwardPlan {
 // Features that the same kernel runs with the same lanes go into one launch.
 inline ForwardPlan plan_forward(const Lookup& lookup, const DeviceLimits& device) {
     ForwardPlan plan;
-    std::vector<FeatureRecords> records = bind_features(lookup);
+    const std::vector<BoundFeature> bound = add_records(lookup, plan.words);
     struct Members {
         FeatureClass which;
         std::vector<int64_t> features;
@@ -67,19 +67,18 @@ inline ForwardPlan plan_forward(const Lookup& lookup, const DeviceLimits& device
     std::vector<Members> classes;
     for (int64_t f = 0; f < lookup.header.num_features; ++f) {
         const Feature& feature = lookup.features[f];
-        BoundProbe* probes = records[f].probes();
+        BoundProbe* probes =
+            reinterpret_cast<BoundProbe*>(plan.words.words.data() + bound[f].records);
         const FeatureClass which = classify(feature, probes);
         auto found = std::find_if(classes.begin(), classes.end(),
                                   [&](const Members& each) { return each.which == which; });
         if (found == classes.end()) found = classes.insert(found, Members{which, {}, 0, 0, 0, 0});
         found->features.push_back(f);
         found->staged_bytes = std::max(found->staged_bytes, stage_stores(feature, probes));
-        found->record_bytes =
-            std::max(found->record_bytes, 8 * static_cast<int64_t>(records[f].words().size()));
+        found->record_bytes = std::max(found->record_bytes, 8 * bound[f].num_words);
         found->width = std::max(found->width, feature.width);
         found->probes = std::max(found->probes, feature.num_probes);
     }
-    add_records(lookup, records, plan.words);
     std::vector<int64_t> order;
     const int64_t bags = std::max<int64_t>(1, lookup.header.num_features * lookup.batch);
     for (const Members& each : classes) {
@@ -185,7 +184,7 @@ inline BackwardPlan plan_backward(const Lookup& lookup, const std::vector<int64_
                                   std::vector<Target> targets, SinkKind sink) {
     BackwardPlan plan{};
     Backward& backward = plan.backward;
-    add_records(lookup, bind_features(lookup), plan.words);
+    add_records(lookup, plan.words);
     PlanLayout& layout = plan.words.layout;
     const std::vector<Use> uses = find_uses(lookup, wanted, &layout.uses_per_feature);
     backward.rounds = number_rounds(targets);

@@ -25,14 +25,14 @@ EMBCOMPRESS_INLINE const T* record_after(const void* record, int64_t words) {
 
 // A table of codes or slots and its bytes.
 struct BoundTable {
-    CodeTable table;
+    CodeTable codes;
     const void* data;
     int64_t bytes;
 };
 
 // Codes that give a row, and where absent ids go.
 struct BoundCode {
-    BoundTable first;
+    BoundTable table;
     int64_t has_otherwise;
     Address otherwise;
     int64_t other_at;  // the table in which that address is looked up

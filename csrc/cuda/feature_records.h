@@ -22,24 +22,23 @@ inline int32_t vector_columns(const StoreView& store, const Probe& probe) {
     return both % 8 == 0 ? 8 : (both % 4 == 0 ? 4 : (both % 2 == 0 ? 2 : 1));
 }
 
-// The probes of a feature, and after them what they have beside a store: the words that a plan
-// holds of it.
+// Writes the probes of a feature to a plan, and after them what they have beside a store.
 class FeatureRecords {
   public:
-    FeatureRecords(const Lookup& lookup, const Feature& feature)
-        : lookup_(lookup), words_(feature.num_probes * kProbeWords) {
+    FeatureRecords(const Lookup& lookup, const Feature& feature, std::vector<int64_t>& words)
+        : lookup_(lookup), words_(words), begin_(next()) {
+        words_.resize(begin_ + feature.num_probes * kProbeWords);
         for (int64_t t = 0; t < feature.num_probes; ++t) {
-            bind(t, lookup.probes[feature.first_probe + t]);
+            bind(begin_ + t * kProbeWords, lookup.probes[feature.first_probe + t]);
         }
     }
-    BoundProbe* probes() { return reinterpret_cast<BoundProbe*>(words_.data()); }
-    const std::vector<int64_t>& words() const { return words_; }
+    int64_t begin() const { return begin_; }
+    int64_t size() const { return next() - begin_; }
 
   private:
     static constexpr int64_t kProbeWords = sizeof(BoundProbe) / 8;
 
-    void bind(int64_t t, const Probe& probe) {
-        const int64_t at = t * kProbeWords;
+    void bind(int64_t at, const Probe& probe) {
         BoundProbe bound{};
         bound.store = lookup_.stores[probe.store];
         bound.address = probe.address;
@@ -107,16 +106,9 @@ class FeatureRecords {
     }
 
     const Lookup& lookup_;
-    std::vector<int64_t> words_;
+    std::vector<int64_t>& words_;
+    int64_t begin_;
 };
-
-inline std::vector<FeatureRecords> bind_features(const Lookup& lookup) {
-    std::vector<FeatureRecords> records;
-    for (int64_t f = 0; f < lookup.header.num_features; ++f) {
-        records.emplace_back(lookup, lookup.features[f]);
-    }
-    return records;
-}
 
 }  // namespace cuda
 }  // namespace embcompress

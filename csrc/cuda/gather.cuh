@@ -53,14 +53,14 @@ EMBCOMPRESS_DEVICE int64_t or_otherwise(const BoundCode& code, int64_t id, int64
     if (!code.has_otherwise) return kNowhere;
     const int64_t row = row_of(code.otherwise, id);
     const BoundTable* other = kTwoTables ? code.other() : nullptr;
-    return other == nullptr ? row : find_row(other->table, other->data, other->bytes, row, id);
+    return other == nullptr ? row : find_row(other->codes, other->data, other->bytes, row, id);
 }
 
 // The row that a row of the table of codes, or a bucket of slots, leads to; negative: none.
 template <bool kTwoTables = true>
 EMBCOMPRESS_DEVICE int64_t decode(const BoundCode& code, int64_t id, int64_t code_row) {
-    const BoundTable& first = code.first;
-    const int64_t found = find_row(first.table, first.data, first.bytes, code_row, id);
+    const BoundTable& table = code.table;
+    const int64_t found = find_row(table.codes, table.data, table.bytes, code_row, id);
     return or_otherwise<kTwoTables>(code, id, found);
 }
 

@@ -111,27 +111,27 @@ template <int U>
 EMBCOMPRESS_DEVICE void find_rows(const BoundProbe& bound, const int64_t (&ids)[U],
                                   uint32_t (&rows)[U]) {
     const BoundCode* code = bound.code();
-    if (code == nullptr || code->first.table.is_slot) {
+    if (code == nullptr || code->table.codes.is_slot) {
 #pragma unroll
         for (int u = 0; u < U; ++u) {
             rows[u] = plain_row(ids[u] < 0 ? -1 : probe_row<false>(bound, ids[u]));
         }
         return;
     }
-    const BoundTable& first = code->first;
+    const BoundTable& table = code->table;
     uint32_t codes[U];
 #pragma unroll
     for (int u = 0; u < U; ++u) {
         codes[u] = 0;
         if (ids[u] >= 0) {
             codes[u] =
-                read_code(first.table, first.data, first.bytes, row_of(bound.address, ids[u]));
+                read_code(table.codes, table.data, table.bytes, row_of(bound.address, ids[u]));
         }
     }
 #pragma unroll
     for (int u = 0; u < U; ++u) {
         int64_t row = -1;
-        if (ids[u] >= 0) row = or_otherwise<false>(*code, ids[u], code_row(first.table, codes[u]));
+        if (ids[u] >= 0) row = or_otherwise<false>(*code, ids[u], code_row(table.codes, codes[u]));
         rows[u] = plain_row(row < 0 ? -1 : row + bound.offset);
     }
 }

@@ -119,7 +119,7 @@ def test_probes_that_overlap_are_combined_for_each_id(device: str, weighted: boo
 def test_stores_that_begin_at_one_address(device: str) -> None:
     """Slices of a tensor, one longer than the other, which small stores' copies keep apart.
 
-    Six columns, which are not read four at once: the kernels for such rows make no copies.
+    Six columns: the kernel that reads four at once makes no copies.
     """
     stores = (Store("few", 3, 6), Store("all", 40, 6), Store("other", 10, 6))
     probes = (Probe("few", Digit(1, 3)), Probe("all", Digit(1, 40)), Probe("other", Hash(1, 10)))
@@ -170,7 +170,7 @@ def test_a_few_rows_of_floats(device: str, count: int, width: int, combine: str)
 @pytest.mark.parametrize("each", [1, 2, 3])
 @pytest.mark.parametrize("part", [1, 2, 4, 16, 36])
 def test_rows_of_floats_side_by_side(device: str, part: int, each: int, bits: int) -> None:
-    """Codebooks of 1 to 36 columns, up to three added up in each: quantized products and sums."""
+    """Codebooks of 1 to 36 columns, one to three of which are added up."""
     parts, rows = 5, min((1 << bits) - 1, 50)
     codes = Store("codes", 300, parts * each, f"uint{bits}")
     books = [Store(f"book_{p}", rows, part) for p in range(parts)]
