@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 import embcompress as ec
 from embcompress.engine import ops
 from embcompress.optimizers import unfused_parameters
+from embcompress.plan import Digit, LookupPlan, Probe, Store
 
 METHODS = sorted(ec.methods())
 TORCH = {
@@ -216,6 +218,47 @@ def test_a_collection_with_maxima(name: str) -> None:
         optimizer.step()
     for store, expected in plain.named_parameters():
         torch.testing.assert_close(fused.get_parameter(store), expected, rtol=1e-5, atol=1e-6)
+
+
+def mixed_collection(kind: str, first: bool) -> ec.EmbeddingBagCollection:
+    """Two tables, of which the odd one, the first or the last, is updated in another way."""
+    torch.manual_seed(0)
+    weight, threshold = Store("weight", 100, 8), Store("weight_threshold", 1, 8)
+    if kind == "half":
+        weight = replace(weight, dtype="float16")
+    stores = (weight,)
+    if kind == "threshold":
+        stores = (replace(weight, threshold=threshold.name), threshold)
+    plan = LookupPlan(100, 8, stores=stores, probes=(Probe("weight", Digit(1, 100)),))
+    tables = {
+        "odd": ec.EmbeddingBag.from_plan(plan.with_pool("sum"), sparse=kind == "sparse"),
+        "plain": ec.EmbeddingBag(300, 8, method="qr", mode="sum"),
+    }
+    if kind == "frozen":
+        tables["odd"].requires_grad_(False)
+    features = {name: name for name in tables}
+    return ec.EmbeddingBagCollection.from_tables(
+        tables, features if first else dict(reversed(features.items()))
+    )
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("kind", ["threshold", "half", "frozen", "sparse"])
+def test_all_tables_of_a_mixed_collection_learn(kind: str, first: bool) -> None:
+    """Tables that the kernels update stand beside others, and one step is that of each alone."""
+    together, alone = mixed_collection(kind, first), mixed_collection(kind, first)
+    ec.fuse_optimizer(together, "adagrad", lr=0.05)
+    ec.fuse_optimizer(alone, "adagrad", lr=0.05)
+    ids = {"odd": torch.tensor([[1, 2], [2, 9]]), "plain": torch.tensor([[5], [250]])}
+    before = {name: value.clone() for name, value in together.named_parameters()}
+    for _ in range(2):
+        together(ids).pow(2).sum().backward()
+        parts = [alone.embedding_bags[name](bags) for name, bags in ids.items()]
+        torch.cat(parts, 1).pow(2).sum().backward()
+    for name, expected in alone.named_parameters():
+        assert torch.equal(together.get_parameter(name), expected)
+        is_frozen = kind == "frozen" and "odd" in name
+        assert torch.equal(expected, before[name]) == is_frozen
 
 
 def test_a_collection_is_fused_as_a_whole() -> None:

@@ -30,6 +30,7 @@ class Program:
             rows are in a file, gradients are sparse in any case: a dense one would fill the memory.
         owners: number of the table that each feature reads; features of one table share its
             stores (default: every feature has its own).
+        parts: a program for each feature, where these are to be run one after another.
         heads_follow: the plans are gathered for heads that torch runs: padding must be zero, so
             that torch's own operator for a full table does not do.
 
@@ -37,8 +38,8 @@ class Program:
         stores: (owner, store name) of every tensor that the operators take, in order.
         is_plain: whether one call of the operator is all that these plans need, where it
             :meth:`runs_on` the device.
-        parts: a program for each feature, where one call cannot run them all: maxima, and heads
-            that are not linear; else empty.
+        parts: a program for each feature, where one call cannot run them all: maxima, heads that
+            are not linear, or parts that were given; else empty.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Program:
         options: GradientOptions = GradientOptions(),
         owners: Sequence[int] | None = None,
         *,
+        parts: Sequence[Program] = (),
         heads_follow: bool = False,
     ) -> None:
         self.plans, self.options = tuple(plans), options
@@ -55,12 +57,12 @@ class Program:
         self._sources: list[tuple[int, str]] = []
         self._dense = len(plans) == 1 and plans[0].is_dense and not heads_follow
         self._encoded: EncodedPlans | None = None
-        self.parts: list[Program] = []
+        self.parts = list(parts)
         # What is not linear is between the gather and the pool, so such a feature runs by itself.
         self._ends_in_torch = not is_linear(plans[0].head) or plans[0].pool == "max"
         if len(plans) > 1 and any(p.pool == "max" or not is_linear(p.head) for p in plans):
-            self.parts = [Program((plan,), options) for plan in plans]
-        elif ops.is_available() and all(map(can_encode, plans)):
+            self.parts = self.parts or [Program((plan,), options) for plan in plans]
+        elif not self.parts and ops.is_available() and all(map(can_encode, plans)):
             self._encode()
         self._has_vectors = plans[0].pool == "none" or self._ends_in_torch  # for every id, no bags
         self._is_for_cpu = any(map(needs_cpu_kernels, plans))

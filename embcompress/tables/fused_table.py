@@ -55,6 +55,13 @@ class FusedTable(PlanTable):
         """Whether the kernels of the stores' device run the plan's head and its rows."""
         return self._program.runs_on(next(iter(self.stores().values())).device)
 
+    @property
+    def is_updated_in_torch(self) -> bool:
+        """Whether the fused optimizer waits for the gradients of the stores: no kernel runs the
+        plan, or it updates none of these dtypes."""
+        has_state = any(name.startswith("optimizer_") for name in self._buffers)
+        return has_state and not self.updated_in_kernel
+
     def fuse(self, rule: UpdateRule, states: dict[Tensor, list[Tensor]]) -> None:
         """Update the stores in the backward pass; see :func:`embcompress.fuse_optimizer`.
 
