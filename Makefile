@@ -61,7 +61,7 @@ sweep: setup ## which of the methods loses least, on the synthetic click log, in
 	    --budgets 50%,10%,1% --seeds 0 --out $(SWEEP_OUT)
 
 test: setup ## the tests, in parallel
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-slow: setup ## large and long tests
 	$(RUN)/python -m pytest -m slow

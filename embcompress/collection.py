@@ -217,10 +217,9 @@ class EmbeddingBagCollection(nn.Module):
         tables = list(dict.fromkeys(modules))
         if any(table.fused_rule is not tables[0].fused_rule for table in tables):
             raise ValueError("some tables have another fused optimizer; fuse the whole collection")
-        fused: FusedStores | list[FusedStores | None] | None = None
+        fused: FusedStores | list[FusedStores | None] | None
         if program.parts:
-            pairs = zip(program.parts, modules, strict=True)
-            fused = [fused_stores(part, (module,)) for part, module in pairs]
+            fused = [fused_stores(part, tables) for _, part in program.parts]
         else:
             fused = fused_stores(program, tables)
         return program([module.stores() for module in modules], bags, fused)
@@ -234,14 +233,9 @@ class EmbeddingBagCollection(nn.Module):
 
     def _encode(self, modules: Sequence[EmbeddingBag]) -> Program:
         numbers = {module: number for number, module in enumerate(dict.fromkeys(modules))}
-        options = [GradientOptions(sparse=module.sparse) for module in modules]
+        options = [GradientOptions(sparse=module.gradient_options.sparse) for module in modules]
         plans = [module.plan for module in modules]
-        parts: list[Program] = []
-        if len({module.is_updated_in_torch for module in modules}) > 1:
-            # A call whose backward pass updates stores hands no gradients of others to torch.
-            parts = [Program((plan,), own) for plan, own in zip(plans, options, strict=True)]
-        common = GradientOptions(sparse=all(own.sparse for own in options))
-        return Program(plans, common, [numbers[module] for module in modules], parts=parts)
+        return Program(plans, options, [numbers[module] for module in modules])
 
     def _concatenate(
         self, features: Mapping[str, FeatureInput]

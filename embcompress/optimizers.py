@@ -36,6 +36,10 @@ def fuse_optimizer(
     or are sparse and is on a GPU, whose kernels run none of these, all tables of the module take
     sparse gradients and torch's operators instead: move the module first, then fuse.
 
+    A table that several features read is updated once, by the sum of their gradients; a store that
+    tables with maxima and other tables of a collection share, once for each. Replicas of
+    ``DistributedDataParallel`` cannot be updated so: each would see its own gradients alone.
+
     Args:
         module: a table, a collection, or a model that contains some.
         name: ``"sgd"``, ``"adagrad"``, ``"rowwise_adagrad"`` or ``"adam"``.

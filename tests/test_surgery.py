@@ -185,3 +185,17 @@ def test_reported_bytes_are_the_bytes_of_the_storages(method: str) -> None:
     assert before.total + before.offloaded == sum(t.nbytes for t in tensors)
     assert ec.memory(module).training == 0
     assert ec.memory(module).dense == 5000 * 16 * 4
+
+
+def test_a_model_that_is_compressed_already_is_told_so() -> None:
+    model = nn.ModuleDict({"a": nn.Embedding(100, 8)})
+    ec.compress(model, method="hash", budget="50%")
+    with pytest.raises(ValueError, match="compressed already"):
+        ec.compress(model, method="qr", budget="50%")
+
+
+def test_a_table_without_rows_is_left_alone() -> None:
+    model = nn.ModuleDict({"empty": nn.Embedding(0, 8), "a": nn.Embedding(100, 8)})
+    empty = model["empty"]
+    ec.compress(model, method="hash", budget="50%")
+    assert model["empty"] is empty and isinstance(model["a"], ec.Embedding)

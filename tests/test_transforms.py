@@ -55,3 +55,17 @@ def test_a_traced_module_takes_other_batches(method: str) -> None:
     for shape in ((8, 3), (2, 5), (1, 1)):
         ids = torch.randint(0, 3000, shape)
         assert torch.equal(traced(ids), table(ids))
+
+
+@pytest.mark.parametrize("mode", ["sum", "max"])
+@pytest.mark.parametrize("method", sorted(ec.methods()))
+def test_autocast_changes_no_dtype(method: str, mode: str) -> None:
+    """As of torch's own tables, which autocast leaves alone."""
+    budget = "30%" if method in METHODS and method != "full" else None
+    table = ec.EmbeddingBag(3000, 16, method=method, budget=budget, mode=mode)
+    ids = torch.randint(0, 3000, (8, 3))
+    expected = table(ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = table(ids)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.1)

@@ -152,11 +152,13 @@ def check_ids(ids: Tensor, num_embeddings: int) -> None:
         IndexError: naming the first bad id and its position (in a compiled graph: RuntimeError).
     """
     _check_integers("input", ids)
-    if ids.numel() == 0 or ids.device.type == "meta":
+    if ids.device.type == "meta":
         return
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # before numel(), which a graph may not know
         valid = ((ids >= 0) & (ids < num_embeddings)).all()
         torch._assert_async(valid, f"ids must be in [0, {num_embeddings})")
+        return
+    if ids.numel() == 0:
         return
     low, high = ids.aminmax()
     if int(low) < 0 or int(high) >= num_embeddings:

@@ -22,14 +22,19 @@ def is_linear(head: Head | None) -> bool:
 
 
 def apply_head(plan: LookupPlan, stores: Stores, vectors: Tensor) -> Tensor:
-    """(N, embedding_dim) from the (N, plan.width) combined vectors."""
+    """(N, embedding_dim) from the (N, plan.width) combined vectors, in their dtype.
+
+    Under autocast products may be computed in fewer bits, but a lookup returns what it always does.
+    """
     if plan.head is None:
         return vectors
     if isinstance(plan.head, TensorTrain):
-        return multiply_cores(plan.head, vectors)
-    if isinstance(plan.head, Network):
-        return run_network(plan.head, stores, vectors)
-    return F.linear(vectors, stores[plan.head.weight].to(vectors.dtype))
+        mapped = multiply_cores(plan.head, vectors)
+    elif isinstance(plan.head, Network):
+        mapped = run_network(plan.head, stores, vectors)
+    else:
+        mapped = F.linear(vectors, stores[plan.head.weight].to(vectors.dtype))
+    return mapped.to(vectors.dtype)
 
 
 def multiply_cores(head: TensorTrain, vectors: Tensor) -> Tensor:
@@ -48,9 +53,9 @@ def multiply_cores(head: TensorTrain, vectors: Tensor) -> Tensor:
 def run_network(head: Network, stores: Stores, vectors: Tensor) -> Tensor:
     """(N, outputs): layers with Mish between them, of normalized sums."""
     last = len(head.weights) - 1
+    dtype = vectors.dtype
     for number, (weight, bias) in enumerate(zip(head.weights, head.biases, strict=True)):
-        weights, biases = stores[weight].to(vectors.dtype), stores[bias].to(vectors.dtype)
-        vectors = F.linear(vectors, weights, biases[0])
+        vectors = F.linear(vectors, stores[weight].to(dtype), stores[bias][0].to(dtype))
         if number < last:
             vectors = F.mish(F.layer_norm(vectors, vectors.shape[1:]))
     return vectors

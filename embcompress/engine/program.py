@@ -13,6 +13,12 @@ from embcompress.engine.bags import Bags, check_ids, check_offsets
 from embcompress.engine.dense import GradientOptions, lookup_dense
 from embcompress.engine.encoding import EncodedPlans, can_encode, encode_plans, needs_cpu_kernels
 from embcompress.engine.fused import FusedStores, lookup_fused
+from embcompress.engine.groups import (
+    FeatureBags,
+    FeatureGroup,
+    ends_in_torch,
+    group_features,
+)
 from embcompress.engine.heads import apply_head, is_linear
 from embcompress.engine.kernel_plans import gathered_plan, kernel_plan, promoted_dtype
 from embcompress.engine.reference import lookup_reference, pool_bags, vectors_after_head
@@ -26,11 +32,11 @@ class Program:
 
     Args:
         plans: one for each feature; those of several features must pool.
-        options: only :attr:`GradientOptions.sparse` applies to plans that are not dense. Where any
-            rows are in a file, gradients are sparse in any case: a dense one would fill the memory.
+        options: of all features, or for each; only :attr:`GradientOptions.sparse` applies to plans
+            that are not dense. Where any rows are in a file, gradients are sparse in any case: a
+            dense one would fill the memory.
         owners: number of the table that each feature reads; features of one table share its
             stores (default: every feature has its own).
-        parts: a program for each feature, where these are to be run one after another.
         heads_follow: the plans are gathered for heads that torch runs: padding must be zero, so
             that torch's own operator for a full table does not do.
 
@@ -38,31 +44,28 @@ class Program:
         stores: (owner, store name) of every tensor that the operators take, in order.
         is_plain: whether one call of the operator is all that these plans need, where it
             :meth:`runs_on` the device.
-        parts: a program for each feature, where one call cannot run them all: maxima, heads that
-            are not linear, or parts that were given; else empty.
+        parts: a group of features and its program, where one call cannot run them all; else empty.
     """
 
     def __init__(
         self,
         plans: Sequence[LookupPlan],
-        options: GradientOptions = GradientOptions(),
+        options: GradientOptions | Sequence[GradientOptions] = GradientOptions(),
         owners: Sequence[int] | None = None,
         *,
-        parts: Sequence[Program] = (),
         heads_follow: bool = False,
     ) -> None:
-        self.plans, self.options = tuple(plans), options
+        self.plans = tuple(plans)
         self.owners = tuple(range(len(plans)) if owners is None else owners)
+        each = [options] * len(plans) if isinstance(options, GradientOptions) else options
+        self.options = each[0]
         self.stores: list[tuple[int, str]] = []
         self._sources: list[tuple[int, str]] = []
         self._dense = len(plans) == 1 and plans[0].is_dense and not heads_follow
         self._encoded: EncodedPlans | None = None
-        self.parts = list(parts)
-        # What is not linear is between the gather and the pool, so such a feature runs by itself.
-        self._ends_in_torch = not is_linear(plans[0].head) or plans[0].pool == "max"
-        if len(plans) > 1 and any(p.pool == "max" or not is_linear(p.head) for p in plans):
-            self.parts = self.parts or [Program((plan,), options) for plan in plans]
-        elif not self.parts and ops.is_available() and all(map(can_encode, plans)):
+        self.parts = self._divide(each) if len(plans) > 1 else []
+        self._ends_in_torch = ends_in_torch(plans[0])
+        if not self.parts and ops.is_available() and all(map(can_encode, plans)):
             self._encode()
         self._has_vectors = plans[0].pool == "none" or self._ends_in_torch  # for every id, no bags
         self._is_for_cpu = any(map(needs_cpu_kernels, plans))
@@ -72,7 +75,7 @@ class Program:
         ]
         self._has_sparse = any(self._sparse_stores)
         self._has_files = any(store.is_in_file for plan in plans for store in plan.stores)
-        self._sparse = options.sparse or self._has_files
+        self._sparse = self.options.sparse or self._has_files
         self._dtype = promoted_dtype(plans)
         self.is_plain = (
             self._encoded is not None
@@ -80,6 +83,22 @@ class Program:
             and not (self._dense or self._has_vectors)
             and self._dtype == torch.float32
         )
+
+    def _divide(self, options: Sequence[GradientOptions]) -> list[tuple[FeatureGroup, Program]]:
+        """The groups of the features and their programs; nothing if one call runs all."""
+        groups = group_features(self.plans, self.owners, options)
+        if len(groups) == 1 and not groups[0].is_one_table:
+            return []
+        parts = []
+        for group in groups:
+            features = group.features[:1] if group.is_one_table else group.features
+            program = Program(
+                [self.plans[feature] for feature in features],
+                options[features[0]],
+                [self.owners[feature] for feature in features],
+            )
+            parts.append((group, program))
+        return parts
 
     def _encode(self) -> None:
         plans = list(map(kernel_plan, self.plans)) if self._ends_in_torch else list(self.plans)
@@ -141,7 +160,7 @@ class Program:
                 packed ones (bytes,) uint8, the kept numbers of packed sparse ones (stored,).
             bags: feature-major ids and offsets.
             fused: stores that the backward pass updates; for compiled programs. A sequence of
-                them, one a feature, for a program of parts.
+                them, one a part, for a program of parts.
 
         Returns:
             (N, embedding_dim), or (B, sum of embedding_dim).
@@ -154,9 +173,7 @@ class Program:
         if self._dense and fused is None and self._is_for_torch(bags):
             return self._run_dense(stores[0], bags.complete())
         if self.parts:
-            updates = fused if isinstance(fused, Sequence) else [None] * len(self.parts)
-            parts = zip(self.parts, stores, self._feature_bags(bags), updates, strict=True)
-            return torch.cat([part((each,), own, update) for part, each, own, update in parts], 1)
+            return self._run_parts(stores, bags, fused)
         assert not isinstance(fused, Sequence)
         runs_on_device = self.runs_on(bags.ids.device)
         is_for_kernels = _is_for_kernels(bags) and not (
@@ -207,6 +224,23 @@ class Program:
                 raise
             return None
 
+    # -- several calls
+
+    def _run_parts(
+        self,
+        stores: Sequence[Stores],
+        bags: Bags,
+        fused: FusedStores | Sequence[FusedStores | None] | None,
+    ) -> Tensor:
+        updates = fused if isinstance(fused, Sequence) else [None] * len(self.parts)
+        split = FeatureBags(bags.complete(), len(self.plans))
+        columns: dict[int, Tensor] = {}
+        for (group, program), update in zip(self.parts, updates, strict=True):
+            own = [stores[feature] for feature in group.features[: len(program.plans)]]
+            output = program(own, split.of(group.features), update)
+            columns.update(group.columns(output, program.plans))
+        return torch.cat([columns[feature] for feature in range(len(self.plans))], dim=1)
+
     # -- torch's own operator
 
     def _is_for_torch(self, bags: Bags) -> bool:
@@ -215,6 +249,8 @@ class Program:
         The kernels of a GPU report wrong ids when they meet them, and nothing waits for a check.
         """
         (plan,), options = self.plans, self.options
+        if plan.pool == "max" and options.sparse:  # which torch refuses
+            return False
         if ops.runs_every_plan(bags.ids.device) or self._encoded is None:
             return True
         has_options = options.max_norm is not None or options.scale_grad_by_freq
@@ -313,20 +349,8 @@ class Program:
         """The bags of each feature."""
         if len(self.plans) == 1:
             return [bags]
-        check_offsets(bags.offsets, bags.ids.numel())
-        batch, remainder = divmod(bags.offsets.numel() - 1, len(self.plans))
-        if remainder:
-            raise ValueError(
-                f"offsets has {bags.offsets.numel()} entries, which is not {len(self.plans)} "
-                "features * B + 1"
-            )
-        parts = []
-        for feature in range(len(self.plans)):
-            offsets = bags.offsets[feature * batch : (feature + 1) * batch + 1]
-            begin, end = int(offsets[0]), int(offsets[-1])
-            weights = None if bags.weights is None else bags.weights[begin:end]
-            parts.append(Bags(bags.ids[begin:end], offsets - begin, weights, checked=True))
-        return parts
+        split = FeatureBags(bags, len(self.plans))
+        return [split.of((feature,)) for feature in range(len(self.plans))]
 
     def _check(self, bags: Bags) -> None:
         """Raise what is wrong with ids or offsets."""

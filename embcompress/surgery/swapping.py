@@ -103,7 +103,7 @@ def compress(
     _check_arguments(budget, max_auc_loss, data is not None, plan_seconds)
     candidates = find_candidates(model)
     if not candidates:
-        raise ValueError("the model contains no nn.Embedding or nn.EmbeddingBag")
+        raise ValueError(_nothing_to_swap(model))
     choose_methods(candidates, method)
     for argument, known in (("counts", counts), ("co_occurrence", co_occurrence)):
         _check_paths(argument, candidates, known or {})
@@ -152,6 +152,13 @@ def compress(
         changes.append(_changed(table, plan, shared, error))
     put_in_place(model, replacements)
     return CompressionReport(tuple(changes), limit, _explain(tables, plans, planned))
+
+
+def _nothing_to_swap(model: nn.Module) -> str:
+    nothing = "the model contains no nn.Embedding or nn.EmbeddingBag"
+    if any(isinstance(module, CompressedTable) for module in model.modules()):
+        return f"{nothing}; its tables are compressed already: call compress on a new model"
+    return nothing
 
 
 def _check_arguments(

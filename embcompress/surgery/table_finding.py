@@ -115,6 +115,8 @@ def _refusal(
 def _module_refusal(module: nn.Module) -> str:
     if parametrize.is_parametrized(module):
         return "its weight is parametrized"
+    if _dense_weight(module).numel() == 0:
+        return "it has no rows or no columns"
     if type(module) not in TABLES:
         return f"{type(module).__name__} is a subclass that may compute something else"
     if any(getattr(module, hooks) for hooks in _HOOKS):

@@ -102,8 +102,7 @@ class CompressedTable(FusedTable):
         self._set_plan(renewed)
 
     def _run(self, bags: Bags) -> Tensor:
-        fused = fused_stores(self._program, (self,)) if self.updated_in_kernel else None
-        return self._program((self.stores(),), bags, fused)
+        return self._program((self.stores(),), bags, fused_stores(self._program, (self,)))
 
     @property
     def directory(self) -> str | None:

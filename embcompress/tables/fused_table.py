@@ -9,8 +9,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from embcompress.engine import Program
+from embcompress.engine import GradientOptions, Program
 from embcompress.engine.fused import FusedStores, UpdateRule
 from embcompress.tables.plan_table import PlanTable
 
@@ -21,10 +22,14 @@ def fused_stores(program: Program, tables: Sequence[FusedTable]) -> FusedStores 
     Args:
         program: of the tables' plans.
         tables: by owner number.
+
+    Raises:
+        RuntimeError: within ``DistributedDataParallel``.
     """
     rule = tables[0].fused_rule
     if rule is None or not torch.is_grad_enabled():
         return None
+    _check_no_replica()
     wanted: list[int] = []
     steps: list[Tensor] = []
     states: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -39,6 +44,17 @@ def fused_stores(program: Program, tables: Sequence[FusedTable]) -> FusedStores 
         for state, own in zip(states, names[1:]):  # noqa: B905  # an optimizer may have fewer
             state.append(buffers[own])
     return FusedStores(rule, wanted, *states, steps) if wanted else None
+
+
+def _check_no_replica() -> None:
+    """Refuse to update a replica by its own part of the batch: the replicas would drift apart."""
+    replicas = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    if replicas is not None and replicas.process_group.size() > 1:
+        raise RuntimeError(
+            "a fused optimizer updates each replica of DistributedDataParallel by its own part of "
+            "the batch, and the replicas would drift apart; give the tables' parameters to an "
+            "optimizer instead of calling embcompress.fuse_optimizer"
+        )
 
 
 class FusedTable(PlanTable):
@@ -56,11 +72,13 @@ class FusedTable(PlanTable):
         return self._program.runs_on(next(iter(self.stores().values())).device)
 
     @property
-    def is_updated_in_torch(self) -> bool:
-        """Whether the fused optimizer waits for the gradients of the stores: no kernel runs the
-        plan, or it updates none of these dtypes."""
-        has_state = any(name.startswith("optimizer_") for name in self._buffers)
-        return has_state and not self.updated_in_kernel
+    def gradient_options(self) -> GradientOptions:
+        """Updates in torch take sparse gradients, so that only touched rows move; those in the
+        kernels take none."""
+        if self.updated_in_kernel:
+            return replace(self.options, sparse=False)
+        is_fused = any(name.startswith("optimizer_") for name in self._buffers)
+        return replace(self.options, sparse=True) if is_fused else self.options
 
     def fuse(self, rule: UpdateRule, states: dict[Tensor, list[Tensor]]) -> None:
         """Update the stores in the backward pass; see :func:`embcompress.fuse_optimizer`.
@@ -73,9 +91,6 @@ class FusedTable(PlanTable):
         floats = [store for store in self._plan.stores if store.is_float]
         is_float32 = all(store.dtype == "float32" for store in floats)
         compiled = rule.in_kernel and self._program.is_compiled and is_float32
-        if not compiled:
-            self.options = replace(self.options, sparse=True)
-            self._set_plan(replace(self._plan))  # a new object: collections notice the change
         gathered = {name for _, name in self._program.stores}
         self.updated_in_kernel = {}
         for name, store in self.stores().items():
@@ -92,6 +107,7 @@ class FusedTable(PlanTable):
                 self.updated_in_kernel[name] = tuple(names)
             elif not known:
                 store.register_post_accumulate_grad_hook(self._updater(name))
+        self._take_gradients_anew()
 
     def _hook_updates(self) -> None:
         """Updates in torch again: the parameters of a copy come without their hooks."""
@@ -115,6 +131,11 @@ class FusedTable(PlanTable):
             old = self.get_parameter(name)
             # A new object: hooks that update it stay with the old one.
             self.hold(name, renewed.setdefault(old, nn.Parameter(old.detach())))
+        self._take_gradients_anew()
+
+    def _take_gradients_anew(self) -> None:
+        """By the options as they are now. The plan is a new object: collections notice that."""
+        self._set_plan(replace(self._plan))
 
     def _updater(self, name: str) -> Callable[[Tensor], None]:
         """A hook that updates one store by its gradient, in torch."""

@@ -47,7 +47,7 @@ class PlanTable(nn.Module):
     def _set_plan(self, plan: LookupPlan) -> None:
         self._plan = plan
         self._store_names = tuple(store.name for store in plan.stores)
-        self._program = Program((plan,), self.options)
+        self._program = Program((plan,), self.gradient_options)
 
     @property
     def plan(self) -> LookupPlan:
@@ -64,6 +64,11 @@ class PlanTable(nn.Module):
     @property
     def padding_idx(self) -> int | None:
         return self._plan.padding_idx
+
+    @property
+    def gradient_options(self) -> GradientOptions:
+        """How gradients are taken now; the options, but for fused optimizers."""
+        return self.options
 
     @property
     def sparse(self) -> bool:
