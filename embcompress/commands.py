@@ -193,15 +193,15 @@ def methods(
 ) -> None:
     """Every method."""
     from embcompress.methods import methods as known
+    from embcompress.methods import resolve_method
     from embcompress.text_table import markdown_table, text_table
 
-    rows = list(known().items())
+    header = ("method", "what it does", "procedure")
+    rows = [(name, text, resolve_method(name).training) for name, text in known().items()]
     if markdown:
-        print(
-            markdown_table(("method", "what it does"), [(f"`{name}`", text) for name, text in rows])
-        )
+        print(markdown_table(header, [(f"`{name}`", *rest) for name, *rest in rows]))
     else:
-        print(text_table(("method", "what it does"), rows))
+        print(text_table(header, rows))
 
 
 @app.command()

@@ -13,6 +13,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterator
+from functools import partial
+from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +23,11 @@ import torch
 from torch import nn
 
 import embcompress as ec
-from embcompress.bench.training import evaluate, make_optimizer
+from embcompress.bench.training import count_ids, evaluate, sample_co_occurrence
 from embcompress.data import ClickLog, load_click_log
+from embcompress.data.click_log import Batch, Split
 from embcompress.models import DLRM
+from embcompress.training.recipe import make_optimizer, validation_step
 
 SMALL_ROWS = 1_000_000
 SMALL_BYTES = 256_000_000
@@ -52,12 +57,22 @@ def file_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def build(log: ClickLog, width: int, method: str, budget: str, seed: int) -> DLRM:
-    """A DLRM over compressed tables; the full ones are never built."""
+def build(log: ClickLog, rows: np.ndarray, width: int, method: str, budget: str, seed: int) -> DLRM:
+    """A DLRM over compressed tables; the full ones are never built.
+
+    Methods that treat frequent ids better, or like ids alike, learn from the training rows which
+    these are.
+    """
     torch.manual_seed(seed)
+    counts = count_ids(log, rows)
+    alike = sample_co_occurrence(log, rows) if ec.resolve_method(method).uses_co_occurrence else {}
     tables = [
-        ec.TableConfig(f"t_{f.name}", f.num_embeddings, width, (f.name,)) for f in log.features
-    ]
+        ec.TableConfig(
+            f"t_{f.name}", f.num_embeddings, width, (f.name,),
+            counts=counts[f.name], co_occurrence=alike.get(f.name),
+        )
+        for f in log.features
+    ]  # fmt: skip
     collection = ec.EmbeddingBagCollection(tables, method=method, budget=budget, seed=seed)
     collection.reset_parameters(std=0.05)
     return DLRM(
@@ -65,27 +80,59 @@ def build(log: ClickLog, width: int, method: str, budget: str, seed: int) -> DLR
     )
 
 
+def batches(log: ClickLog, rows: np.ndarray, size: int) -> Iterator[Batch]:
+    for start in range(0, len(rows), size):
+        yield log.batch(rows[start : start + size])
+
+
 def train_epoch(
-    model: DLRM, log: ClickLog, rows: np.ndarray, batch_size: int, optimizer: torch.optim.Optimizer
+    model: DLRM,
+    log: ClickLog,
+    split: Split,
+    batch_size: int,
+    optimizer: torch.optim.Optimizer,
+    procedure: ec.TrainingProcedure,
 ) -> None:
     """One pass, printing the mean log-loss of every tenth of it."""
     model.train()
-    starts = range(0, len(rows), batch_size)
-    total, steps, started = 0.0, 0, time.perf_counter()
-    for number, start in enumerate(starts, 1):
-        batch = log.batch(rows[start : start + batch_size])
+    steps = -(-len(split.train) // batch_size)
+    # Some methods search by validation examples, in a phase of their own.
+    is_search = procedure.phase is not None and procedure.phase.split == "validation"
+    shown = chain.from_iterable(batches(log, rows, batch_size) for rows in repeat(split.validation))
+    total, summed, rows, started = 0.0, 0, 0, time.perf_counter()
+    for number, batch in enumerate(batches(log, split.train, batch_size), 1):
         optimizer.zero_grad(set_to_none=True)
         logits = model(batch.dense, batch.ids, batch.offsets)
         loss = nn.functional.binary_cross_entropy_with_logits(logits, batch.label)
         loss.backward()
         optimizer.step()
-        total, steps = total + float(loss.detach()), steps + 1
-        if number % max(1, len(starts) // 10) == 0:
-            speed = min(start + batch_size, len(rows)) / (time.perf_counter() - started)
-            print(
-                f"  step {number}/{len(starts)}: log-loss {total / steps:.4f}, {speed:,.0f} rows/s"
-            )
-            total, steps = 0.0, 0
+        if is_search:
+            other = next(shown)
+            inputs = (other.dense, other.ids, other.offsets)
+            validation_step(procedure, partial(model, *inputs), other.label)
+        procedure.step()  # what a method does between the optimizer's steps
+        total, summed, rows = total + float(loss.detach()), summed + 1, rows + len(batch.label)
+        if number % max(1, steps // 10) == 0:
+            speed = rows / (time.perf_counter() - started)
+            print(f"  step {number}/{steps}: log-loss {total / summed:.4f}, {speed:,.0f} rows/s")
+            total, summed = 0.0, 0
+
+
+def train(
+    model: DLRM, log: ClickLog, split: Split, epochs: int, batch_size: int, learning_rate: float
+) -> None:
+    """Every phase that the method asks for; most have one."""
+    procedure = ec.TrainingProcedure(model)
+    while phase := procedure.begin_phase(lambda: evaluate(model, log, split.validation).auc):
+        optimizer = make_optimizer(model, learning_rate, fused=True)
+        procedure.attach(optimizer)
+        last = phase.epochs or epochs
+        for epoch in range(1, last + 1):
+            print(f"{phase.name}: epoch {epoch} of {last}")
+            train_epoch(model, log, split, batch_size, optimizer, procedure)
+            score = evaluate(model, log, split.validation)
+            print(f"  validation: AUC {score.auc:.4f}, log-loss {score.logloss:.4f}")
+    procedure.close()
 
 
 def main() -> None:
@@ -99,16 +146,13 @@ def main() -> None:
     batch_size = options.batch_size or (128 if small else 2048)
     split = log.split("time", validation=0.07, test=0.07)
     print(f"{len(log):,} rows: {len(split.train):,} train, then validation and test in time order")
-    model = build(log, options.embedding_dim, options.method, options.budget, options.seed)
+    model = build(
+        log, split.train, options.embedding_dim, options.method, options.budget, options.seed
+    )
     size = ec.memory(model)
     print(size)
     print(f"bytes of the tables: {size.dense:,} before, {size.total:,} after ({size.ratio:.2%})")
-    optimizer = make_optimizer(model, options.learning_rate, fused=True)
-    for epoch in range(1, epochs + 1):
-        print(f"epoch {epoch} of {epochs}")
-        train_epoch(model, log, split.train, batch_size, optimizer)
-        score = evaluate(model, log, split.validation)
-        print(f"  validation: AUC {score.auc:.4f}, log-loss {score.logloss:.4f}")
+    train(model, log, split, epochs, batch_size, options.learning_rate)
     score = evaluate(model, log, split.test)
     print(f"test: AUC {score.auc:.4f}, log-loss {score.logloss:.4f}")
 

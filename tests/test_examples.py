@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,11 +32,16 @@ def test_post_training(method: str) -> None:
     assert f"{method:8}" in printed and "after one more epoch" in printed
 
 
-def test_dlrm_criteo(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "phases"), [("qr", ["train"]), ("autodim", ["search", "retrain"])]
+)
+def test_dlrm_criteo(tmp_path: Path, method: str, phases: list[str]) -> None:
+    """Also by a method that searches, which takes a loop of several phases."""
     data = write_criteo(tmp_path / "day.txt", 2000)
-    options = ("--cache", str(tmp_path), "--epochs", "1", "--budget", "50%")
+    options = ("--cache", str(tmp_path), "--epochs", "1", "--budget", "50%", "--method", method)
     printed = run("dlrm_criteo.py", "--data", str(data), *options)
     assert "bytes of the tables" in printed and "test: AUC" in printed
+    assert re.findall(r"^(\w+): epoch 1", printed, re.M) == phases
 
 
 def test_prune_vocabulary() -> None:

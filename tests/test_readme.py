@@ -25,8 +25,8 @@ def between(name: str) -> str:
 
 
 def test_the_method_table_is_the_registry() -> None:
-    rows = [(f"`{name}`", text) for name, text in ec.methods().items()]
-    assert between("methods") == markdown_table(("method", "what it does"), rows)
+    rows = [(f"`{m}`", text, ec.resolve_method(m).training) for m, text in ec.methods().items()]
+    assert between("methods") == markdown_table(("method", "what it does", "procedure"), rows)
 
 
 @pytest.mark.parametrize("part", ["", "-all"])

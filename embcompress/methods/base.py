@@ -6,7 +6,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -212,6 +212,14 @@ class Method(ABC):
             ValueError: ``score`` is needed and None.
         """
         return [None] * len(tables)
+
+    @property
+    def training(self) -> Literal["", "steps", "phases"]:
+        """What a :class:`embcompress.TrainingProcedure` has to do for these settings: something
+        between optimizer ``"steps"``, a loop of several ``"phases"``, or nothing."""
+        if len(self.phases()) > 1:
+            return "phases"
+        return "" if self.procedure() is None else "steps"
 
     @classmethod
     def description(cls) -> str:
