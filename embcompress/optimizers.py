@@ -37,7 +37,9 @@ def fuse_optimizer(
     sparse gradients and torch's operators instead: move the module first, then fuse.
 
     A table that several features read is updated once, by the sum of their gradients; a store that
-    tables with maxima and other tables of a collection share, once for each. Replicas of
+    tables with maxima and other tables of a collection share, once for each. Every backward pass
+    is a step, and nothing comes between: no clipping, no accumulation over batches, and no
+    unscaling by a ``GradScaler`` (train in bfloat16, which needs none). Replicas of
     ``DistributedDataParallel`` cannot be updated so: each would see its own gradients alone.
 
     Args:

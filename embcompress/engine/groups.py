@@ -92,6 +92,7 @@ class FeatureBags:
                 "features * B + 1"
             )
         self._bags, self._batch = bags, batch
+        # Not by a step of the batch, which may be 0.
         self._begins: list[int] = bags.offsets[torch.arange(num_features + 1) * batch].tolist()
 
     def of(self, features: Sequence[int]) -> Bags:

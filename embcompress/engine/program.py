@@ -13,12 +13,7 @@ from embcompress.engine.bags import Bags, check_ids, check_offsets
 from embcompress.engine.dense import GradientOptions, lookup_dense
 from embcompress.engine.encoding import EncodedPlans, can_encode, encode_plans, needs_cpu_kernels
 from embcompress.engine.fused import FusedStores, lookup_fused
-from embcompress.engine.groups import (
-    FeatureBags,
-    FeatureGroup,
-    ends_in_torch,
-    group_features,
-)
+from embcompress.engine.groups import FeatureBags, FeatureGroup, ends_in_torch, group_features
 from embcompress.engine.heads import apply_head, is_linear
 from embcompress.engine.kernel_plans import gathered_plan, kernel_plan, promoted_dtype
 from embcompress.engine.reference import lookup_reference, pool_bags, vectors_after_head
