@@ -206,14 +206,10 @@ def allocate(
     Raises:
         BudgetError: naming the smallest budget for all tables together.
     """
-    groups: dict[JointMethod, list[int]] = {}
-    for index, method in enumerate(methods):
-        if isinstance(method, JointMethod):
-            groups.setdefault(method, []).append(index)
     plans: dict[int, LookupPlan] = {}
     dense = sum(table.dense_bytes for table in tables)
     left = budget_bytes
-    for method, members in groups.items():
+    for method, members in _joint_groups(tables, methods).items():
         own = [tables[index] for index in members]
         share = budget_bytes * sum(table.dense_bytes for table in own) // dense
         fitted = [
@@ -229,6 +225,20 @@ def allocate(
         )
         plans.update(zip(others, levelled, strict=True))
     return [plans[index] for index in range(len(tables))]
+
+
+def _joint_groups(
+    tables: Sequence[TableSpec], methods: Sequence[Method]
+) -> dict[JointMethod, list[int]]:
+    """The tables that each joint method sizes together."""
+    groups: dict[JointMethod, list[int]] = {}
+    first: dict[JointMethod, str] = {}
+    for index, (table, method) in enumerate(zip(tables, methods, strict=True)):
+        if isinstance(method, JointMethod):
+            is_first = first.setdefault(method, table.dtype) == table.dtype
+            own = method if is_first else method.of_dtype(table.dtype)
+            groups.setdefault(own, []).append(index)
+    return groups
 
 
 def _no_larger_than_full(plan: LookupPlan, full: LookupPlan) -> LookupPlan:

@@ -199,3 +199,14 @@ def test_a_table_without_rows_is_left_alone() -> None:
     empty = model["empty"]
     ec.compress(model, method="hash", budget="50%")
     assert model["empty"] is empty and isinstance(model["a"], ec.Embedding)
+
+
+@pytest.mark.parametrize("method", sorted(set(ec.methods()) - {"full"}))
+def test_tables_of_several_dtypes_keep_theirs(method: str) -> None:
+    """Also where they share a store."""
+    dtypes = {"a": torch.float16, "b": torch.float32, "c": torch.bfloat16, "d": torch.float32}
+    model = nn.ModuleDict({name: nn.Embedding(900, 16, dtype=d) for name, d in dtypes.items()})
+    report = ec.compress(model, method=method, budget="40%")
+    assert sum(table.after for table in report.tables) == ec.memory(model).total
+    for name, dtype in dtypes.items():
+        assert model[name](torch.tensor([1, 2])).dtype == dtype

@@ -238,6 +238,12 @@ class JointMethod(Method):
     def group_plans(self, tables: Sequence[TableSpec], size: int) -> list[LookupPlan]:
         """A plan for each table; stores with the same ``shared`` name are one."""
 
+    def of_dtype(self, dtype: str) -> JointMethod:
+        """The method for tables of another dtype than the first that it sizes: itself, unless its
+        tables share a store, which has one dtype.
+        """
+        return self
+
     def sizes(self, table: TableSpec) -> range:
         return self.group_sizes([table])
 

@@ -37,8 +37,8 @@ class Robe(JointMethod):
         stride: chunks begin at multiples of it; it divides Z. 1 as in the paper. Gradients are
             added up in pieces of ``stride`` numbers, so larger ones train faster.
         signed: whether chunks have hashed signs.
-        group: tables with the same group, method and seed share M. None: each has an array of its
-            own, in proportion to its dense size; so trained tables are approximated.
+        group: tables with the same group, method, seed and dtype share M. None: each has an array
+            of its own, in proportion to its dense size; so trained tables are approximated.
     """
 
     name: ClassVar[str] = "robe"
@@ -95,6 +95,9 @@ class Robe(JointMethod):
             else:
                 plans.append(self._plan(table, size, chunk, tables[0].dtype, self.group))
         return plans
+
+    def of_dtype(self, dtype: str) -> JointMethod:
+        return self if self.group is None else replace(self, group=f"{self.group}-{dtype}")
 
     def for_trained_tables(self) -> JointMethod:
         return replace(self, group=None)

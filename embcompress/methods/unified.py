@@ -35,8 +35,8 @@ class Unified(JointMethod):
         chunk: columns of the store; it divides every table's width. None: a quarter of the
             widths' greatest common divisor, or a half or the whole where that is no integer.
         probes: ``"width"`` or ``"vocabulary"``.
-        group: tables with the same group, method and seed share a store. None: each has one of
-            its own, in proportion to its dense size; so trained tables are approximated.
+        group: tables with the same group, method, seed and dtype share a store. None: each has
+            one of its own, in proportion to its dense size; so trained tables are approximated.
     """
 
     name: ClassVar[str] = "unified"
@@ -90,6 +90,9 @@ class Unified(JointMethod):
                 store = Store("weight", size, chunk, tables[0].dtype, shared=self.group)
             plans.append(self._plan(table, store, self._probes(table, tables, chunk)))
         return plans
+
+    def of_dtype(self, dtype: str) -> JointMethod:
+        return self if self.group is None else replace(self, group=f"{self.group}-{dtype}")
 
     def for_trained_tables(self) -> JointMethod:
         return replace(self, group=None)
