@@ -98,7 +98,7 @@ def train_epoch(
     steps = -(-len(split.train) // batch_size)
     # Some methods search by validation examples, in a phase of their own.
     is_search = procedure.phase is not None and procedure.phase.split == "validation"
-    shown = chain.from_iterable(batches(log, rows, batch_size) for rows in repeat(split.validation))
+    shown = chain.from_iterable(batches(log, part, batch_size) for part in repeat(split.validation))
     total, summed, rows, started = 0.0, 0, 0, time.perf_counter()
     for number, batch in enumerate(batches(log, split.train, batch_size), 1):
         optimizer.zero_grad(set_to_none=True)
