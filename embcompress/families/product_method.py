@@ -100,7 +100,8 @@ class ProductMethod(JointMethod):
         sizes = [self.layout(table, parts, code).bytes(table.dtype) for table in tables]
         if len(tables) == 1:
             return sizes[0]
-        return sum(min(size, _full(t).bytes) for t, size in zip(tables, sizes, strict=True))
+        full = (_full_bytes(t.num_embeddings, t.embedding_dim, t.dtype) for t in tables)
+        return sum(map(min, sizes, full))
 
     def fill(self, table: TableSpec, plan: LookupPlan, stores: Mapping[str, Tensor]) -> None:
         """Hashed codes."""
@@ -154,6 +155,11 @@ class ProductMethod(JointMethod):
 
 def _full(table: TableSpec) -> LookupPlan:
     return Full().plan(table, table.num_embeddings)
+
+
+@functools.lru_cache(maxsize=4096)
+def _full_bytes(rows: int, width: int, dtype: str) -> int:
+    return _full(TableSpec(rows, width, dtype=dtype)).bytes
 
 
 def _bytes(plan: LookupPlan) -> int:
