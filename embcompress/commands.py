@@ -197,7 +197,7 @@ def methods(
     from embcompress.text_table import markdown_table, text_table
 
     header = ("method", "what it does", "procedure")
-    rows = [(name, text, resolve_method(name).training) for name, text in known().items()]
+    rows = [(name, text, resolve_method(name).procedure_kind) for name, text in known().items()]
     if markdown:
         print(markdown_table(header, [(f"`{name}`", *rest) for name, *rest in rows]))
     else:

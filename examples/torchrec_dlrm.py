@@ -49,7 +49,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="synthetic:rows=50000", help="as of `embcompress sweep`")
     # Others need an ec.TrainingProcedure, which does nothing to tables that are lowered.
-    methods = [name for name in ec.methods() if not ec.resolve_method(name).training]
+    methods = [name for name in ec.methods() if not ec.resolve_method(name).procedure_kind]
     parser.add_argument("--method", default="hash", choices=methods)
     parser.add_argument("--budget", default="1%", help="bytes or a share for all tables")
     parser.add_argument("--embedding-dim", type=int, default=16)

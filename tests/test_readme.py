@@ -25,7 +25,9 @@ def between(name: str) -> str:
 
 
 def test_the_method_table_is_the_registry() -> None:
-    rows = [(f"`{m}`", text, ec.resolve_method(m).training) for m, text in ec.methods().items()]
+    rows = [
+        (f"`{m}`", text, ec.resolve_method(m).procedure_kind) for m, text in ec.methods().items()
+    ]
     assert between("methods") == markdown_table(("method", "what it does", "procedure"), rows)
 
 

@@ -214,7 +214,7 @@ class Method(ABC):
         return [None] * len(tables)
 
     @property
-    def training(self) -> Literal["", "steps", "phases"]:
+    def procedure_kind(self) -> Literal["", "steps", "phases"]:
         """What a :class:`embcompress.TrainingProcedure` has to do for these settings: something
         between optimizer ``"steps"``, a loop of several ``"phases"``, or nothing."""
         if len(self.phases()) > 1:

@@ -247,7 +247,7 @@ def _changed(table: Table, plan: LookupPlan, shared: set[str], error: float | No
     notes = ["tied tables stay tied"] if len(candidate.modules) > 1 else []
     if table.method.uses_co_occurrence and table.spec.co_occurrence is None:
         notes.append("no likeness is known: give data= or co_occurrence=")
-    if table.method.training and error is None:  # a trained table serves as it is
+    if table.method.procedure_kind and error is None:  # a trained table serves as it is
         notes.append("train it with ec.TrainingProcedure")
     if plan.offloaded:
         notes.append(f"{format_bytes(plan.offloaded)} in a file")

@@ -120,7 +120,7 @@ class CompressedTable(FusedTable):
     @property
     def has_phases(self) -> bool:
         """Whether the method trains in several phases, and may change the plan in between."""
-        return self.settings is not None and len(self.settings.phases()) > 1
+        return self.settings is not None and self.settings.procedure_kind == "phases"
 
     def keep_spec(self, spec: TableSpec) -> None:
         """Remember the table's name; and all else, if the phases of the method will ask for it."""
