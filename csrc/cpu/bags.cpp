@@ -72,8 +72,7 @@ struct Pieces {
     int64_t piece_length;  // 0: the bags of the lookup; else pieces of this length
     int64_t begin;         // of the pieces
     int64_t end;
-    float* out;
-    int64_t stride;
+    OutputRows out;
     int64_t* counts;  // nullptr: divide by the count here where the pool is a mean
 
     int64_t bound(int64_t piece) const {
@@ -103,18 +102,19 @@ EMBCOMPRESS_INLINE void finish_piece(const Pieces& pieces, int64_t piece, int64_
 // Writes the vectors of the first n ids, each to a row of its own. Rows are fetched some ids ahead.
 template <int kLanes>
 EMBCOMPRESS_INLINE void write_ids_inline(RowBlock& rows, int n, const float* weights,
-                                         int64_t stride, float* out) {
+                                         const OutputRows& out) {
     const int ahead = rows.ids_ahead(), step = ahead / 2;
     for (int begin = 0; begin < n; begin += step) {
         const int end = std::min(begin + step, n);
         rows.fetch(end + ahead);
-        pool_ids<kLanes>(rows, rows.feature(), {begin, end, weights, true, stride, out});
+        pool_ids<kLanes>(rows, rows.feature(),
+                         {begin, end, weights, true, out.stride, out.first, out.streamed});
     }
 }
 
 // Not a part of pool_pieces, whose loops leave too few registers.
-void write_ids(RowBlock& rows, int n, const float* weights, int64_t stride, float* out) {
-    EMBCOMPRESS_WITH_LANES(write_ids_inline<lanes>(rows, n, weights, stride, out));
+void write_ids(RowBlock& rows, int n, const float* weights, const OutputRows& out) {
+    EMBCOMPRESS_WITH_LANES(write_ids_inline<lanes>(rows, n, weights, out));
 }
 
 template <int kLanes>
@@ -127,7 +127,7 @@ EMBCOMPRESS_INLINE bool pool_pieces_inline(const Pieces& pieces) {
     int64_t piece = pieces.first, count = 0;
     int64_t piece_begin = pieces.bound(piece);
     const int64_t last_position = pieces.bound(pieces.last);
-    float* acc = pieces.out;
+    OutputRows out = pieces.out;
     int64_t position = piece_begin;
     while (piece < pieces.last) {
         const int n = static_cast<int>(std::min<int64_t>(kBlock, last_position - position));
@@ -139,9 +139,9 @@ EMBCOMPRESS_INLINE bool pool_pieces_inline(const Pieces& pieces) {
         const int64_t block_end = position + n;
         const bool are_bags = pieces.piece_length == 0 && piece + n <= pieces.last;
         if (n > 0 && are_bags && are_single(pieces.lookup, piece, position, n)) {
-            write_ids(rows, n, weighted ? weights : nullptr, pieces.stride, acc);
+            write_ids(rows, n, weighted ? weights : nullptr, out);
             piece += n;
-            acc += n * pieces.stride;
+            out = out.from(n);
             piece_begin = position = block_end;
             continue;
         }
@@ -153,12 +153,12 @@ EMBCOMPRESS_INLINE bool pool_pieces_inline(const Pieces& pieces) {
             rows.fetch(std::max(begin, end) + rows.ids_ahead());
             pool_ids<kLanes>(
                 rows, feature,
-                {begin, std::max(begin, end), weighted ? weights : nullptr, start, 0, acc});
+                {begin, std::max(begin, end), weighted ? weights : nullptr, start, 0, out.first});
             if (feature.pool == Pool::kMean && end > begin) count += counted(rows, begin, end);
             if (piece_end > block_end) break;
-            finish_piece(pieces, piece, count, acc);
+            finish_piece(pieces, piece, count, out.first);
             ++piece;
-            acc += pieces.stride;
+            out = out.from(1);
             piece_begin = piece_end;
             count = 0;
         }
@@ -184,12 +184,11 @@ bool pool_huge_bag(const Lookup& lookup, const Feature& feature, int64_t bag, fl
     parallel(parts, [&](int part) {
         const int64_t first = pieces * part / parts, last = pieces * (part + 1) / parts;
         RowBlock rows(lookup, feature);
-        const Pieces mine{lookup,        rows,
-                          first,         last,
-                          kPiece,        begin,
-                          end,           partial.data() + first * feature.width,
-                          feature.width, counts.data() + first};
-        if (!pool_pieces(mine)) valid = false;
+        const OutputRows mine{partial.data() + first * feature.width, feature.width, false};
+        if (!pool_pieces(
+                {lookup, rows, first, last, kPiece, begin, end, mine, counts.data() + first})) {
+            valid = false;
+        }
     });
     int64_t count = 0;
     std::fill(out, out + feature.width, 0.0f);
@@ -203,16 +202,16 @@ bool pool_huge_bag(const Lookup& lookup, const Feature& feature, int64_t bag, fl
     return valid;
 }
 
-bool pool_bags(const Lookup& lookup, RowBlock& rows, int64_t begin, int64_t end, float* out,
-               int64_t stride) {
+bool pool_bags(const Lookup& lookup, RowBlock& rows, int64_t begin, int64_t end,
+               const OutputRows& out) {
     bool valid = true;
     const bool some_are_huge = lookup.longest_bag > kHugeBag;
     for (int64_t bag = begin; bag < end;) {
         int64_t last = some_are_huge ? bag : end;
         while (last < end && !is_huge(lookup, last)) ++last;
         if (last > bag) {
-            float* first_out = out + (bag - begin) * stride;
-            valid &= pool_pieces({lookup, rows, bag, last, 0, 0, 0, first_out, stride, nullptr});
+            valid &=
+                pool_pieces({lookup, rows, bag, last, 0, 0, 0, out.from(bag - begin), nullptr});
         }
         bag = last < end ? last + 1 : last;
     }

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "output.h"
 #include "rows.h"
 
 namespace embcompress {
@@ -24,10 +25,10 @@ EMBCOMPRESS_INLINE bool are_single(const Lookup& lookup, int64_t bag, int64_t po
     return true;
 }
 
-// Pools bags [begin, end), but for huge ones, each into the next row of `out`, a stride apart.
-// False for an id outside.
-bool pool_bags(const Lookup& lookup, RowBlock& rows, int64_t begin, int64_t end, float* out,
-               int64_t stride);
+// Pools bags [begin, end), but for huge ones, each into the next row of `out`. False for an id
+// outside.
+bool pool_bags(const Lookup& lookup, RowBlock& rows, int64_t begin, int64_t end,
+               const OutputRows& out);
 
 // The same for one huge bag, by so many threads.
 bool pool_huge_bag(const Lookup& lookup, const Feature& feature, int64_t bag, float* out,

@@ -4,6 +4,7 @@
 
 #include "bags.h"
 #include "head.h"
+#include "output.h"
 
 namespace embcompress {
 namespace {
@@ -11,11 +12,11 @@ namespace {
 // Below this many floats gathered a thread costs more than it gives.
 constexpr int64_t kFloatsPerThread = 16384;
 
-void apply_head(const float* columns, const Feature& feature, const float* in, float* out,
-                int64_t out_stride, int64_t count) {
-    const Product product{in,   feature.width, 1,     columns,       feature.out_width,
-                          out,  out_stride,    count, feature.width, feature.out_width,
-                          false};
+void apply_head(const float* columns, const Feature& feature, const float* in, int64_t count,
+                const OutputRows& out) {
+    const Product product{in,        feature.width, 1,           columns,       feature.out_width,
+                          out.first, out.stride,    count,       feature.width, feature.out_width,
+                          false,     nullptr,       out.streamed};
     EMBCOMPRESS_WITH_LANES(multiply<lanes>(product));
 }
 
@@ -50,7 +51,7 @@ bool reads_converted_rows(const Lookup& lookup, const RowBlock& rows) {
 // while further rows are on their way. False for an id outside.
 template <int kLanes>
 EMBCOMPRESS_INLINE bool map_ids_inline(RowBlock& rows, const float* columns, int64_t position,
-                                       int n, float* out, int64_t stride) {
+                                       int n, const OutputRows& out) {
     const Feature& feature = rows.feature();
     const bool valid = rows.load_ids(position, n);
     rows.find_rows(0, n);
@@ -58,34 +59,32 @@ EMBCOMPRESS_INLINE bool map_ids_inline(RowBlock& rows, const float* columns, int
     for (int begin = 0; begin < n; begin += kRowsAhead / 2) {
         const int end = std::min(begin + kRowsAhead / 2, n);
         rows.convert(0, begin, end, n);
-        multiply<kLanes, true>({nullptr, 0, 1, columns, feature.out_width, out + begin * stride,
-                                stride, end - begin, feature.width, feature.out_width, false,
-                                rows.pointers(0) + begin});
+        multiply<kLanes, true>({nullptr, 0, 1, columns, feature.out_width, out.from(begin).first,
+                                out.stride, end - begin, feature.width, feature.out_width, false,
+                                rows.pointers(0) + begin, out.streamed});
     }
     return valid;
 }
 
-bool map_ids(RowBlock& rows, const float* columns, int64_t position, int n, float* out,
-             int64_t stride) {
-    return EMBCOMPRESS_WITH_LANES(map_ids_inline<lanes>(rows, columns, position, n, out, stride));
+bool map_ids(RowBlock& rows, const float* columns, int64_t position, int n, const OutputRows& out) {
+    return EMBCOMPRESS_WITH_LANES(map_ids_inline<lanes>(rows, columns, position, n, out));
 }
 
 // Pools bags of a feature with a head, a block at a time, into `pooled`.
 bool pool_and_map(const Lookup& lookup, RowBlock& rows, const float* columns, int64_t begin,
-                  int64_t end, float* pooled, float* out) {
+                  int64_t end, float* pooled, const OutputRows& out) {
     bool valid = true;
     const Feature& feature = rows.feature();
-    const int64_t stride = lookup.header.num_columns;
     const bool direct = reads_converted_rows(lookup, rows);
     for (int64_t bag = begin; bag < end; bag += kBlock) {
         const int64_t last = std::min<int64_t>(bag + kBlock, end), position = lookup.offset(bag);
         const int n = static_cast<int>(last - bag);
-        float* first_out = out + (bag - begin) * stride;
+        const OutputRows mine = out.from(bag - begin);
         if (direct && are_single(lookup, bag, position, n)) {
-            valid &= map_ids(rows, columns, position, n, first_out, stride);
+            valid &= map_ids(rows, columns, position, n, mine);
         } else {
-            valid &= pool_bags(lookup, rows, bag, last, pooled, feature.width);
-            apply_head(columns, feature, pooled, first_out, stride, n);
+            valid &= pool_bags(lookup, rows, bag, last, {pooled, feature.width, false});
+            apply_head(columns, feature, pooled, n, mine);
         }
     }
     return valid;
@@ -101,18 +100,19 @@ void prefetch_output(const Lookup& lookup, int64_t begin, int64_t end, float* ou
 
 // Pools samples [begin, end) of the batch for every feature: the output is written row by row.
 bool pool_samples(const Lookup& lookup, RowBlock& rows, const Heads& heads, int64_t begin,
-                  int64_t end, float* pooled, float* out) {
+                  int64_t end, float* pooled, const OutputRows& out) {
     bool valid = true;
-    const int64_t stride = lookup.header.num_columns;
-    if (lookup.header.num_features > 1) prefetch_output(lookup, begin, end, out);
+    const bool has_many = lookup.header.num_features > 1;
+    if (has_many && !out.streamed) prefetch_output(lookup, begin, end, out.first);
     for (int64_t f = 0; f < lookup.header.num_features; ++f) {
         rows.use(lookup.features[f]);
-        float* first_out = out + begin * stride + lookup.features[f].out_column;
+        OutputRows mine = out.from(begin);
+        mine.first += lookup.features[f].out_column;
         const int64_t first = f * lookup.batch + begin, last = f * lookup.batch + end;
         if (heads.has(f)) {
-            valid &= pool_and_map(lookup, rows, heads.columns(f), first, last, pooled, first_out);
+            valid &= pool_and_map(lookup, rows, heads.columns(f), first, last, pooled, mine);
         } else {
-            valid &= pool_bags(lookup, rows, first, last, first_out, stride);
+            valid &= pool_bags(lookup, rows, first, last, mine);
         }
     }
     return valid;
@@ -150,6 +150,7 @@ bool lookup_forward(const Lookup& lookup, float* out, int num_threads) {
     // Few samples at once, so that the output's rows stay in the cache between features.
     const int64_t step = lookup.header.num_features > 1 ? kBlock / 2 : lookup.batch;
     const Heads heads(lookup);
+    const OutputRows all{out, lookup.header.num_columns, is_streamed(lookup, out)};
     std::atomic<bool> valid{true};
     parallel(parts, [&](int part) {
         RowBlock rows(lookup);
@@ -157,8 +158,11 @@ bool lookup_forward(const Lookup& lookup, float* out, int num_threads) {
         const int64_t last = first_sample(lookup, part + 1, parts);
         for (int64_t begin = first_sample(lookup, part, parts); begin < last; begin += step) {
             const int64_t end = std::min(begin + step, last);
-            if (!pool_samples(lookup, rows, heads, begin, end, pooled.data(), out)) valid = false;
+            if (!pool_samples(lookup, rows, heads, begin, end, pooled.data(), all)) {
+                valid = false;
+            }
         }
+        if (all.streamed) end_streaming();
     });
     if (lookup.longest_bag <= kHugeBag) return valid;
     std::vector<float> pooled(heads.widest());
@@ -169,7 +173,9 @@ bool lookup_forward(const Lookup& lookup, float* out, int num_threads) {
         float* row = out + (bag % lookup.batch) * lookup.header.num_columns + feature.out_column;
         float* target = heads.has(f) ? pooled.data() : row;
         if (!pool_huge_bag(lookup, feature, bag, target, num_threads)) valid = false;
-        if (heads.has(f)) apply_head(heads.columns(f), feature, target, row, feature.out_width, 1);
+        if (heads.has(f)) {
+            apply_head(heads.columns(f), feature, target, 1, {row, feature.out_width, false});
+        }
     }
     return valid;
 }
@@ -179,7 +185,7 @@ bool pool_before_head(const Lookup& lookup, int64_t feature, int64_t begin, int6
     const Feature& which = lookup.features[feature];
     const int64_t first = feature * lookup.batch;
     RowBlock rows(lookup, which);
-    bool valid = pool_bags(lookup, rows, first + begin, first + end, out, which.width);
+    bool valid = pool_bags(lookup, rows, first + begin, first + end, {out, which.width, false});
     for (int64_t bag = begin; bag < end && lookup.longest_bag > kHugeBag; ++bag) {
         if (!is_huge(lookup, first + bag)) continue;
         float* row = out + (bag - begin) * which.width;

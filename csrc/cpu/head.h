@@ -24,6 +24,7 @@ struct Product {
     int64_t width;  // of out
     bool add;
     const float* const* pointers = nullptr;
+    bool streamed = false;  // out is written past the caches
 };
 
 template <int kLanes, int kRows, bool kApart>
@@ -43,7 +44,13 @@ EMBCOMPRESS_INLINE void multiply_lanes(const Product& product, int64_t first, in
             sums[r] += column * row[c * product.column];
         }
     }
-    for (int r = 0; r < kRows; ++r) store_lanes(out + r * product.out_stride, sums[r]);
+    for (int r = 0; r < kRows; ++r) {
+        if (product.streamed) {
+            stream_lanes(out + r * product.out_stride, sums[r]);
+        } else {
+            store_lanes(out + r * product.out_stride, sums[r]);
+        }
+    }
 }
 
 template <int kLanes, int kRows, bool kApart>

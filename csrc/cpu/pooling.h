@@ -63,6 +63,7 @@ struct Target {
     bool start;
     int64_t stride;  // 0: the ids are added up
     float* out;
+    bool streamed = false;
 };
 
 // kVectors vectors of kLanes columns, from `column` on. Sums run over ids in order, so the width
@@ -78,7 +79,11 @@ EMBCOMPRESS_INLINE void pool_lanes(const ProbeRows& rows, const Target& target, 
             float* to = out + i * target.stride;
             for (int v = 0; v < kVectors; ++v) {
                 if (target.weights != nullptr) values[v] *= target.weights[i];
-                store_lanes(to + v * kLanes, values[v]);
+                if (target.streamed) {
+                    stream_lanes(to + v * kLanes, values[v]);
+                } else {
+                    store_lanes(to + v * kLanes, values[v]);
+                }
             }
         }
         return;

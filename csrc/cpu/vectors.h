@@ -48,6 +48,38 @@ EMBCOMPRESS_INLINE void store_lanes(float* to, V lanes) {
     std::memcpy(to, &lanes, sizeof(V));
 }
 
+// Streaming writes whole lines of memory without reading them first, past the caches. What is
+// written so is in its place for other threads only after end_streaming().
+#if defined(__x86_64__) && defined(__GNUC__)
+constexpr bool kCanStream = true;
+
+// `to` is aligned to the vector.
+template <typename V>
+EMBCOMPRESS_INLINE void stream_lanes(float* to, V lanes) {
+    auto& target = *reinterpret_cast<float (*)[sizeof(V) / sizeof(float)]>(to);
+    if constexpr (sizeof(V) == 64) {
+        asm volatile("vmovntps %1, %0" : "=m"(target) : "v"(lanes));
+    } else if constexpr (sizeof(V) == 32) {
+        asm volatile("vmovntps %1, %0" : "=m"(target) : "x"(lanes));
+    } else if constexpr (sizeof(V) == 16) {
+        asm volatile("movntps %1, %0" : "=m"(target) : "x"(lanes));
+    } else {
+        store_lanes(to, lanes);
+    }
+}
+
+inline void end_streaming() { asm volatile("sfence" ::: "memory"); }
+#else
+constexpr bool kCanStream = false;
+
+template <typename V>
+EMBCOMPRESS_INLINE void stream_lanes(float* to, V lanes) {
+    store_lanes(to, lanes);
+}
+
+inline void end_streaming() {}
+#endif
+
 // The floats of a register of the compiler's own target.
 #if defined(__AVX512F__)
 constexpr int kTargetLanes = 16;
