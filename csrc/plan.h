@@ -128,11 +128,14 @@ static_assert(kHeaderFields == 4 && kFeatureFields == 10 && kProbeFields == 76,
 
 // ------------------------------------------------------------------------------------ hashing
 
+constexpr uint64_t kFirstMixer = 0xBF58476D1CE4E5B9ULL;
+constexpr uint64_t kSecondMixer = 0x94D049BB133111EBULL;
+
 EMBCOMPRESS_INLINE uint64_t mix64(uint64_t x) {
     x ^= x >> 30;
-    x *= 0xBF58476D1CE4E5B9ULL;
+    x *= kFirstMixer;
     x ^= x >> 27;
-    x *= 0x94D049BB133111EBULL;
+    x *= kSecondMixer;
     return x ^ (x >> 31);
 }
 
@@ -148,11 +151,6 @@ EMBCOMPRESS_INLINE uint64_t multiply_high(uint64_t x, uint64_t y) {
     const uint64_t carry = (ad & 0xFFFFFFFFULL) + (bc & 0xFFFFFFFFULL) + ((b * d) >> 32);
     return a * c + (ad >> 32) + (bc >> 32) + (carry >> 32);
 #endif
-}
-
-// The same for y < 2^32, in two 32-bit products: what compilers turn into vector instructions.
-EMBCOMPRESS_INLINE uint64_t multiply_high_32(uint64_t x, uint64_t y) {
-    return ((x >> 32) * y + (((x & 0xFFFFFFFFULL) * y) >> 32)) >> 32;
 }
 
 EMBCOMPRESS_INLINE int64_t hash_bucket(int64_t id, uint64_t key, uint64_t buckets) {

@@ -6,11 +6,11 @@
 #include <cstring>
 #include <memory>
 
+#include "addresses.h"
 #include "convert.h"
 
 namespace embcompress {
 
-constexpr int kBlock = 128;
 // Lines of a row that are prefetched; the hardware follows a longer row by itself.
 constexpr int64_t kPrefetchFloats = 64;
 constexpr int64_t kLineFloats = 16;
@@ -119,7 +119,7 @@ class RowBlock {
     EMBCOMPRESS_INLINE void find_rows(int t, int n) {
         int64_t* rows = rows_ + t * kBlock;
         const Probe& probe = probes_[t];
-        addresses(probe.address, n, rows);
+        find_addresses(probe.address, feature_->num_embeddings, ids_, n, rows);
         if (probe.code.table.store >= 0) decode(probe.code, n, rows);
         if (probe.code.table.store < 0 && probe.offset == 0 && !has_skipped_) return;
         for (int i = 0; i < n; ++i) {
@@ -134,12 +134,9 @@ class RowBlock {
         const float** pointers = pointers_ + t * kBlock;
         const StoreView& store = lookup_.stores[probe.store];
         if (!is_converted(probe)) {
-            const float* data = static_cast<const float*>(store.data);
-            const float* zeros = zeros_;
-            const int64_t stride = probe.stride;
-            for (int i = 0; i < n; ++i) {
-                pointers[i] = rows[i] < 0 ? zeros : data + rows[i] * stride;
-            }
+            const int64_t count = store.bytes / static_cast<int64_t>(sizeof(float));
+            find_pointers_to({static_cast<const float*>(store.data), count, probe.stride}, zeros_,
+                             rows, n, pointers);
         } else {
             point_to_converted(t, n);
             convert(t, 0, n, n);
@@ -200,18 +197,19 @@ class RowBlock {
         const int64_t lines = lines_[t];
         const float* const* pointers = pointers_ + t * kBlock;
         if (lines == 0) return;
-        if (lines == 4) {
+        const auto fetch_each = [&](auto count) EMBCOMPRESS_INLINED {
             for (int i = begin; i < end; ++i) {
-                for (int64_t line = 0; line < 4; ++line) {
+                for (int64_t line = 0; line < count; ++line) {
                     __builtin_prefetch(pointers[i] + line * kLineFloats);
                 }
             }
-            return;
-        }
-        for (int i = begin; i < end; ++i) {
-            for (int64_t line = 0; line < lines; ++line) {
-                __builtin_prefetch(pointers[i] + line * kLineFloats);
-            }
+        };
+        if (lines == 1) {
+            fetch_each(std::integral_constant<int64_t, 1>{});
+        } else if (lines == 4) {
+            fetch_each(std::integral_constant<int64_t, 4>{});
+        } else {
+            fetch_each(lines);
         }
     }
 
@@ -268,7 +266,7 @@ class RowBlock {
     EMBCOMPRESS_INLINE bool check_ids(const Id* ids, int n) {
         const uint64_t limit = static_cast<uint64_t>(feature_->num_embeddings);
         const int64_t padding = feature_->padding_idx;
-        int outside = 0, skipped = 0;
+        int64_t outside = 0, skipped = 0;
         for (int i = 0; i < n; ++i) {
             const int64_t id = ids[i];
             const bool inside = static_cast<uint64_t>(id) < limit;
@@ -278,52 +276,6 @@ class RowBlock {
         }
         has_skipped_ = skipped != 0;
         return outside == 0;
-    }
-
-    EMBCOMPRESS_INLINE void addresses(const Address& address, int n, int64_t* rows) const {
-        if (address.kind == AddressKind::kHash) {
-            const uint64_t key = static_cast<uint64_t>(address.a);
-            const uint64_t buckets = static_cast<uint64_t>(address.b);
-            if (buckets < (1ULL << 32)) {
-                for (int i = 0; i < n; ++i) {
-                    const uint64_t mixed = mix64(static_cast<uint64_t>(ids_[i]) ^ key);
-                    rows[i] = static_cast<int64_t>(multiply_high_32(mixed, buckets));
-                }
-            } else {
-                for (int i = 0; i < n; ++i) rows[i] = hash_bucket(ids_[i], key, buckets);
-            }
-        } else if (address.kind == AddressKind::kDigit && feature_->num_embeddings <= (1LL << 32) &&
-                   address.a < (1LL << 32)) {
-            digits_32(address, n, rows);
-        } else {
-            for (int i = 0; i < n; ++i) rows[i] = ids_[i] < 0 ? 0 : address_row(address, ids_[i]);
-        }
-    }
-
-    // Division by a reciprocal, exact for 32-bit numbers: floor(id * ceil(2^64 / d) / 2^64).
-    // (Lemire, Kaser, Kurz: "Faster remainder by direct computation", 2019, theorem 1.)
-    EMBCOMPRESS_INLINE void digits_32(const Address& address, int n, int64_t* rows) const {
-        if (address.a == 1) {
-            for (int i = 0; i < n; ++i) rows[i] = ids_[i];
-        } else {
-            const uint64_t reciprocal = ~0ULL / static_cast<uint64_t>(address.a) + 1;
-            for (int i = 0; i < n; ++i) {
-                rows[i] = static_cast<int64_t>(
-                    multiply_high_32(reciprocal, static_cast<uint32_t>(ids_[i])));
-            }
-        }
-        const int64_t largest = (feature_->num_embeddings - 1) / address.a;
-        if (address.b > largest) return;  // the last digit needs no remainder
-        if (address.b == 1) {
-            for (int i = 0; i < n; ++i) rows[i] = 0;
-            return;
-        }
-        const uint64_t reciprocal = ~0ULL / static_cast<uint64_t>(address.b) + 1;
-        for (int i = 0; i < n; ++i) {
-            const uint64_t row = static_cast<uint32_t>(rows[i]);
-            const uint64_t quotient = multiply_high_32(reciprocal, row);
-            rows[i] = static_cast<int64_t>(row - quotient * static_cast<uint32_t>(address.b));
-        }
     }
 
     EMBCOMPRESS_INLINE void decode(const Code& code, int n, int64_t* rows) const {

@@ -13,6 +13,10 @@
 #define EMBCOMPRESS_INLINED
 #endif
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#define EMBCOMPRESS_X86  // instructions that compilers do not choose are written down
+#endif
+
 // One build runs on every x86-64 machine: the kernels are compiled for three instruction sets and
 // the loader picks. Elsewhere the compiler's own target is used.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
@@ -50,7 +54,7 @@ EMBCOMPRESS_INLINE void store_lanes(float* to, V lanes) {
 
 // Streaming writes whole lines of memory without reading them first, past the caches. What is
 // written so is in its place for other threads only after end_streaming().
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(EMBCOMPRESS_X86)
 constexpr bool kCanStream = true;
 
 // `to` is aligned to the vector.
