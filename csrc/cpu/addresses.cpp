@@ -15,7 +15,6 @@ constexpr int64_t kNarrow = 1LL << 32;  // numbers below it have 32 bits
 template <int kLanes>
 struct Longs {
     typedef uint64_t Type __attribute__((vector_size(kLanes * sizeof(float))));
-    static constexpr int kCount = kLanes / 2;
 };
 
 // Products of the low 32 bits of numbers: one instruction, which compilers do not find, because
