@@ -101,8 +101,8 @@ EMBCOMPRESS_INLINE void finish_piece(const Pieces& pieces, int64_t piece, int64_
 
 // Writes the vectors of the first n ids, each to a row of its own. Rows are fetched some ids ahead.
 template <int kLanes>
-EMBCOMPRESS_INLINE void write_ids_inline(RowBlock& rows, int n, const float* weights,
-                                         const OutputRows& out) {
+EMBCOMPRESS_INLINE void write_vectors_inline(RowBlock& rows, int n, const float* weights,
+                                             const OutputRows& out) {
     const int ahead = rows.ids_ahead(), step = ahead / 2;
     for (int begin = 0; begin < n; begin += step) {
         const int end = std::min(begin + step, n);
@@ -113,8 +113,15 @@ EMBCOMPRESS_INLINE void write_ids_inline(RowBlock& rows, int n, const float* wei
 }
 
 // Not a part of pool_pieces, whose loops leave too few registers.
-void write_ids(RowBlock& rows, int n, const float* weights, const OutputRows& out) {
-    EMBCOMPRESS_WITH_LANES(write_ids_inline<lanes>(rows, n, weights, out));
+void write_vectors(RowBlock& rows, int n, const float* weights, const OutputRows& out) {
+    EMBCOMPRESS_WITH_LANES(write_vectors_inline<lanes>(rows, n, weights, out));
+}
+
+template <int kLanes>
+EMBCOMPRESS_INLINE bool find_ids_inline(RowBlock& rows, int64_t position, int n) {
+    const bool valid = rows.load_ids(position, n);
+    rows.find_all(n);
+    return valid;
 }
 
 template <int kLanes>
@@ -132,14 +139,13 @@ EMBCOMPRESS_INLINE bool pool_pieces_inline(const Pieces& pieces) {
     while (piece < pieces.last) {
         const int n = static_cast<int>(std::min<int64_t>(kBlock, last_position - position));
         if (n > 0) {
-            valid &= rows.load_ids(position, n);
-            rows.find_all(n);
+            valid &= find_ids_inline<kLanes>(rows, position, n);
             if (weighted) load_weights(pieces.lookup, rows, position, n, weights);
         }
         const int64_t block_end = position + n;
         const bool are_bags = pieces.piece_length == 0 && piece + n <= pieces.last;
         if (n > 0 && are_bags && are_single(pieces.lookup, piece, position, n)) {
-            write_ids(rows, n, weighted ? weights : nullptr, out);
+            write_vectors(rows, n, weighted ? weights : nullptr, out);
             piece += n;
             out = out.from(n);
             piece_begin = position = block_end;
@@ -172,6 +178,20 @@ bool pool_pieces(const Pieces& pieces) {
 }
 
 }  // namespace
+
+bool find_ids(RowBlock& rows, int64_t position, int n) {
+    const bool valid = EMBCOMPRESS_WITH_LANES(find_ids_inline<lanes>(rows, position, n));
+    rows.fetch(rows.ids_ahead());
+    return valid;
+}
+
+void write_ids(const Lookup& lookup, RowBlock& rows, int64_t position, int n,
+               const OutputRows& out) {
+    if (lookup.weights == nullptr) return write_vectors(rows, n, nullptr, out);
+    float weights[kBlock];
+    load_weights(lookup, rows, position, n, weights);
+    write_vectors(rows, n, weights, out);
+}
 
 bool pool_huge_bag(const Lookup& lookup, const Feature& feature, int64_t bag, float* out,
                    int num_threads) {

@@ -1,6 +1,8 @@
 // Forward: the features of a batch, sample by sample, each with its head.
 
 #include <algorithm>
+#include <optional>
+#include <utility>
 
 #include "bags.h"
 #include "head.h"
@@ -102,8 +104,6 @@ void prefetch_output(const Lookup& lookup, int64_t begin, int64_t end, float* ou
 bool pool_samples(const Lookup& lookup, RowBlock& rows, const Heads& heads, int64_t begin,
                   int64_t end, float* pooled, const OutputRows& out) {
     bool valid = true;
-    const bool has_many = lookup.header.num_features > 1;
-    if (has_many && !out.streamed) prefetch_output(lookup, begin, end, out.first);
     for (int64_t f = 0; f < lookup.header.num_features; ++f) {
         rows.use(lookup.features[f]);
         OutputRows mine = out.from(begin);
@@ -115,6 +115,33 @@ bool pool_samples(const Lookup& lookup, RowBlock& rows, const Heads& heads, int6
             valid &= pool_bags(lookup, rows, first, last, mine);
         }
     }
+    return valid;
+}
+
+// The same where every bag has one id and no feature a head. Before the vectors of a block are
+// written, the rows of the next one are found and fetched: so memory is always busy.
+bool write_samples(const Lookup& lookup, RowBlock& one, RowBlock& other, int64_t begin, int64_t end,
+                   const OutputRows& out) {
+    RowBlock *rows = &one, *next = &other;
+    bool valid = true;
+    int64_t position = 0;
+    int n = 0;
+    OutputRows target{};
+    for (int64_t f = 0; f < lookup.header.num_features; ++f) {
+        for (int64_t sample = begin; sample < end; sample += kBlock) {
+            const int64_t next_position = f * lookup.batch + sample;
+            const int count = static_cast<int>(std::min<int64_t>(kBlock, end - sample));
+            next->use(lookup.features[f]);
+            valid &= find_ids(*next, next_position, count);
+            if (n > 0) write_ids(lookup, *rows, position, n, target);
+            std::swap(rows, next);
+            target = out.from(sample);
+            target.first += lookup.features[f].out_column;
+            position = next_position;
+            n = count;
+        }
+    }
+    if (n > 0) write_ids(lookup, *rows, position, n, target);
     return valid;
 }
 
@@ -148,17 +175,23 @@ bool lookup_forward(const Lookup& lookup, float* out, int num_threads) {
     const int parts = static_cast<int>(
         std::max<int64_t>(1, std::min<int64_t>(num_threads, work * width / kFloatsPerThread)));
     // Few samples at once, so that the output's rows stay in the cache between features.
-    const int64_t step = lookup.header.num_features > 1 ? kBlock / 2 : lookup.batch;
+    const bool has_many = lookup.header.num_features > 1;
+    const int64_t step = has_many ? kBlock / 2 : lookup.batch;
     const Heads heads(lookup);
     const OutputRows all{out, lookup.header.num_columns, is_streamed(lookup, out)};
+    const bool are_ids = lookup.offsets == nullptr && heads.widest() == 0;
     std::atomic<bool> valid{true};
     parallel(parts, [&](int part) {
         RowBlock rows(lookup);
+        std::optional<RowBlock> other;
+        if (are_ids) other.emplace(lookup);
         std::vector<float> pooled(heads.widest() * kBlock);
         const int64_t last = first_sample(lookup, part + 1, parts);
         for (int64_t begin = first_sample(lookup, part, parts); begin < last; begin += step) {
             const int64_t end = std::min(begin + step, last);
-            if (!pool_samples(lookup, rows, heads, begin, end, pooled.data(), all)) {
+            if (has_many && !all.streamed) prefetch_output(lookup, begin, end, out);
+            if (!(are_ids ? write_samples(lookup, rows, *other, begin, end, all)
+                          : pool_samples(lookup, rows, heads, begin, end, pooled.data(), all))) {
                 valid = false;
             }
         }
