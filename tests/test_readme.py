@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -62,6 +63,45 @@ def test_the_planner_s_tables_are_the_committed_records(
         link: read((ROOT / "docs" / re.sub(r".*\((.*)\)", r"\1", link)).parent) for link in links
     }
     assert found[1] == markdown_lead(summaries, "auto")
+
+
+SPEEDS = (
+    ("lookup, width 16, one id a bag", "lookup", "8,000,000 rows", 16, 1),
+    ("lookup, width 64, one id a bag", "lookup", "8,000,000 rows", 64, 1),
+    ("lookup, width 64, 20 ids a bag", "lookup", "8,000,000 rows", 64, 20),
+    (
+        "lookup, 26 tables in one call, against 26 and `torch.cat`",
+        "lookup",
+        "26 tables of Criteo",
+        16,
+        1,
+    ),
+    ("training step, width 16, one id a bag", "train_step", "8,000,000 rows", 16, 1),
+    ("training step, width 64, 20 ids a bag", "train_step", "8,000,000 rows", 64, 20),
+)
+
+
+def test_the_speeds_are_the_committed_records() -> None:
+    methods = ("hash", "qr", "multihash")
+    found = {}
+    for kind in ("lookup", "train_step"):
+        path = ROOT / "docs" / "results" / f"{kind}_avx2_32mib_streamed" / "results.json"
+        for record in json.loads(path.read_text())["results"]:
+            if record["implementation"] == "embcompress":
+                fields = ("table", "width", "bag_length", "batch_size", "method")
+                speed = record["speedups"]["nn.EmbeddingBag"]["median"]
+                found[(kind, *(record[name] for name in fields))] = f"{speed:.1f}"
+    rows = [
+        (
+            label,
+            *(
+                " / ".join(found[(*key, batch, name)] for batch in (2048, 16384))
+                for name in methods
+            ),
+        )
+        for label, *key in SPEEDS
+    ]
+    assert between("speed") == markdown_table(("", *(f"`{name}`" for name in methods)), rows)
 
 
 def test_the_example_runs(capsys: object) -> None:
