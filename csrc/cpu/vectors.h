@@ -13,7 +13,7 @@
 #define EMBCOMPRESS_INLINED
 #endif
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(EMBCOMPRESS_PORTABLE)
 #define EMBCOMPRESS_X86  // instructions that compilers do not choose are written down
 #endif
 

@@ -16,10 +16,11 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
-def test_vectors_of_any_width_give_the_same_bits(tmp_path: Path) -> None:
-    program = tmp_path / "vector_widths"
-    source = HERE / "vector_widths.cpp"
+@pytest.mark.parametrize("name", ["vector_widths", "address_widths"])
+def test_vectors_of_any_width_give_the_same_bits(name: str, tmp_path: Path) -> None:
+    program = tmp_path / name
     command = [compiler(), "-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wno-psabi"]
-    subprocess.run([*command, str(source), "-o", str(program)], check=True)
+    command += ["-DEMBCOMPRESS_PORTABLE", str(HERE / f"{name}.cpp")]
+    subprocess.run([*command, "-o", str(program)], check=True)
     done = subprocess.run([str(program)], capture_output=True, text=True)
     assert done.stdout == "0 comparisons differ\n"
