@@ -53,7 +53,7 @@ def main() -> None:
     small, _ = make_batches("uniform", options.rows, 64, options.bag, generator)[:2]
     batch = make_batches("uniform", options.rows, options.batch, options.bag, generator)[0]
     first = table(small.ids, small.starts)
-    first.backward(torch.ones_like(first))  # threads, caches, code; torch imports some for gradients
+    first.backward(torch.ones_like(first))  # threads, caches, code
     table.zero_grad(set_to_none=True)
     gc.collect()
     gradient = torch.ones(options.batch, options.width)
