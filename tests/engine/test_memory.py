@@ -6,6 +6,7 @@ Linux alone: the kernel's high-water mark of a fresh process is reset before the
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import pytest
@@ -13,9 +14,14 @@ import pytest
 from embcompress.engine import ops
 from tests.peak_memory import measure_peak
 
+#: One case of each kind is quick enough for every run.
+slow = pytest.mark.slow
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc"),
+    pytest.mark.skipif(
+        "EMBCOMPRESS_LIBRARY" in os.environ,
+        reason="sanitizers and emulations take memory themselves",
+    ),
     pytest.mark.skipif(
         not ops.is_available(),
         reason="the C++ extension is not built, or EMBCOMPRESS_ENGINE=reference is set",
@@ -77,7 +83,14 @@ BYTES_AN_ID = 8 + 4
 IDS = 65_536 * 20
 
 
-@pytest.mark.parametrize(("method", "mode"), [("hash", "sum"), ("qr", "sum"), ("qr", "mean")])
+@pytest.mark.parametrize(
+    ("method", "mode"),
+    [
+        pytest.param("hash", "sum", marks=slow),
+        pytest.param("qr", "sum", marks=slow),
+        ("qr", "mean"),
+    ],
+)
 def test_dense_gradients(method: str, mode: str) -> None:
     """Nothing is expanded: the gradient is written where it stays."""
     above, stores, output, _ = measure(method, mode, "dense", "none")
@@ -86,7 +99,7 @@ def test_dense_gradients(method: str, mode: str) -> None:
     assert stores + above <= 1.1 * (stores + output + gradients)
 
 
-@pytest.mark.parametrize("method", ["hash", "qr"])
+@pytest.mark.parametrize("method", ["hash", pytest.param("qr", marks=slow)])
 def test_sparse_gradients(method: str) -> None:
     """The touched rows exist once, in order."""
     above, stores, output, touched = measure(method, "sum", "sparse", "none")
@@ -94,8 +107,11 @@ def test_sparse_gradients(method: str) -> None:
     assert stores + above <= 1.1 * (stores + output + touched)
 
 
-@pytest.mark.parametrize("method", ["hash", "qr"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad", "adam"])
+@pytest.mark.parametrize("method", ["qr", pytest.param("hash", marks=slow)])
+@pytest.mark.parametrize(
+    "optimizer",
+    ["rowwise_adagrad", *(pytest.param(n, marks=slow) for n in ("sgd", "adagrad", "adam"))],
+)
 def test_fused_updates(method: str, optimizer: str) -> None:
     """Neither the gradient of the store nor that of all touched rows ever exists."""
     above, _, output, touched = measure(method, "sum", "dense", optimizer)
