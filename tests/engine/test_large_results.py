@@ -10,7 +10,7 @@ import embcompress as ec
 from embcompress.engine import ops
 
 BATCH, PIECE, ROWS = 20_001, 1_000, 30_000
-LARGE = 4 << 20  # bytes, from which on results are written so (csrc/cpu/output.h)
+LARGE = range(4 << 20, 32 << 20)  # bytes of results that are written so (csrc/cpu/output.h)
 
 pytestmark = pytest.mark.skipif(not ops.is_available(), reason="the C++ extension is not built")
 
@@ -37,7 +37,7 @@ def test_one_table(method: str, width: int, weighted: bool) -> None:
 
     with torch.no_grad():
         result = look_up(slice(None))
-        assert result.nbytes >= LARGE
+        assert result.nbytes in LARGE
         assert torch.equal(result, torch.cat([look_up(part) for part in pieces(BATCH)]))
 
 
@@ -47,7 +47,7 @@ def test_one_table(method: str, width: int, weighted: bool) -> None:
 @pytest.mark.parametrize("length", [1, 2])
 @pytest.mark.parametrize("method", ["qr", "low_bit"])
 def test_collection(method: str, widths: tuple[int, ...], length: int) -> None:
-    configs = [ec.TableConfig(f"t{i}x{width}", ROWS, width) for i in range(4) for width in widths]
+    configs = [ec.TableConfig(f"t{i}x{width}", ROWS, width) for i in range(2) for width in widths]
     tables = ec.EmbeddingBagCollection(configs, method=method, budget="20%")
     ec.deploy(tables)
     ids = random_ids(len(configs), BATCH, length)
@@ -59,7 +59,7 @@ def test_collection(method: str, widths: tuple[int, ...], length: int) -> None:
 
     with torch.no_grad():
         result = look_up(slice(None))
-        assert result.nbytes >= LARGE
+        assert result.nbytes in LARGE
         assert torch.equal(result, torch.cat([look_up(part) for part in pieces(BATCH)]))
 
 
