@@ -117,6 +117,8 @@ def extension_arguments() -> dict[str, object]:
         "-std=c++17",
         # Rounding must not depend on whether the compiler found a multiply-add.
         "-ffp-contract=off",
+        # A square root is an instruction, not a call that may set errno.
+        "-fno-math-errno",
         "-fvisibility=hidden",
         "-Wall",
         # Vectors are only ever passed between functions that are inlined.

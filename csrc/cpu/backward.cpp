@@ -1,8 +1,8 @@
-// Gradients of stores. Ids are sorted by the row they touch, and the gradient of every row is
-// added up in one go, in the order of the batch: as forward pools the rows of a bag, backward pools
-// the gradients of a row. Stores that fit the first-level cache, and what touches one row alone or
-// all of them (steps of a whole store, heads), are added up in pieces of the batch instead, whose
-// length depends on the batch alone. So the number of threads changes no bit.
+// Gradients of stores. Ids are grouped by the rows they touch, and the gradients of the rows of a
+// group are added up in one go, in the order of the batch. Stores that fit the first-level cache,
+// and what touches one row alone or all of them (steps of a whole store, heads), are added up in
+// pieces of the batch instead, whose length depends on the batch alone. So the number of threads
+// changes no bit.
 
 #include <algorithm>
 #include <cstring>
@@ -18,14 +18,14 @@ constexpr int64_t kShortestPiece = 1024;
 constexpr int64_t kMostPieces = 16;
 constexpr int64_t kUpdatesPerThread = 512;
 
-void reduce_rows(Reducer& reducer, const StoreGradient& gradient, int64_t begin, int64_t end,
-                 Destination& destination, Sums* joint) {
-    EMBCOMPRESS_WITH_LANES(reducer.reduce<lanes>(gradient, begin, end, destination, joint));
+void reduce_group(Reducer& reducer, const StoreGradient& gradient, const GroupedRows::Group& group,
+                  Destination& destination, Sums* joint) {
+    EMBCOMPRESS_WITH_LANES(reducer.reduce<lanes>(gradient, group, destination, joint));
 }
 
 void add_entries(Reducer& reducer, const StoreGradient& gradient, int64_t begin, int64_t end,
-                 float* target, Sums* joint) {
-    EMBCOMPRESS_WITH_LANES(reducer.add<lanes>(gradient, begin, end, target, joint));
+                 float* sums, Sums* joint) {
+    EMBCOMPRESS_WITH_LANES(reducer.add<lanes>(gradient, begin, end, sums, joint));
 }
 
 bool add_batch(Reducer& reducer, const StoreGradient& gradient, const Source& source, int64_t begin,
@@ -86,9 +86,11 @@ struct StoreGradients::State {
     bool add_piece(Piece& piece, RowBlock& block, Reducer& reducer) const;
     void add_pieces();
     void add_contributions_of_ids();
-    void sort();
-    void reduce_tasks(const std::vector<GradientSink>& sinks);
-    void reduce_huge(const StoreGradient& gradient, const SortedRows::Task& task,
+    bool may_update(size_t k) const;
+    void group();
+    void count_touched(Touches touches);
+    void reduce_groups(const std::vector<GradientSink>& sinks);
+    void reduce_huge(const StoreGradient& gradient, const GroupedRows::Group& group,
                      Destination& destination, Reducer& reducer);
     void deliver_sums(StoreGradient& gradient, const GradientSink& sink) const;
     int64_t most_probes() const;
@@ -190,8 +192,21 @@ void StoreGradients::State::add_contributions_of_ids() {
     });
 }
 
-// Stores that are most of the work are sorted by all threads, the others by one each.
-void StoreGradients::State::sort() {
+// Sums are delivered when all else has been read; entries read factors, scales and steps before.
+bool StoreGradients::State::may_update(size_t k) const {
+    const StoreGradient& mine = stores[k];
+    for (const StoreGradient& other : stores) {
+        // Tables may hold one tensor as two stores.
+        if (other.number != mine.number && other.store.data == mine.store.data) return false;
+        for (const Source& source : other.sources) {
+            if (mine.sums.empty() && reads(lookup, source, mine.number)) return false;
+        }
+    }
+    return true;
+}
+
+// Stores that are most of the work are grouped by all threads, the others by one each.
+void StoreGradients::State::group() {
     std::vector<std::vector<Use>> uses(stores.size());
     std::vector<int64_t> work(stores.size());
     int64_t total = 0;
@@ -202,15 +217,14 @@ void StoreGradients::State::sort() {
         }
         total += work[k];
     }
-    const auto sort_one = [&](size_t k, int threads, RowBlock& block) {
+    const auto group_one = [&](size_t k, int threads, RowBlock& block) {
         if (uses[k].empty()) return;
         StoreGradient& gradient = stores[k];
-        if (!gradient.sorted.sort(lookup, uses[k], gradient.store.rows, threads, block))
-            valid = false;
+        if (!gradient.grouped.group(lookup, uses[k], gradient.store, threads, block)) valid = false;
         if (!valid || gradient.sums.empty()) return;
-        for (const SortedRows::Task& task : gradient.sorted.tasks()) {
-            for (int64_t at = task.begin; at < task.end; ++at) {
-                gradient.touched[gradient.sorted.row(at)] = 1;
+        for (const GroupedRows::Group& group : gradient.grouped.groups()) {
+            for (int64_t at = group.begin; at < group.end; ++at) {
+                gradient.touched[gradient.grouped.row(at)] = 1;
             }
         }
     };
@@ -218,7 +232,7 @@ void StoreGradients::State::sort() {
     RowBlock block(lookup);
     for (size_t k = 0; k < stores.size(); ++k) {
         if (2 * work[k] * num_threads > total) {
-            sort_one(k, num_threads, block);
+            group_one(k, num_threads, block);
         } else {
             small.push_back(k);
         }
@@ -227,15 +241,25 @@ void StoreGradients::State::sort() {
     parallel(static_cast<int>(std::min<int64_t>(num_threads, small.size())), [&](int) {
         RowBlock own(lookup);
         for (size_t number = next++; number < small.size(); number = next++) {
-            sort_one(small[number], 1, own);
+            group_one(small[number], 1, own);
         }
     });
 }
 
+void StoreGradients::State::count_touched(Touches touches) {
+    for (size_t k = 0; k < stores.size(); ++k) {
+        if (!stores[k].sums.empty()) continue;
+        if (touches == Touches::kCounted || !may_update(k)) {
+            stores[k].grouped.count_touched(num_threads);
+        }
+    }
+}
+
 // A row of very many entries: pieces in parallel, then their sum in order.
-void StoreGradients::State::reduce_huge(const StoreGradient& gradient, const SortedRows::Task& task,
-                                        Destination& destination, Reducer& reducer) {
-    const int64_t count = task.end - task.begin, width = gradient.width();
+void StoreGradients::State::reduce_huge(const StoreGradient& gradient,
+                                        const GroupedRows::Group& group, Destination& destination,
+                                        Reducer& reducer) {
+    const int64_t count = group.size(), width = gradient.width();
     // Each piece may have a gradient of a whole small store.
     const int64_t length =
         gradient.has_joint() ? std::max(kPiece, (count + kMostPieces - 1) / kMostPieces) : kPiece;
@@ -244,9 +268,9 @@ void StoreGradients::State::reduce_huge(const StoreGradient& gradient, const Sor
     std::vector<std::vector<Sums>> joint(pieces);
     const int parts = static_cast<int>(std::min<int64_t>(num_threads, pieces));
     const auto add_piece = [&](Reducer& own, int64_t piece) {
-        const int64_t begin = task.begin + piece * length;
+        const int64_t begin = group.begin + piece * length;
         joint[piece] = joint_sums(gradient);
-        add_entries(own, gradient, begin, std::min(begin + length, task.end),
+        add_entries(own, gradient, begin, std::min(begin + length, group.end),
                     partial.data() + piece * width, joint[piece].data());
     };
     std::atomic<int64_t> next{0};
@@ -258,44 +282,33 @@ void StoreGradients::State::reduce_huge(const StoreGradient& gradient, const Sor
             for (int64_t piece = next++; piece < pieces; piece = next++) add_piece(own, piece);
         });
     }
-    float* target = destination.start(gradient.sorted.row(task.begin));
-    if (destination.starts_from_nothing()) std::fill(target, target + width, 0.0f);
+    destination.start(&group.first_row, 1, group.first_touched);
+    float* sums = destination.sums(0);
     for (int64_t piece = 0; piece < pieces; ++piece) {
-        for (int64_t c = 0; c < width; ++c) target[c] += partial[piece * width + c];
+        for (int64_t c = 0; c < width; ++c) sums[c] += partial[piece * width + c];
         add_joint_sums(gradient, joint[piece]);
     }
-    destination.finish(target);
+    destination.finish();
 }
 
-void StoreGradients::State::reduce_tasks(const std::vector<GradientSink>& sinks) {
-    // Tasks of one store, one after another, and what they add to other factors.
+void StoreGradients::State::reduce_groups(const std::vector<GradientSink>& sinks) {
+    // Groups of one store, one after another, and what they add to other factors.
     struct Item {
         size_t k;
-        std::vector<const SortedRows::Task*> tasks;
+        size_t begin;
+        size_t end;
         std::vector<Sums> joint;
     };
+    const auto is_huge = [](const GroupedRows::Group& group) {
+        return group.num_rows() == 1 && group.size() > kHugeRow;
+    };
     std::vector<Item> items;
-    std::vector<std::pair<size_t, const SortedRows::Task*>> huge;
     for (size_t k = 0; k < stores.size(); ++k) {
-        const SortedRows& sorted = stores[k].sorted;
-        std::vector<const SortedRows::Task*> tasks;
-        for (const SortedRows::Task& task : sorted.tasks()) {
-            const bool is_huge = task.end - task.begin > kHugeRow &&
-                                 sorted.row(task.begin) == sorted.row(task.end - 1);
-            if (is_huge) {
-                huge.push_back({k, &task});
-            } else {
-                tasks.push_back(&task);
-            }
-        }
         // As with pieces: few of them where each has a gradient of a whole small store.
-        const size_t count = tasks.size();
-        const size_t groups = stores[k].has_joint() ? std::min<size_t>(count, kMostPieces) : count;
-        for (size_t g = 0; g < groups; ++g) {
-            items.push_back(
-                {k,
-                 {tasks.begin() + count * g / groups, tasks.begin() + count * (g + 1) / groups},
-                 {}});
+        const size_t count = stores[k].grouped.groups().size();
+        const size_t most = stores[k].has_joint() ? std::min<size_t>(count, kMostPieces) : count;
+        for (size_t g = 0; g < most; ++g) {
+            items.push_back({k, count * g / most, count * (g + 1) / most, {}});
         }
     }
     std::atomic<size_t> next{0};
@@ -304,20 +317,23 @@ void StoreGradients::State::reduce_tasks(const std::vector<GradientSink>& sinks)
         for (size_t number = next++; number < items.size(); number = next++) {
             Item& item = items[number];
             const StoreGradient& gradient = stores[item.k];
+            Destination destination(lookup, gradient, sinks[item.k], reducer.room());
             item.joint = joint_sums(gradient);
-            for (const SortedRows::Task* task : item.tasks) {
-                Destination destination(lookup, gradient, sinks[item.k], task->first_row);
-                reduce_rows(reducer, gradient, task->begin, task->end, destination,
-                            item.joint.data());
+            for (size_t g = item.begin; g < item.end; ++g) {
+                const GroupedRows::Group& group = gradient.grouped.groups()[g];
+                if (is_huge(group)) continue;
+                reduce_group(reducer, gradient, group, destination, item.joint.data());
             }
         }
     });
     for (const Item& item : items) add_joint_sums(stores[item.k], item.joint);
-    if (huge.empty()) return;
-    Reducer reducer(output, most_probes());
-    for (const auto& [k, task] : huge) {
-        Destination destination(lookup, stores[k], sinks[k], task->first_row);
-        reduce_huge(stores[k], *task, destination, reducer);
+    for (size_t k = 0; k < stores.size(); ++k) {
+        for (const GroupedRows::Group& group : stores[k].grouped.groups()) {
+            if (!is_huge(group)) continue;
+            Reducer reducer(output, most_probes());
+            Destination destination(lookup, stores[k], sinks[k], reducer.room());
+            reduce_huge(stores[k], group, destination, reducer);
+        }
     }
 }
 
@@ -342,7 +358,7 @@ void StoreGradients::State::deliver_sums(StoreGradient& gradient, const Gradient
 
 StoreGradients::StoreGradients(const Lookup& lookup, const float* grad,
                                const std::vector<int64_t>& wanted, Touches touches, int num_threads)
-    : state_(new State(lookup, grad, num_threads)) {
+    : state_(new State(lookup, grad, num_threads)), touches_(touches) {
     state_->stores.reserve(wanted.size());
     for (const int64_t number : wanted) {
         state_->stores.push_back(gradient_of(state_->output, number));
@@ -358,30 +374,19 @@ bool StoreGradients::prepare() {
     if (state_->lookup.num_ids == 0) return true;
     state_->add_pieces();
     if (state_->valid) state_->add_contributions_of_ids();
-    if (state_->valid) state_->sort();
+    if (state_->valid) state_->group();
+    if (state_->valid) state_->count_touched(touches_);
     return state_->valid;
 }
 
 int64_t StoreGradients::num_touched(size_t k) const {
     if (state_->lookup.num_ids == 0) return 0;
     const StoreGradient& gradient = state_->stores[k];
-    if (gradient.sums.empty()) return gradient.sorted.num_touched();
+    if (gradient.sums.empty()) return gradient.grouped.num_touched();
     return std::count(gradient.touched.begin(), gradient.touched.end(), 1);
 }
 
-// Sums are delivered when all else has been read; entries read factors, scales and steps before.
-bool StoreGradients::may_update(size_t k) const {
-    const Lookup& lookup = state_->lookup;
-    const StoreGradient& mine = state_->stores[k];
-    for (const StoreGradient& other : state_->stores) {
-        // Tables may hold one tensor as two stores.
-        if (other.number != mine.number && other.store.data == mine.store.data) return false;
-        for (const Source& source : other.sources) {
-            if (mine.sums.empty() && reads(lookup, source, mine.number)) return false;
-        }
-    }
-    return true;
-}
+bool StoreGradients::may_update(size_t k) const { return state_->may_update(k); }
 
 void StoreGradients::reduce(const std::vector<GradientSink>& sinks) {
     if (state_->lookup.num_ids == 0) return;
@@ -390,7 +395,7 @@ void StoreGradients::reduce(const std::vector<GradientSink>& sinks) {
         StoreGradient& gradient = state_->stores[k];
         if (!gradient.sums.empty()) targets[k] = GradientSink{gradient.sums.data()};
     }
-    state_->reduce_tasks(targets);
+    state_->reduce_groups(targets);
     for (size_t k = 0; k < sinks.size(); ++k) {
         StoreGradient& gradient = state_->stores[k];
         if (!gradient.sums.empty()) state_->deliver_sums(gradient, sinks[k]);

@@ -46,6 +46,7 @@ class StoreGradients {
   private:
     struct State;
     std::unique_ptr<State> state_;
+    Touches touches_;
 };
 
 // Updates rows by gradients that were added up before.

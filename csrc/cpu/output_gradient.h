@@ -30,9 +30,6 @@ class OutputGradient {
     EMBCOMPRESS_INLINE int64_t sample(int64_t feature, int64_t position) const {
         return samples_ == nullptr ? position - feature * lookup_.batch : samples_[position];
     }
-    EMBCOMPRESS_INLINE void prefetch_sample(int64_t position) const {
-        if (samples_ != nullptr) __builtin_prefetch(samples_.get() + position);
-    }
 
     // Whether an id's vector is multiplied by something before it is added up.
     bool has_coefficients(int64_t feature) const {

@@ -7,6 +7,18 @@
 
 namespace embcompress {
 
+// The sum of the numbers of a vector, halves by halves.
+template <int kLanes>
+EMBCOMPRESS_INLINE float sum_lanes(typename Lanes<kLanes>::Type lanes) {
+    if constexpr (kLanes == 1) {
+        return lanes;
+    } else {
+        typename Lanes<kLanes / 2>::Type halves[2];
+        std::memcpy(halves, &lanes, sizeof(lanes));
+        return sum_lanes<kLanes / 2>(halves[0] + halves[1]);
+    }
+}
+
 // Sum of n products, in an order that no instruction set changes.
 template <typename F>
 EMBCOMPRESS_INLINE float sum_of(int64_t n, const F& term) {
@@ -17,10 +29,7 @@ EMBCOMPRESS_INLINE float sum_of(int64_t n, const F& term) {
         for (int k = 0; k < kWidth; ++k) sums[k] += term(c + k);
     }
     for (int k = 0; c + k < n; ++k) sums[k] += term(c + k);
-    for (int half = kWidth / 2; half > 0; half /= 2) {
-        for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
-    }
-    return sums[0];
+    return sum_lanes<kWidth>(load_lanes<Lanes<kWidth>::Type>(sums));
 }
 
 // The rows of some probes, for every id of a block.

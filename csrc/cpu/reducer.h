@@ -1,5 +1,5 @@
-// What adds up the gradients of rows: from sorted entries to the rows they touch, and from ids in
-// the order of the batch to small stores.
+// What adds up the gradients of rows: from groups of entries to the rows they touch, and from ids
+// in the order of the batch to small stores.
 
 #pragma once
 
@@ -36,61 +36,74 @@ inline std::vector<float> steps_of(const Lookup& lookup, const StoreGradient& gr
     return steps;
 }
 
-// Where the gradients of the rows of a task go, one after another.
+// Where the gradients of the touched rows of a group go.
 class Destination {
   public:
+    // `room` is where gradients of rows that are updated are added up.
     Destination(const Lookup& lookup, const StoreGradient& gradient, const GradientSink& sink,
-                int64_t first_row)
+                LineFloats& room)
         : lookup_(lookup),
           gradient_(gradient),
           sink_(sink),
-          next_(first_row),
-          steps_(steps_of(lookup, gradient)) {
-        if (sink.updated != nullptr) own_.resize(gradient.width());
+          room_(room),
+          width_(gradient.width()),
+          steps_(steps_of(lookup, gradient)) {}
+
+    // Turns to some rows, whose gradients are then zero, or what is there already. `first` is the
+    // number of the first one among all touched rows.
+    EMBCOMPRESS_INLINE void start(const int64_t* rows, int64_t count, int64_t first) {
+        rows_ = rows;
+        count_ = count;
+        if (sink_.dense != nullptr) return;
+        if (sink_.rows == nullptr) {
+            room_.assign(count * width_, 0.0f);
+            sums_ = room_.data();
+            return;
+        }
+        std::copy(rows, rows + count, sink_.rows + first);
+        sums_ = sink_.values + first * width_;
+        std::fill(sums_, sums_ + count * width_, 0.0f);
     }
 
-    // Where the gradient of a row is added up, and whether it starts from nothing.
-    EMBCOMPRESS_INLINE float* start(int64_t row) {
-        row_ = row;
-        if (sink_.dense != nullptr) return sink_.dense + row * gradient_.width();
-        float* target =
-            sink_.updated != nullptr ? own_.data() : sink_.values + next_ * gradient_.width();
-        // Uses may add to some columns only.
-        if (!starts_from_nothing()) std::fill(target, target + gradient_.width(), 0.0f);
-        if (sink_.rows != nullptr) sink_.rows[next_] = row;
-        ++next_;
-        return target;
+    bool is_dense() const { return sink_.dense != nullptr; }
+
+    // The gradient of row number k of them.
+    EMBCOMPRESS_INLINE float* sums(int64_t k) const {
+        return is_dense() ? sink_.dense + rows_[k] * width_ : sums_ + k * width_;
     }
-    bool starts_from_nothing() const {
-        return sink_.dense == nullptr && gradient_.sources.size() == 1 &&
-               gradient_.sources[0].width == gradient_.width();
-    }
-    EMBCOMPRESS_INLINE void prefetch(int64_t row) const {
-        if (sink_.updated != nullptr) sink_.updated->prefetch(row);
-    }
-    EMBCOMPRESS_INLINE void finish(float* target) {
-        mask_row(lookup_, gradient_, row_, steps_.data(), target);
-        if (sink_.updated != nullptr) sink_.updated->update(row_, target);
+
+    // When all is added up.
+    EMBCOMPRESS_INLINE void finish() {
+        if (sink_.updated == nullptr && gradient_.latents == nullptr) return;
+        for (int64_t k = 0; k < count_; ++k) {
+            if (sink_.updated != nullptr && k + kRowsAhead < count_) {
+                sink_.updated->prefetch(rows_[k + kRowsAhead]);
+            }
+            mask_row(lookup_, gradient_, rows_[k], steps_.data(), sums(k));
+            if (sink_.updated != nullptr) sink_.updated->update(rows_[k], sums(k));
+        }
     }
 
   private:
     const Lookup& lookup_;
     const StoreGradient& gradient_;
     const GradientSink& sink_;
-    int64_t next_;
-    int64_t row_ = 0;
+    LineFloats& room_;
+    const int64_t width_;
+    const int64_t* rows_ = nullptr;
+    int64_t count_ = 0;
+    float* sums_ = nullptr;
     std::vector<float> steps_;
-    std::vector<float> own_;
 };
 
-// What the entries read and write is fetched so many entries ahead.
+// What the entries read is fetched so many entries ahead.
 constexpr int kEntriesAhead = 16;
 
-// Some entries: what each adds to its row, as factors of a product, and the number before it.
+// Some entries of one source: what each adds to its row, as factors of a product, and the number
+// before it. Behind the factors, where their joint is added up along, its own row.
 struct Entries {
     int count;
     int64_t rows[kBlock];
-    int32_t sources[kBlock];
     int64_t positions[kBlock];
     float coefficients[kBlock];
     std::vector<const float*> factors;  // kBlock of each
@@ -104,52 +117,46 @@ class Reducer {
   public:
     Reducer(const OutputGradient& output, int64_t most_probes)
         : output_(output), lookup_(output.lookup()), block_(output.lookup()) {
-        entries_.factors.resize(kBlock * most_probes);
-        entries_.lines.resize(most_probes);
+        entries_.factors.resize(kBlock * (most_probes + 1));
+        entries_.lines.resize(most_probes + 1);
     }
 
-    // Adds up entries [begin, end), whole rows. What they add to other factors goes to `joint`, by
-    // the number of the source.
+    // Adds up the entries of a group. What they add to other factors goes to `joint`, by the number
+    // of the source.
     template <int kLanes>
-    EMBCOMPRESS_INLINE void reduce(const StoreGradient& gradient, int64_t begin, int64_t end,
+    EMBCOMPRESS_INLINE void reduce(const StoreGradient& gradient, const GroupedRows::Group& group,
                                    Destination& destination, Sums* joint) {
-        float* target = nullptr;
-        int64_t row = -1;
-        bool start = false;
-        for (int64_t at = begin; at < end; at += entries_.count) {
-            load(gradient, at, end);
-            for (int i = 0; i < entries_.count;) {
-                const int last = end_of_run(gradient, i);
-                fetch(last + kEntriesAhead, &destination);
-                if (entries_.rows[i] != row) {
-                    if (target != nullptr) destination.finish(target);
-                    row = entries_.rows[i];
-                    target = destination.start(row);
-                    start = destination.starts_from_nothing();
-                }
-                const int32_t use = entries_.sources[i];
-                pool_run<kLanes>(gradient.sources[use], i, last, start, target);
-                add_joint<kLanes>(gradient, use, i, last, joint);
-                start = false;
-                i = last;
+        if (static_cast<int64_t>(rows_.size()) < group.most_touched()) {
+            rows_.resize(group.most_touched());
+        }
+        const int64_t count = gradient.grouped.number_rows(group, numbers_, rows_.data());
+        destination.start(rows_.data(), count, group.first_touched);
+        for (int64_t at = group.begin; at < group.end; at += entries_.count) {
+            const int64_t use = load(gradient, at, group.end);
+            const Source& source = gradient.sources[use];
+            for (int i = 0; i < entries_.count; ++i) {
+                fetch(i + kEntriesAhead);
+                float* sums = destination.sums(numbers_.number(entries_.rows[i] - group.first_row));
+                pool<kLanes>(source, i, i + 1, sums);
+                add_joint<kLanes>(gradient, source, i, joint + use);
             }
         }
-        if (target != nullptr) destination.finish(target);
+        numbers_.clear(group.num_rows());
+        destination.finish();
     }
 
     // Adds up entries [begin, end) of one row.
     template <int kLanes>
     EMBCOMPRESS_INLINE void add(const StoreGradient& gradient, int64_t begin, int64_t end,
-                                float* target, Sums* joint) {
+                                float* sums, Sums* joint) {
         for (int64_t at = begin; at < end; at += entries_.count) {
-            load(gradient, at, end);
-            for (int i = 0; i < entries_.count;) {
-                const int last = end_of_run(gradient, i);
-                fetch(last + kEntriesAhead, nullptr);
-                const int32_t use = entries_.sources[i];
-                pool_run<kLanes>(gradient.sources[use], i, last, false, target);
-                add_joint<kLanes>(gradient, use, i, last, joint);
-                i = last;
+            const int64_t use = load(gradient, at, end);
+            const Source& source = gradient.sources[use];
+            for (int i = 0; i < entries_.count; i += kEntriesAhead) {
+                const int last = std::min(i + kEntriesAhead, entries_.count);
+                fetch(last + kEntriesAhead);
+                pool<kLanes>(source, i, last, sums);
+                for (int k = i; k < last; ++k) add_joint<kLanes>(gradient, source, k, joint + use);
             }
         }
     }
@@ -172,52 +179,43 @@ class Reducer {
                 entries_.positions[count++] = source.first + at + i;
             }
             entries_.count = count;
-            for (int i = 0; i < count; ++i) load_entry(source, i);
             load_factors(source);
             for (int i = 0; i < count; ++i) {
-                fetch(i + kEntriesAhead, nullptr);
+                fetch(i + kEntriesAhead);
                 std::fill_n(touched + entries_.rows[i], source.pieces, uint8_t{1});
-                pool_run<kLanes>(source, i, i + 1, false,
-                                 sums + entries_.rows[i] * gradient.width());
+                pool<kLanes>(source, i, i + 1, sums + entries_.rows[i] * gradient.width());
             }
         }
         return valid;
     }
 
-  private:
-    // Entries of one row and one use; few enough to be fetched ahead of their use.
-    EMBCOMPRESS_INLINE int end_of_run(const StoreGradient& gradient, int begin) const {
-        int end = begin + 1;
-        const bool alike = gradient.sources.size() == 1;
-        const int last = std::min(begin + kEntriesAhead, entries_.count);
-        while (end < last && entries_.rows[end] == entries_.rows[begin] &&
-               (alike || entries_.sources[end] == entries_.sources[begin])) {
-            ++end;
-        }
-        return end;
-    }
+    // Room for the gradients of a destination.
+    LineFloats& room() { return room_; }
 
-    // Loads entries from `begin` on: a block, or fewer where the uses of a product change.
-    EMBCOMPRESS_INLINE void load(const StoreGradient& gradient, int64_t begin, int64_t end) {
+  private:
+    // Loads entries from `begin` on: a block, or fewer where the use changes, whose number it is.
+    EMBCOMPRESS_INLINE int64_t load(const StoreGradient& gradient, int64_t begin, int64_t end) {
+        const GroupedRows& grouped = gradient.grouped;
         const int most = static_cast<int>(std::min<int64_t>(kBlock, end - begin));
-        int count = 0;
-        for (; count < most; ++count) {
-            const int64_t row = gradient.sorted.row(begin + count);
-            const int32_t use = static_cast<int32_t>(gradient.sorted.use(begin + count));
-            if (gradient.has_products && count > 0 && use != entries_.sources[0]) break;
-            const Source& source = gradient.sources[use];
-            entries_.rows[count] = row;
-            entries_.sources[count] = use;
-            entries_.positions[count] = source.first + gradient.sorted.position(begin + count);
-            output_.prefetch_sample(entries_.positions[count]);
+        const int64_t use = grouped.use(begin);
+        int count = 1;
+        if (gradient.sources.size() == 1) {
+            count = most;
+        } else {
+            while (count < most && grouped.use(begin + count) == use) ++count;
+        }
+        const int64_t first = gradient.sources[use].first;
+        for (int i = 0; i < count; ++i) {
+            entries_.rows[i] = grouped.row(begin + i);
+            entries_.positions[i] = first + grouped.position(begin + i);
         }
         entries_.count = count;
-        for (int i = 0; i < count; ++i) load_entry(gradient.sources[entries_.sources[i]], i);
-        load_factors(gradient.sources[entries_.sources[0]]);
+        load_factors(gradient.sources[use]);
+        return use;
     }
 
-    // Prefetches what the entries before `end` read and write, each once.
-    EMBCOMPRESS_INLINE void fetch(int end, const Destination* destination) {
+    // Prefetches what the entries before `end` read, each once.
+    EMBCOMPRESS_INLINE void fetch(int end) {
         end = std::min(end, entries_.count);
         for (int i = entries_.fetched; i < end; ++i) {
             for (int k = 0; k < entries_.num_factors; ++k) {
@@ -226,37 +224,52 @@ class Reducer {
                     __builtin_prefetch(factor + line * kLineFloats);
                 }
             }
-            const bool is_new = i == 0 || entries_.rows[i] != entries_.rows[i - 1];
-            if (destination != nullptr && is_new) destination->prefetch(entries_.rows[i]);
         }
         entries_.fetched = std::max(entries_.fetched, end);
     }
 
-    EMBCOMPRESS_INLINE void load_entry(const Source& source, int i) {
-        const int64_t position = entries_.positions[i];
-        if (source.use.role != Role::kRows) {
-            entries_.factors[i] = source.added.data() + (position - source.first) * source.width;
-            entries_.coefficients[i] = 1.0f;
-            return;
-        }
-        const int64_t feature = source.use.feature, sample = output_.sample(feature, position);
-        entries_.factors[i] =
-            output_.of_sample(feature, sample) + source.probe->column + source.first_column;
-        if (!source.has_coefficients) return;
-        float coefficient = output_.coefficient(feature, position, sample);
-        if (source.probe->scale.kind != ScaleKind::kNone) {
-            coefficient *= scale_of(lookup_, source.probe->scale, lookup_.id(position));
-        }
-        entries_.coefficients[i] = coefficient;
-    }
-
-    // The rows that the entries' rows are multiplied by, where there are any, and their scales.
+    // What the entries add, and what it is multiplied by.
     EMBCOMPRESS_INLINE void load_factors(const Source& source) {
         entries_.fetched = 0;
         entries_.num_factors = 1;
         entries_.lines[0] =
             (std::min(source.width, kPrefetchFloats) + kLineFloats - 1) / kLineFloats;
-        if (!source.is_product) return;
+        if (source.use.role != Role::kRows) return load_added(source);
+        load_gradients(source);
+        if (source.is_product) load_other_factors(source);
+        if (source.joint != nullptr) load_own_rows(source);
+    }
+
+    // Of uses that are no rows: what each id adds is there.
+    EMBCOMPRESS_INLINE void load_added(const Source& source) {
+        for (int i = 0; i < entries_.count; ++i) {
+            const int64_t id = entries_.positions[i] - source.first;
+            entries_.factors[i] = source.added.data() + id * source.width;
+        }
+    }
+
+    // The gradients of the entries' samples, and their coefficients, where there are any.
+    EMBCOMPRESS_INLINE void load_gradients(const Source& source) {
+        const int64_t feature = source.use.feature;
+        const int64_t column = source.probe->column + source.first_column;
+        int64_t samples[kBlock];
+        for (int i = 0; i < entries_.count; ++i) {
+            samples[i] = output_.sample(feature, entries_.positions[i]);
+            entries_.factors[i] = output_.of_sample(feature, samples[i]) + column;
+        }
+        if (!source.has_coefficients) return;
+        for (int i = 0; i < entries_.count; ++i) {
+            const int64_t position = entries_.positions[i];
+            float coefficient = output_.coefficient(feature, position, samples[i]);
+            if (source.probe->scale.kind != ScaleKind::kNone) {
+                coefficient *= scale_of(lookup_, source.probe->scale, lookup_.id(position));
+            }
+            entries_.coefficients[i] = coefficient;
+        }
+    }
+
+    // The rows that the entries' rows are multiplied by, and their scales.
+    EMBCOMPRESS_INLINE void load_other_factors(const Source& source) {
         const int count = entries_.count;
         int64_t ids[kBlock];
         for (int i = 0; i < count; ++i) ids[i] = lookup_.id(entries_.positions[i]);
@@ -278,42 +291,49 @@ class Reducer {
         }
     }
 
+    // The entries' own rows, which the other factor's gradient is a product of.
+    EMBCOMPRESS_INLINE void load_own_rows(const Source& source) {
+        const StoreView& store = lookup_.stores[source.probe->store];
+        const float** own = entries_.factors.data() + entries_.num_factors * kBlock;
+        for (int i = 0; i < entries_.count; ++i) {
+            own[i] = static_cast<const float*>(store.data) + entries_.rows[i] * store.width;
+        }
+        entries_.lines[entries_.num_factors++] = entries_.lines[0];
+    }
+
+    // Adds entries [begin, end) to the gradient of one row.
     template <int kLanes>
-    EMBCOMPRESS_INLINE void pool_run(const Source& source, int begin, int end, bool start,
-                                     float* target) const {
+    EMBCOMPRESS_INLINE void pool(const Source& source, int begin, int end, float* sums) const {
         const int factors = source.is_product ? static_cast<int>(source.feature->num_probes) : 1;
         const ProbeRows rows{entries_.factors.data(), nullptr, factors};
         const float* weights = source.has_coefficients ? entries_.coefficients : nullptr;
-        pool_probes<kLanes, true>(rows, {begin, end, weights, start, 0, target + source.column},
+        pool_probes<kLanes, true>(rows, {begin, end, weights, false, 0, sums + source.column},
                                   source.width);
     }
 
-    // Adds what entries of one row and one use, of a product of two, add to the other factor.
+    // Adds what an entry of a product of two adds to the other factor.
     template <int kLanes>
-    EMBCOMPRESS_INLINE void add_joint(const StoreGradient& gradient, int32_t use, int begin,
-                                      int end, Sums* joint) const {
-        const Source& source = gradient.sources[use];
+    EMBCOMPRESS_INLINE void add_joint(const StoreGradient& gradient, const Source& source, int i,
+                                      Sums* joint) const {
         if (source.joint == nullptr) return;
-        const int64_t width = gradient.width();
-        const float* row =
-            static_cast<const float*>(gradient.store.data) + entries_.rows[begin] * width;
-        const float* weights = source.has_coefficients ? entries_.coefficients : nullptr;
+        const int64_t width = gradient.width(), other = entries_.factor_rows[i];
+        const float* weights = source.has_coefficients ? entries_.coefficients + i : nullptr;
         const float* factors[2 * kBlock];
-        for (int i = begin; i < end; ++i) {
-            const int64_t other = entries_.factor_rows[i];
-            factors[i] = entries_.factors[i];
-            factors[kBlock + i] = row;
-            joint[use].touched[other] = 1;
-            pool_probes<kLanes, true>(
-                {factors, nullptr, 2},
-                {i, i + 1, weights, false, 0, joint[use].values.data() + other * width}, width);
-        }
+        factors[0] = entries_.factors[i];
+        factors[kBlock] = entries_.factors[2 * kBlock + i];
+        joint->touched[other] = 1;
+        pool_probes<kLanes, true>({factors, nullptr, 2},
+                                  {0, 1, weights, false, 0, joint->values.data() + other * width},
+                                  width);
     }
 
     const OutputGradient& output_;
     const Lookup& lookup_;
     RowBlock block_;
     Entries entries_;
+    RowNumbers numbers_;
+    std::vector<int64_t> rows_;  // that are touched, of a group
+    LineFloats room_;
 };
 
 }  // namespace embcompress

@@ -62,7 +62,6 @@ StoreGradient gradient_of(const OutputGradient& output, int64_t number) {
             gradient.latents = source.probe;
         }
         (is_summed ? gradient.summed : gradient.sources).push_back(source);
-        gradient.has_products |= source.is_product;
     }
     if (!gradient.summed.empty()) {
         gradient.sums.assign(numbers, 0.0f);

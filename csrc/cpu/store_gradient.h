@@ -6,7 +6,8 @@
 #include <vector>
 
 #include "contributions.h"
-#include "sorted_rows.h"
+#include "grouped_rows.h"
+#include "lines.h"
 
 namespace embcompress {
 
@@ -30,20 +31,19 @@ struct Source {
 
 // What some ids add to a whole store: the sums, and which rows they touch.
 struct Sums {
-    std::vector<float> values;
+    LineFloats values;
     std::vector<uint8_t> touched;
 };
 
 struct StoreGradient {
     StoreView store;
     int64_t number;
-    std::vector<Source> sources;   // uses whose rows are sorted
+    std::vector<Source> sources;   // uses whose entries are grouped
     std::vector<Source> summed;    // uses that are added up in pieces of the batch
-    std::vector<float> sums;       // (rows, width) where there are any, or it is another's joint
+    LineFloats sums;               // (rows, width) where there are any, or it is another's joint
     std::vector<uint8_t> touched;  // (rows,) likewise
-    SortedRows sorted;
+    GroupedRows grouped;
     const Probe* latents = nullptr;  // a probe of the store, where it is held as latents
-    bool has_products = false;
 
     int64_t width() const { return store.width; }
     bool has_joint() const {
@@ -64,7 +64,7 @@ inline std::vector<Sums> joint_sums(const StoreGradient& gradient) {
     return joint;
 }
 
-// Which uses of a store are sorted by row, and which are added up in pieces of the batch.
+// Which uses of a store are grouped by row, and which are added up in pieces of the batch.
 StoreGradient gradient_of(const OutputGradient& output, int64_t number);
 
 // Where rows of a large store are multiplied by rows of a small one, the entries of the large one

@@ -78,7 +78,7 @@ def measure(method: str, mode: str, gradients: str, optimizer: str) -> tuple[int
     return above, stores, output, touched
 
 
-#: What the ids are sorted by: a key and the number of a bag for each.
+#: What the ids are grouped by: a key and the number of a bag for each.
 BYTES_AN_ID = 8 + 4
 IDS = 65_536 * 20
 
