@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -18,6 +19,7 @@ from embcompress.modules import EmbeddingBag
 from embcompress.plan import LookupPlan, Pool
 from embcompress.tables.compressed_table import tie_shared_stores
 from embcompress.tables.fused_table import fused_stores
+from embcompress.tables.plan_table import run_plain_bags
 from embcompress.tables.store_tensors import dtype_name
 
 #: What a feature of a batch may be: (B,) ids, (B, L) bags, a jagged nested tensor, or
@@ -203,8 +205,13 @@ class EmbeddingBagCollection(nn.Module):
             input, offsets, per_sample_weights = self._concatenate(input)
         elif offsets is None:
             raise ValueError("offsets must be given with ids; or pass a mapping of features")
-        bags = make_bags(input, offsets, per_sample_weights, include_last_offset=True, check=False)
         modules = self._bags_of_features()
+        program, tables = self._program(modules), list(dict.fromkeys(modules))
+        if per_sample_weights is None and not torch.is_grad_enabled():
+            pooled = run_plain_bags(program, tables, input, offsets, ends_are_given=True)
+            if pooled is not None:
+                return pooled
+        bags = make_bags(input, offsets, per_sample_weights, include_last_offset=True, check=False)
         if per_sample_weights is not None and weighted is None:
             weighted = list(self.feature_names)
         for feature in weighted or []:
@@ -213,8 +220,6 @@ class EmbeddingBagCollection(nn.Module):
                 raise ValueError(
                     f"feature {feature!r} has mode {mode!r}; per-sample weights need 'sum'"
                 )
-        program = self._program(modules)
-        tables = list(dict.fromkeys(modules))
         if any(table.fused_rule is not tables[0].fused_rule for table in tables):
             raise ValueError("some tables have another fused optimizer; fuse the whole collection")
         fused: FusedStores | list[FusedStores | None] | None
@@ -226,8 +231,7 @@ class EmbeddingBagCollection(nn.Module):
 
     def _program(self, modules: Sequence[EmbeddingBag]) -> Program:
         """The features' plans, encoded again only when one of them has changed."""
-        plans = self._encoded.plans
-        if any(plan is not module.plan for plan, module in zip(plans, modules, strict=True)):
+        if not all(map(operator.is_, self._encoded.plans, [module._plan for module in modules])):
             self._encoded = self._encode(modules)
         return self._encoded
 

@@ -12,6 +12,7 @@ from embcompress.engine import Bags, GradientOptions, make_bags
 from embcompress.methods import Method, TableSpec, resolve_method
 from embcompress.plan import LookupPlan, Pool
 from embcompress.tables.compressed_table import CompressedTable, TableType
+from embcompress.tables.plan_table import run_plain_bags
 from embcompress.tables.store_tensors import dtype_name
 
 
@@ -364,7 +365,8 @@ class EmbeddingBag(CompressedTable):
             (B, embedding_dim); zeros for empty bags.
         """
         if offsets is not None and per_sample_weights is None and not torch.is_grad_enabled():
-            pooled = self._run_plain_bags(input, offsets, self.include_last_offset)
+            program = self._program
+            pooled = run_plain_bags(program, (self,), input, offsets, self.include_last_offset)
             if pooled is not None:
                 return pooled
         if per_sample_weights is not None and self.mode != "sum":

@@ -44,6 +44,49 @@ def test_one_call_equals_a_call_for_each_table(method: str) -> None:
     torch.testing.assert_close(actual, torch.cat(expected, dim=1))
 
 
+@pytest.mark.parametrize("tables", [TABLES, TABLES[:2]], ids=["maxima, too", "sums and means"])
+@pytest.mark.parametrize("method", sorted(ec.methods()))
+def test_without_gradients_the_same(method: str, tables: list[ec.TableConfig]) -> None:
+    """Where nothing is to be trained, one operator call does all, of plans that allow it."""
+    torch.manual_seed(0)
+    module = ec.EmbeddingBagCollection(tables, method=method)
+    features = {name: FEATURES[name] for name in module.feature_names}
+    expected = module(features)
+    with torch.no_grad():
+        actual = module(features)
+    assert torch.equal(actual, expected) and not actual.requires_grad
+
+
+@pytest.mark.parametrize("ids", [[1, 2, 3, 500], [1, -1, 2, 3]])
+@pytest.mark.parametrize("offsets", [[0, 1, 2, 3, 4], [0, 2, 1, 3, 4], [1, 1, 2, 3, 4], [0, 1, 2]])
+def test_without_gradients_errors_are_the_same(ids: list[int], offsets: list[int]) -> None:
+    """They name the argument and the value."""
+    tables = [ec.TableConfig("a", 500, 8), ec.TableConfig("b", 500, 8)]
+    module = ec.EmbeddingBagCollection(tables, method="hash", budget="20%")
+    with pytest.raises((IndexError, ValueError)) as expected:
+        module(torch.tensor(ids), torch.tensor(offsets))
+    with torch.no_grad(), pytest.raises(expected.type) as actual:
+        module(torch.tensor(ids), torch.tensor(offsets))
+    assert str(actual.value) == str(expected.value)
+
+
+def test_without_gradients_a_parametrized_store_is_computed() -> None:
+    class Doubled(torch.nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return 2 * weight
+
+    module = ec.EmbeddingBagCollection(TABLES[:2], method="hash", budget="20%")
+    features = {name: FEATURES[name] for name in module.feature_names}
+    user = module.embedding_bags["user"]
+    (store,) = user.stores()
+    with torch.no_grad():
+        before = module(features)
+        torch.nn.utils.parametrize.register_parametrization(user, store, Doubled())
+        after = module(features)
+    assert torch.equal(after[:, :8], 2 * before[:, :8])
+    assert torch.equal(after[:, 8:], before[:, 8:])
+
+
 def test_feature_major_ids_and_a_mapping_are_the_same() -> None:
     module = collection()
     ids = torch.tensor([1, 2, 3, 5, 6, 7, 8, 9, 9, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 4])

@@ -118,7 +118,7 @@ void write_vectors(RowBlock& rows, int n, const float* weights, const OutputRows
 }
 
 template <int kLanes>
-EMBCOMPRESS_INLINE bool find_ids_inline(RowBlock& rows, int64_t position, int n) {
+EMBCOMPRESS_INLINE bool find_block_inline(RowBlock& rows, int64_t position, int n) {
     const bool valid = rows.load_ids(position, n);
     rows.find_all(n);
     return valid;
@@ -139,7 +139,7 @@ EMBCOMPRESS_INLINE bool pool_pieces_inline(const Pieces& pieces) {
     while (piece < pieces.last) {
         const int n = static_cast<int>(std::min<int64_t>(kBlock, last_position - position));
         if (n > 0) {
-            valid &= find_ids_inline<kLanes>(rows, position, n);
+            valid &= find_block_inline<kLanes>(rows, position, n);
             if (weighted) load_weights(pieces.lookup, rows, position, n, weights);
         }
         const int64_t block_end = position + n;
@@ -179,14 +179,14 @@ bool pool_pieces(const Pieces& pieces) {
 
 }  // namespace
 
-bool find_ids(RowBlock& rows, int64_t position, int n) {
-    const bool valid = EMBCOMPRESS_WITH_LANES(find_ids_inline<lanes>(rows, position, n));
+bool find_block(RowBlock& rows, int64_t position, int n) {
+    const bool valid = EMBCOMPRESS_WITH_LANES(find_block_inline<lanes>(rows, position, n));
     rows.fetch(rows.ids_ahead());
     return valid;
 }
 
-void write_ids(const Lookup& lookup, RowBlock& rows, int64_t position, int n,
-               const OutputRows& out) {
+void write_block(const Lookup& lookup, RowBlock& rows, int64_t position, int n,
+                 const OutputRows& out) {
     if (lookup.weights == nullptr) return write_vectors(rows, n, nullptr, out);
     float weights[kBlock];
     load_weights(lookup, rows, position, n, weights);

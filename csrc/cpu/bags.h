@@ -32,9 +32,9 @@ bool pool_bags(const Lookup& lookup, RowBlock& rows, int64_t begin, int64_t end,
 
 // The same for n bags of one id each, which begin at `position`, in two steps: finds the rows of
 // the ids and has the first of them fetched; then, when others are under way, writes the vectors.
-bool find_ids(RowBlock& rows, int64_t position, int n);
-void write_ids(const Lookup& lookup, RowBlock& rows, int64_t position, int n,
-               const OutputRows& out);
+bool find_block(RowBlock& rows, int64_t position, int n);
+void write_block(const Lookup& lookup, RowBlock& rows, int64_t position, int n,
+                 const OutputRows& out);
 
 // The same for one huge bag, by so many threads.
 bool pool_huge_bag(const Lookup& lookup, const Feature& feature, int64_t bag, float* out,

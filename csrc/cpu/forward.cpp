@@ -131,9 +131,9 @@ bool write_samples(const Lookup& lookup, RowBlock& one, RowBlock& other, int64_t
         for (int64_t sample = begin; sample < end; sample += kBlock) {
             const int64_t next_position = f * lookup.batch + sample;
             const int count = static_cast<int>(std::min<int64_t>(kBlock, end - sample));
-            next->use(lookup.features[f]);
-            valid &= find_ids(*next, next_position, count);
-            if (n > 0) write_ids(lookup, *rows, position, n, target);
+            if (!next->is_of(lookup.features[f])) next->use(lookup.features[f]);
+            valid &= find_block(*next, next_position, count);
+            if (n > 0) write_block(lookup, *rows, position, n, target);
             std::swap(rows, next);
             target = out.from(sample);
             target.first += lookup.features[f].out_column;
@@ -141,7 +141,7 @@ bool write_samples(const Lookup& lookup, RowBlock& one, RowBlock& other, int64_t
             n = count;
         }
     }
-    if (n > 0) write_ids(lookup, *rows, position, n, target);
+    if (n > 0) write_block(lookup, *rows, position, n, target);
     return valid;
 }
 

@@ -45,11 +45,7 @@ EMBCOMPRESS_INLINE void multiply_lanes(const Product& product, int64_t first, in
         }
     }
     for (int r = 0; r < kRows; ++r) {
-        if (product.streamed) {
-            stream_lanes(out + r * product.out_stride, sums[r]);
-        } else {
-            store_lanes(out + r * product.out_stride, sums[r]);
-        }
+        write_lanes(out + r * product.out_stride, sums[r], product.streamed);
     }
 }
 

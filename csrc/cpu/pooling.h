@@ -88,11 +88,7 @@ EMBCOMPRESS_INLINE void pool_lanes(const ProbeRows& rows, const Target& target, 
             float* to = out + i * target.stride;
             for (int v = 0; v < kVectors; ++v) {
                 if (target.weights != nullptr) values[v] *= target.weights[i];
-                if (target.streamed) {
-                    stream_lanes(to + v * kLanes, values[v]);
-                } else {
-                    store_lanes(to + v * kLanes, values[v]);
-                }
+                write_lanes(to + v * kLanes, values[v], target.streamed);
             }
         }
         return;

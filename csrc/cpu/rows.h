@@ -84,6 +84,7 @@ class RowBlock {
     }
 
     const Feature& feature() const { return *feature_; }
+    bool is_of(const Feature& feature) const { return feature_ == &feature; }
     int num_probes() const { return count_; }
     const Probe& probe(int t) const { return probes_[t]; }
     // The end of the probes from t on that have the columns of probe t.

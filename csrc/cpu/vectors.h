@@ -84,6 +84,15 @@ EMBCOMPRESS_INLINE void stream_lanes(float* to, V lanes) {
 inline void end_streaming() {}
 #endif
 
+template <typename V>
+EMBCOMPRESS_INLINE void write_lanes(float* to, V lanes, bool streamed) {
+    if (streamed) {
+        stream_lanes(to, lanes);
+    } else {
+        store_lanes(to, lanes);
+    }
+}
+
 // The floats of a register of the compiler's own target.
 #if defined(__AVX512F__)
 constexpr int kTargetLanes = 16;

@@ -74,7 +74,6 @@ class Program:
         self._dtype = promoted_dtype(plans)
         self.is_plain = (
             self._encoded is not None
-            and len(plans) == 1
             and not (self._dense or self._has_vectors)
             and self._dtype == torch.float32
         )
@@ -200,18 +199,18 @@ class Program:
         that runs these plans.
 
         Args:
-            stores: the tensors of the one plan, in its order.
+            stores: the tensors that :attr:`stores` names.
 
         Returns:
-            (B, embedding_dim); None where the operator refused: then :meth:`__call__` says what
-            is wrong.
+            (B, sum of embedding_dim); None where the operator refused: then :meth:`__call__` says
+            what is wrong.
         """
         encoded = self._encoded
         assert encoded is not None
         try:
             return ops.lookup_forward(
-                stores, ids, offsets, None, encoded.tensor, ends_are_given, 1, encoded.num_columns,
-                False,
+                stores, ids, offsets, None, encoded.tensor, ends_are_given, len(self.plans),
+                encoded.num_columns, False,
             )  # fmt: skip
         except RuntimeError as error:
             if ops.is_report(error):  # which is made once: another call would not raise it

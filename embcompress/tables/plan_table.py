@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -111,17 +112,28 @@ class PlanTable(nn.Module):
         ids = torch.arange(self.num_embeddings, device=device)
         return torch.cat([self.vectors(chunk) for chunk in ids.split(_DENSE_CHUNK)])
 
-    def _run_plain_bags(self, ids: Tensor, offsets: Tensor, ends_are_given: bool) -> Tensor | None:
-        """See :meth:`Program.run_plain_bags`; None where the program is not plain."""
-        program = self._program
-        if not program.is_plain or torch.compiler.is_compiling() or not program.runs_on(ids.device):
+
+def run_plain_bags(
+    program: Program,
+    tables: Sequence[PlanTable],
+    ids: Tensor,
+    offsets: Tensor,
+    ends_are_given: bool,
+) -> Tensor | None:
+    """See :meth:`Program.run_plain_bags`; None where the program is not plain.
+
+    Args:
+        tables: by owner number.
+    """
+    if not program.is_plain or torch.compiler.is_compiling() or not program.runs_on(ids.device):
+        return None
+    # Not by stores(): dictionaries would cost a small batch.
+    stores = []
+    for owner, name in program.stores:
+        table = tables[owner]
+        parameters: dict[str, Any] = table._parameters
+        store = parameters[name] if name in parameters else table._buffers.get(name)
+        if store is None:  # parametrized
             return None
-        # Not by stores(): its dictionary would cost a small batch.
-        parameters: dict[str, Any] = self._parameters
-        stores = []
-        for name in self._store_names:
-            store = parameters[name] if name in parameters else self._buffers.get(name)
-            if store is None:  # parametrized
-                return None
-            stores.append(store)
-        return program.run_plain_bags(stores, ids, offsets, ends_are_given)
+        stores.append(store)
+    return program.run_plain_bags(stores, ids, offsets, ends_are_given)
