@@ -85,7 +85,7 @@ def test_the_speeds_are_the_committed_records() -> None:
     methods = ("hash", "qr", "multihash")
     found = {}
     for kind in ("lookup", "train_step"):
-        path = ROOT / "docs" / "results" / f"{kind}_avx2_32mib_streamed" / "results.json"
+        path = ROOT / "docs" / "results" / f"{kind}_epyc_avx512" / "results.json"
         for record in json.loads(path.read_text())["results"]:
             if record["implementation"] == "embcompress":
                 fields = ("table", "width", "bag_length", "batch_size", "method")
