@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from embcompress.budget import Budget, allocate, default_plans, parse_budget
 from embcompress.engine import Bags, GradientOptions, Program, make_bags
+from embcompress.engine.bags import check_tensor
 from embcompress.engine.fused import FusedStores
 from embcompress.methods import Method, TableSpec, resolve_method
 from embcompress.methods.full import Full
@@ -279,6 +280,7 @@ def feature_bags(name: str, value: FeatureInput) -> Bags:
     ids = parts[0]
     offsets = parts[1] if len(parts) > 1 else None
     weights = parts[2] if len(parts) > 2 else None
+    check_tensor(f"feature {name!r}: input", ids)
     if ids.dim() == 1 and offsets is None and not ids.is_nested:
         ids = ids[:, None]  # one id a bag
     try:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from embcompress.budget import Budget, default_plan, fit_plan, parse_budget
 from embcompress.engine import Bags, GradientOptions, make_bags
+from embcompress.engine.bags import check_tensor
 from embcompress.methods import Method, TableSpec, resolve_method
 from embcompress.plan import LookupPlan, Pool
 from embcompress.tables.compressed_table import CompressedTable, TableType
@@ -222,6 +223,7 @@ class Embedding(CompressedTable):
         Returns:
             (*, embedding_dim).
         """
+        check_tensor("input", input)
         if input.dim() == 1:
             return self._run(Bags(input, input))
         ids = input.reshape(-1)

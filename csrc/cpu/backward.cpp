@@ -75,12 +75,16 @@ void add_joint_sums(const StoreGradient& gradient, const std::vector<Sums>& join
 struct StoreGradients::State {
     const Lookup& lookup;
     const OutputGradient output;
+    const Touches touches;
     const int num_threads;
     std::vector<StoreGradient> stores;
     std::atomic<bool> valid{true};
 
-    State(const Lookup& lookup, const float* grad, int num_threads)
-        : lookup(lookup), output(lookup, grad, num_threads), num_threads(num_threads) {}
+    State(const Lookup& lookup, const float* grad, Touches touches, int num_threads)
+        : lookup(lookup),
+          output(lookup, grad, num_threads),
+          touches(touches),
+          num_threads(num_threads) {}
 
     bool shares_memory() const;
     bool add_piece(Piece& piece, RowBlock& block, Reducer& reducer) const;
@@ -88,7 +92,7 @@ struct StoreGradients::State {
     void add_contributions_of_ids();
     bool may_update(size_t k) const;
     void group();
-    void count_touched(Touches touches);
+    void count_touched();
     void reduce_groups(const std::vector<GradientSink>& sinks);
     void reduce_huge(const StoreGradient& gradient, const GroupedRows::Group& group,
                      Destination& destination, Reducer& reducer);
@@ -246,7 +250,7 @@ void StoreGradients::State::group() {
     });
 }
 
-void StoreGradients::State::count_touched(Touches touches) {
+void StoreGradients::State::count_touched() {
     for (size_t k = 0; k < stores.size(); ++k) {
         if (!stores[k].sums.empty()) continue;
         if (touches == Touches::kCounted || !may_update(k)) {
@@ -358,7 +362,7 @@ void StoreGradients::State::deliver_sums(StoreGradient& gradient, const Gradient
 
 StoreGradients::StoreGradients(const Lookup& lookup, const float* grad,
                                const std::vector<int64_t>& wanted, Touches touches, int num_threads)
-    : state_(new State(lookup, grad, num_threads)), touches_(touches) {
+    : state_(new State(lookup, grad, touches, num_threads)) {
     state_->stores.reserve(wanted.size());
     for (const int64_t number : wanted) {
         state_->stores.push_back(gradient_of(state_->output, number));
@@ -375,7 +379,7 @@ bool StoreGradients::prepare() {
     state_->add_pieces();
     if (state_->valid) state_->add_contributions_of_ids();
     if (state_->valid) state_->group();
-    if (state_->valid) state_->count_touched(touches_);
+    if (state_->valid) state_->count_touched();
     return state_->valid;
 }
 

@@ -46,7 +46,6 @@ class StoreGradients {
   private:
     struct State;
     std::unique_ptr<State> state_;
-    Touches touches_;
 };
 
 // Updates rows by gradients that were added up before.

@@ -58,6 +58,7 @@ class Destination {
         if (sink_.rows == nullptr) {
             room_.assign(count * width_, 0.0f);
             sums_ = room_.data();
+            prefetch(0, kRowsAhead);
             return;
         }
         std::copy(rows, rows + count, sink_.rows + first);
@@ -76,15 +77,21 @@ class Destination {
     EMBCOMPRESS_INLINE void finish() {
         if (sink_.updated == nullptr && gradient_.latents == nullptr) return;
         for (int64_t k = 0; k < count_; ++k) {
-            if (sink_.updated != nullptr && k + kRowsAhead < count_) {
-                sink_.updated->prefetch(rows_[k + kRowsAhead]);
-            }
+            prefetch(k + kRowsAhead, k + kRowsAhead + 1);
             mask_row(lookup_, gradient_, rows_[k], steps_.data(), sums(k));
             if (sink_.updated != nullptr) sink_.updated->update(rows_[k], sums(k));
         }
     }
 
   private:
+    // Of rows that are updated.
+    EMBCOMPRESS_INLINE void prefetch(int64_t begin, int64_t end) const {
+        end = std::min(end, count_);
+        for (int64_t k = begin; k < end && sink_.updated != nullptr; ++k) {
+            sink_.updated->prefetch(rows_[k]);
+        }
+    }
+
     const Lookup& lookup_;
     const StoreGradient& gradient_;
     const GradientSink& sink_;

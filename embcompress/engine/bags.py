@@ -55,9 +55,15 @@ def make_bags(
         check: complete the offsets and check their values; False leaves that to the engine.
 
     Raises:
-        TypeError: ids or offsets that are not int32 or int64, weights that are no floats.
+        TypeError: lists or arrays, ids or offsets that are not int32 or int64, weights that are no
+            floats.
         ValueError: shapes or offsets that describe no bags.
     """
+    check_tensor("input", input)
+    if offsets is not None:
+        check_tensor("offsets", offsets)
+    if per_sample_weights is not None:
+        check_tensor("per_sample_weights", per_sample_weights)
     if per_sample_weights is not None and not per_sample_weights.is_floating_point():
         raise TypeError(
             f"per_sample_weights must be floating-point, got {per_sample_weights.dtype}; "
@@ -115,6 +121,18 @@ def _from_nested(input: Tensor, offsets: Tensor | None, per_sample_weights: Tens
             raise ValueError("per_sample_weights must have as many values as the nested input")
     offsets = input.offsets()  # type: ignore[attr-defined]
     return Bags(ids, offsets.to(ids.dtype), per_sample_weights)
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Refuse lists and arrays.
+
+    Raises:
+        TypeError: naming the argument.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} must be a tensor, got {type(value).__name__}; call torch.as_tensor on it"
+        )
 
 
 def _check_integers(name: str, tensor: Tensor) -> None:

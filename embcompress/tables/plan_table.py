@@ -125,7 +125,9 @@ def run_plain_bags(
     Args:
         tables: by owner number.
     """
-    if not program.is_plain or torch.compiler.is_compiling() or not program.runs_on(ids.device):
+    if not program.is_plain or torch.compiler.is_compiling() or not isinstance(ids, Tensor):
+        return None
+    if not program.runs_on(ids.device):
         return None
     # Not by stores(): dictionaries would cost a small batch.
     stores = []

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import embcompress as ec
 from embcompress.engine import Bags, check_ids, check_offsets, lookup, make_bags
 from embcompress.plan import Digit, Hash, LookupPlan, Probe, Store
 
@@ -119,6 +120,27 @@ def test_ids_and_offsets_are_integers(dtype: torch.dtype) -> None:
         make_bags(IDS, tensor(0, 1).to(dtype), None, include_last_offset=True)
     with pytest.raises(TypeError, match="input must be int32 or int64"):
         check_ids(IDS.to(dtype), 10)
+
+
+@pytest.mark.parametrize("wanted", [True, False], ids=["with gradients", "without"])
+def test_lists_and_arrays_are_refused_by_name(wanted: bool) -> None:
+    offsets = tensor(0, 1)
+    collection = ec.EmbeddingBagCollection([ec.TableConfig("a", 10, 4)], method="hash")
+    table = collection.embedding_bags["a"]
+    refused = "must be a tensor, got {}; call torch.as_tensor on it"
+    with torch.set_grad_enabled(wanted):
+        with pytest.raises(TypeError, match="^input " + refused.format("list")):
+            ec.Embedding(10, 4, method="hash")(IDS.tolist())
+        with pytest.raises(TypeError, match="^input " + refused.format("ndarray")):
+            table(IDS.numpy(), offsets)
+        with pytest.raises(TypeError, match="^offsets " + refused.format("list")):
+            table(IDS, offsets.tolist())
+        with pytest.raises(TypeError, match="^per_sample_weights " + refused.format("list")):
+            table(IDS, offsets, [1.0, 2.0, 3.0])
+        with pytest.raises(TypeError, match="^input " + refused.format("NoneType")):
+            collection(None, offsets)
+        with pytest.raises(TypeError, match="^feature 'a': input " + refused.format("list")):
+            collection({"a": IDS.tolist()})
 
 
 NESTED = torch.nested.nested_tensor([IDS, IDS], layout=torch.jagged)
