@@ -64,7 +64,8 @@ EMBCOMPRESS_INLINE void combine_lanes(const ProbeRows& rows, int i, int64_t colu
 }
 
 // What becomes of a block's vectors: ids [begin, end) are added to `out` (to zero where `start`),
-// or id number i is written to out + i * stride. Weights are of the ids, or nullptr.
+// or id number i is written to out + i * stride, or added to sums[i]. Weights are of the ids, or
+// nullptr.
 struct Target {
     int begin;
     int end;
@@ -73,6 +74,7 @@ struct Target {
     int64_t stride;  // 0: the ids are added up
     float* out;
     bool streamed = false;
+    float* const* sums = nullptr;  // nullptr: all go to `out`
 };
 
 // kVectors vectors of kLanes columns, from `column` on. Sums run over ids in order, so the width
@@ -80,6 +82,18 @@ struct Target {
 template <int kLanes, int kVectors, bool kMul, int kProbes>
 EMBCOMPRESS_INLINE void pool_lanes(const ProbeRows& rows, const Target& target, int64_t column) {
     typedef typename Lanes<kLanes>::Type V;
+    if (target.sums != nullptr) {
+        for (int i = target.begin; i < target.end; ++i) {
+            V values[kVectors];
+            combine_lanes<V, kVectors, kMul, kProbes>(rows, i, column, values);
+            float* to = target.sums[i] + column;
+            for (int v = 0; v < kVectors; ++v) {
+                if (target.weights != nullptr) values[v] *= target.weights[i];
+                store_lanes(to + v * kLanes, load_lanes<V>(to + v * kLanes) + values[v]);
+            }
+        }
+        return;
+    }
     float* out = target.out + column;
     if (target.stride != 0) {
         for (int i = target.begin; i < target.end; ++i) {

@@ -107,15 +107,18 @@ class Destination {
 constexpr int kEntriesAhead = 16;
 
 // Some entries of one source: what each adds to its row, as factors of a product, and the number
-// before it. Behind the factors, where their joint is added up along, its own row.
+// before it. The factors of a product of two whose joint is added up along are the other row, the
+// gradient, and its own row: the first two are its own row's gradient, the last two the joint's.
 struct Entries {
     int count;
     int64_t rows[kBlock];
     int64_t positions[kBlock];
     float coefficients[kBlock];
+    float* sums[kBlock];                // where each is added
+    float* joint_sums[kBlock];          // what it adds to the joint
     std::vector<const float*> factors;  // kBlock of each
     std::vector<int64_t> lines;         // of each, that are fetched
-    const int64_t* factor_rows;         // of the last factor
+    const int64_t* other_rows;          // of the last other factor
     int num_factors;
     int fetched;
 };
@@ -142,11 +145,14 @@ class Reducer {
             const int64_t use = load(gradient, at, group.end);
             const Source& source = gradient.sources[use];
             for (int i = 0; i < entries_.count; ++i) {
-                fetch(i + kEntriesAhead);
-                float* sums = destination.sums(numbers_.number(entries_.rows[i] - group.first_row));
-                pool<kLanes>(source, i, i + 1, sums);
-                add_joint<kLanes>(gradient, source, i, joint + use);
+                const int64_t number = numbers_.number(entries_.rows[i] - group.first_row);
+                entries_.sums[i] = destination.sums(number) + source.column;
             }
+            if (source.joint != nullptr) find_joint_sums(joint[use], source.width);
+            for_each_run([&](int begin, int end) EMBCOMPRESS_INLINED {
+                pool<kLanes>(source, each_to(entries_.sums, source, begin, end));
+                if (source.joint != nullptr) add_joint<kLanes>(source, begin, end);
+            });
         }
         numbers_.clear(group.num_rows());
         destination.finish();
@@ -159,12 +165,11 @@ class Reducer {
         for (int64_t at = begin; at < end; at += entries_.count) {
             const int64_t use = load(gradient, at, end);
             const Source& source = gradient.sources[use];
-            for (int i = 0; i < entries_.count; i += kEntriesAhead) {
-                const int last = std::min(i + kEntriesAhead, entries_.count);
-                fetch(last + kEntriesAhead);
-                pool<kLanes>(source, i, last, sums);
-                for (int k = i; k < last; ++k) add_joint<kLanes>(gradient, source, k, joint + use);
-            }
+            if (source.joint != nullptr) find_joint_sums(joint[use], source.width);
+            for_each_run([&](int begin, int end) EMBCOMPRESS_INLINED {
+                pool<kLanes>(source, {begin, end, weights(source), false, 0, sums + source.column});
+                if (source.joint != nullptr) add_joint<kLanes>(source, begin, end);
+            });
         }
     }
 
@@ -188,10 +193,12 @@ class Reducer {
             entries_.count = count;
             load_factors(source);
             for (int i = 0; i < count; ++i) {
-                fetch(i + kEntriesAhead);
                 std::fill_n(touched + entries_.rows[i], source.pieces, uint8_t{1});
-                pool<kLanes>(source, i, i + 1, sums + entries_.rows[i] * gradient.width());
+                entries_.sums[i] = sums + entries_.rows[i] * gradient.width() + source.column;
             }
+            for_each_run([&](int begin, int end) EMBCOMPRESS_INLINED {
+                pool<kLanes>(source, each_to(entries_.sums, source, begin, end));
+            });
         }
         return valid;
     }
@@ -221,6 +228,16 @@ class Reducer {
         return use;
     }
 
+    // Calls f(begin, end) for a few entries at a time, while the next ones are fetched.
+    template <typename F>
+    EMBCOMPRESS_INLINE void for_each_run(const F& f) {
+        for (int begin = 0; begin < entries_.count; begin += kEntriesAhead) {
+            const int end = std::min(begin + kEntriesAhead, entries_.count);
+            fetch(end + kEntriesAhead);
+            f(begin, end);
+        }
+    }
+
     // Prefetches what the entries before `end` read, each once.
     EMBCOMPRESS_INLINE void fetch(int end) {
         end = std::min(end, entries_.count);
@@ -238,31 +255,39 @@ class Reducer {
     // What the entries add, and what it is multiplied by.
     EMBCOMPRESS_INLINE void load_factors(const Source& source) {
         entries_.fetched = 0;
-        entries_.num_factors = 1;
-        entries_.lines[0] =
+        entries_.num_factors = 0;
+        const int64_t lines =
             (std::min(source.width, kPrefetchFloats) + kLineFloats - 1) / kLineFloats;
-        if (source.use.role != Role::kRows) return load_added(source);
-        load_gradients(source);
-        if (source.is_product) load_other_factors(source);
-        if (source.joint != nullptr) load_own_rows(source);
+        if (source.use.role != Role::kRows) return load_added(source, factor(0, lines));
+        const int gradients = source.joint == nullptr ? 0 : 1;
+        load_gradients(source, factor(gradients, lines));
+        if (source.is_product) load_other_factors(source, 1 - gradients);
+        if (source.joint != nullptr) load_own_rows(source, factor(2, lines));
+    }
+
+    // Room for the pointers of factor number k, of which so many lines are fetched.
+    EMBCOMPRESS_INLINE const float** factor(int k, int64_t lines) {
+        entries_.lines[k] = lines;
+        entries_.num_factors = std::max(entries_.num_factors, k + 1);
+        return entries_.factors.data() + k * kBlock;
     }
 
     // Of uses that are no rows: what each id adds is there.
-    EMBCOMPRESS_INLINE void load_added(const Source& source) {
+    EMBCOMPRESS_INLINE void load_added(const Source& source, const float** added) {
         for (int i = 0; i < entries_.count; ++i) {
             const int64_t id = entries_.positions[i] - source.first;
-            entries_.factors[i] = source.added.data() + id * source.width;
+            added[i] = source.added.data() + id * source.width;
         }
     }
 
     // The gradients of the entries' samples, and their coefficients, where there are any.
-    EMBCOMPRESS_INLINE void load_gradients(const Source& source) {
+    EMBCOMPRESS_INLINE void load_gradients(const Source& source, const float** gradients) {
         const int64_t feature = source.use.feature;
         const int64_t column = source.probe->column + source.first_column;
         int64_t samples[kBlock];
         for (int i = 0; i < entries_.count; ++i) {
             samples[i] = output_.sample(feature, entries_.positions[i]);
-            entries_.factors[i] = output_.of_sample(feature, samples[i]) + column;
+            gradients[i] = output_.of_sample(feature, samples[i]) + column;
         }
         if (!source.has_coefficients) return;
         for (int i = 0; i < entries_.count; ++i) {
@@ -275,63 +300,68 @@ class Reducer {
         }
     }
 
-    // The rows that the entries' rows are multiplied by, and their scales.
-    EMBCOMPRESS_INLINE void load_other_factors(const Source& source) {
+    // The rows that the entries' rows are multiplied by, as factors from number k on, and their
+    // scales.
+    EMBCOMPRESS_INLINE void load_other_factors(const Source& source, int k) {
         const int count = entries_.count;
         int64_t ids[kBlock];
         for (int i = 0; i < count; ++i) ids[i] = lookup_.id(entries_.positions[i]);
         block_.use(*source.feature);
         block_.set_ids(ids, count);
-        const float** factors = entries_.factors.data();
         for (int u = 0; u < block_.num_probes(); ++u) {
             if (u == source.use.probe) continue;
-            factors += kBlock;
             block_.find_rows(u, count);
             block_.find_pointers(u, count);
-            entries_.lines[entries_.num_factors++] = block_.fetched_lines(u);
+            const float** others = factor(k++, block_.fetched_lines(u));
             for (int i = 0; i < count; ++i) {
-                factors[i] = block_.pointers(u)[i] + source.first_column;
+                others[i] = block_.pointers(u)[i] + source.first_column;
             }
-            entries_.factor_rows = block_.rows(u);
+            entries_.other_rows = block_.rows(u);
             if (!block_.scaled()) continue;
             for (int i = 0; i < count; ++i) entries_.coefficients[i] *= block_.scales(u)[i];
         }
     }
 
     // The entries' own rows, which the other factor's gradient is a product of.
-    EMBCOMPRESS_INLINE void load_own_rows(const Source& source) {
+    EMBCOMPRESS_INLINE void load_own_rows(const Source& source, const float** own) {
         const StoreView& store = lookup_.stores[source.probe->store];
-        const float** own = entries_.factors.data() + entries_.num_factors * kBlock;
         for (int i = 0; i < entries_.count; ++i) {
             own[i] = static_cast<const float*>(store.data) + entries_.rows[i] * store.width;
         }
-        entries_.lines[entries_.num_factors++] = entries_.lines[0];
     }
 
-    // Adds entries [begin, end) to the gradient of one row.
+    // Where the entries add to the other factor.
+    EMBCOMPRESS_INLINE void find_joint_sums(Sums& joint, int64_t width) {
+        for (int i = 0; i < entries_.count; ++i) {
+            const int64_t row = entries_.other_rows[i];
+            joint.touched[row] = 1;
+            entries_.joint_sums[i] = joint.values.data() + row * width;
+        }
+    }
+
+    const float* weights(const Source& source) const {
+        return source.has_coefficients ? entries_.coefficients : nullptr;
+    }
+
+    // Entries that are added each to a sum of its own.
+    EMBCOMPRESS_INLINE Target each_to(float* const* sums, const Source& source, int begin,
+                                      int end) const {
+        return {begin, end, weights(source), false, 0, nullptr, false, sums};
+    }
+
+    // Adds entries to the gradients of their rows.
     template <int kLanes>
-    EMBCOMPRESS_INLINE void pool(const Source& source, int begin, int end, float* sums) const {
+    EMBCOMPRESS_INLINE void pool(const Source& source, const Target& target) const {
         const int factors = source.is_product ? static_cast<int>(source.feature->num_probes) : 1;
-        const ProbeRows rows{entries_.factors.data(), nullptr, factors};
-        const float* weights = source.has_coefficients ? entries_.coefficients : nullptr;
-        pool_probes<kLanes, true>(rows, {begin, end, weights, false, 0, sums + source.column},
+        pool_probes<kLanes, true>({entries_.factors.data(), nullptr, factors}, target,
                                   source.width);
     }
 
-    // Adds what an entry of a product of two adds to the other factor.
+    // Adds what entries of a product of two add to the other factor.
     template <int kLanes>
-    EMBCOMPRESS_INLINE void add_joint(const StoreGradient& gradient, const Source& source, int i,
-                                      Sums* joint) const {
-        if (source.joint == nullptr) return;
-        const int64_t width = gradient.width(), other = entries_.factor_rows[i];
-        const float* weights = source.has_coefficients ? entries_.coefficients + i : nullptr;
-        const float* factors[2 * kBlock];
-        factors[0] = entries_.factors[i];
-        factors[kBlock] = entries_.factors[2 * kBlock + i];
-        joint->touched[other] = 1;
-        pool_probes<kLanes, true>({factors, nullptr, 2},
-                                  {0, 1, weights, false, 0, joint->values.data() + other * width},
-                                  width);
+    EMBCOMPRESS_INLINE void add_joint(const Source& source, int begin, int end) const {
+        pool_probes<kLanes, true>({entries_.factors.data() + kBlock, nullptr, 2},
+                                  each_to(entries_.joint_sums, source, begin, end), source.width);
     }
 
     const OutputGradient& output_;
