@@ -257,6 +257,8 @@ def _draw_panel(
     lines: Sequence[str],
     styles: dict[str, dict[str, Any]],
 ) -> None:
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
     for number, (series, style) in enumerate(styles.items()):
         points = [record for record in records if _series(record) == series]
         if not points:
@@ -279,9 +281,14 @@ def _draw_panel(
         )
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    # Within a factor of five the 1, 2, 5 of a logarithmic axis are too few.
+    axes.xaxis.set_major_locator(
+        MaxNLocator(8, steps=[1, 2, 5, 10]) if high < 5 * low else LogLocator(subs=(1, 2, 5))
+    )
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
-    axes.tick_params(axis="x", which="both", labelsize=8)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.tick_params(axis="x", labelsize=8)
     axes.set_yticks(range(len(lines)), lines, fontsize=8)
     axes.set_ylim(len(lines) - 0.5, -0.5)
     axes.grid(alpha=0.3, axis="x")
