@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -106,10 +107,12 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds a call of every contestant in every round.
 
-    A round draws fresh inputs and lets each contestant in turn (A B C, A B C, …) run over all of
-    them, after one untimed call. So drifts of the machine hit all alike, and no table is warm
-    because its rows were read a moment ago.
+    A round draws fresh inputs and lets each contestant in turn run over all of them, in an order
+    of its own, after one untimed call. So drifts of the machine hit all alike, and so does what the
+    one before leaves behind: what is in the caches, and threads of another library that spin on the
+    cores for some milliseconds. No table is warm because its rows were read a moment ago.
     """
+    order, shuffled = random.Random(0), list(contestants)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     warm_up = make_inputs()[0]
     for run in contestants.values():  # first calls build and allocate
@@ -119,7 +122,9 @@ def interleave(
     try:
         for _ in range(rounds):
             first, *inputs = make_inputs()
-            for name, run in contestants.items():
+            order.shuffle(shuffled)
+            for name in shuffled:
+                run = contestants[name]
                 run(first)
                 start = time.perf_counter()
                 for each in inputs:
