@@ -149,9 +149,9 @@ class Reducer {
                 entries_.sums[i] = destination.sums(number) + source.column;
             }
             if (source.joint != nullptr) find_joint_sums(joint[use], source.width);
-            for_each_run([&](int begin, int end) EMBCOMPRESS_INLINED {
-                pool<kLanes>(source, each_to(entries_.sums, source, begin, end));
-                if (source.joint != nullptr) add_joint<kLanes>(source, begin, end);
+            for_each_run([&](int first, int last) EMBCOMPRESS_INLINED {
+                pool<kLanes>(source, each_to(entries_.sums, source, first, last));
+                if (source.joint != nullptr) add_joint<kLanes>(source, first, last);
             });
         }
         numbers_.clear(group.num_rows());
@@ -166,9 +166,10 @@ class Reducer {
             const int64_t use = load(gradient, at, end);
             const Source& source = gradient.sources[use];
             if (source.joint != nullptr) find_joint_sums(joint[use], source.width);
-            for_each_run([&](int begin, int end) EMBCOMPRESS_INLINED {
-                pool<kLanes>(source, {begin, end, weights(source), false, 0, sums + source.column});
-                if (source.joint != nullptr) add_joint<kLanes>(source, begin, end);
+            for_each_run([&](int first, int last) EMBCOMPRESS_INLINED {
+                pool<kLanes>(source,
+                             {first, last, weights(source), false, 0, sums + source.column});
+                if (source.joint != nullptr) add_joint<kLanes>(source, first, last);
             });
         }
     }
@@ -196,8 +197,13 @@ class Reducer {
                 std::fill_n(touched + entries_.rows[i], source.pieces, uint8_t{1});
                 entries_.sums[i] = sums + entries_.rows[i] * gradient.width() + source.column;
             }
-            for_each_run([&](int begin, int end) EMBCOMPRESS_INLINED {
-                pool<kLanes>(source, each_to(entries_.sums, source, begin, end));
+            for_each_run([&](int first, int last) EMBCOMPRESS_INLINED {
+                // Rows of several pieces overlap, and columns are added up a vector at a time: one
+                // row after another keeps the order of the batch for any width of vectors.
+                const int step = source.pieces == 1 ? last - first : 1;
+                for (int i = first; i < last; i += step) {
+                    pool<kLanes>(source, each_to(entries_.sums, source, i, i + step));
+                }
             });
         }
         return valid;
@@ -228,13 +234,13 @@ class Reducer {
         return use;
     }
 
-    // Calls f(begin, end) for a few entries at a time, while the next ones are fetched.
+    // Calls f(first, last) for a few entries at a time, while the next ones are fetched.
     template <typename F>
     EMBCOMPRESS_INLINE void for_each_run(const F& f) {
-        for (int begin = 0; begin < entries_.count; begin += kEntriesAhead) {
-            const int end = std::min(begin + kEntriesAhead, entries_.count);
-            fetch(end + kEntriesAhead);
-            f(begin, end);
+        for (int first = 0; first < entries_.count; first += kEntriesAhead) {
+            const int last = std::min(first + kEntriesAhead, entries_.count);
+            fetch(last + kEntriesAhead);
+            f(first, last);
         }
     }
 

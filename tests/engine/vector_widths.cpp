@@ -36,12 +36,19 @@ struct Block {
     }
 };
 
+// What becomes of the vectors: each is written, all are added up, or each is added to one of a few.
+enum class Goal { kWritten, kOneSum, kSums };
+
 template <int kLanes>
-std::vector<float> pool(const Block& block, int probes, bool scaled, bool multiplied, bool summed,
+std::vector<float> pool(const Block& block, int probes, bool scaled, bool multiplied, Goal goal,
                         int64_t width) {
     std::vector<float> out(kBlock * width, 0.25f);
+    float* sums[kBlock];
+    for (int i = 0; i < kBlock; ++i) sums[i] = out.data() + i * 7 % 13 * width;
     const ProbeRows rows{block.pointers.data(), scaled ? block.scales.data() : nullptr, probes};
-    const Target target{3, 60, block.weights.data(), false, summed ? 0 : width, out.data()};
+    Target target{3, 60, block.weights.data(), false, 0, out.data()};
+    if (goal == Goal::kWritten) target.stride = width;
+    if (goal == Goal::kSums) target.sums = sums;
     if (multiplied) {
         pool_probes<kLanes, true>(rows, target, width);
     } else {
@@ -67,11 +74,12 @@ int different(int64_t width) {
     int count = 0;
     for (int probes = 1; probes <= 5; ++probes) {
         const Block block(probes);
-        for (int options = 0; options < 8; ++options) {
-            const bool scaled = options & 1, multiplied = options & 2, summed = options & 4;
-            const auto narrow = pool<4>(block, probes, scaled, multiplied, summed, width);
-            const auto middle = pool<8>(block, probes, scaled, multiplied, summed, width);
-            const auto wide = pool<16>(block, probes, scaled, multiplied, summed, width);
+        for (int options = 0; options < 12; ++options) {
+            const bool scaled = options & 1, multiplied = options & 2;
+            const Goal goal = static_cast<Goal>(options / 4);
+            const auto narrow = pool<4>(block, probes, scaled, multiplied, goal, width);
+            const auto middle = pool<8>(block, probes, scaled, multiplied, goal, width);
+            const auto wide = pool<16>(block, probes, scaled, multiplied, goal, width);
             count += !same_bits(narrow, middle) + !same_bits(narrow, wide);
         }
     }
