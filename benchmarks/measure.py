@@ -109,8 +109,8 @@ def interleave(
 
     A round draws fresh inputs and lets each contestant in turn run over all of them, in an order
     of its own, after one untimed call. So drifts of the machine hit all alike, and so does what the
-    one before leaves behind: what is in the caches, and threads of another library that spin on the
-    cores for some milliseconds. No table is warm because its rows were read a moment ago.
+    one before leaves behind, in the caches and in threads that may still wait for work. No table is
+    warm because its rows were read a moment ago.
     """
     order, shuffled = random.Random(0), list(contestants)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}

@@ -112,9 +112,8 @@ void append(std::vector<GroupedRows::Group>& groups, const GroupedRows::Group& n
 }
 
 EMBCOMPRESS_CLONES int64_t count_rows_of(const GroupedRows& grouped,
-                                         const GroupedRows::Group& group, RowNumbers& numbers,
-                                         int64_t* rows) {
-    const int64_t count = grouped.number_rows(group, numbers, rows);
+                                         const GroupedRows::Group& group, RowNumbers& numbers) {
+    const int64_t count = grouped.number_rows(group, numbers, [](int64_t, int64_t) {});
     numbers.clear(group.num_rows());
     return count;
 }
@@ -270,11 +269,8 @@ void GroupedRows::count_touched(int num_threads) {
     std::atomic<int64_t> next{0};
     parallel(threads_for(total_, num_threads), [&](int) {
         RowNumbers numbers;
-        std::vector<int64_t> rows;
         for (int64_t k = next++; k < count; k = next++) {
-            Group& group = groups_[k];
-            rows.resize(group.most_touched());
-            group.first_touched = count_rows_of(*this, group, numbers, rows.data());
+            groups_[k].first_touched = count_rows_of(*this, groups_[k], numbers);
         }
     });
     for (Group& group : groups_) {

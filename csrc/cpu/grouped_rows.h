@@ -40,15 +40,16 @@ class GroupedRows {
     int64_t num_touched() const { return num_touched_; }
     const std::vector<Group>& groups() const { return groups_; }
 
-    // Writes the touched rows of a group, rising, and finds their numbers: how many there are.
-    // `rows` has room for the most.
+    // Numbers the touched rows of a group; calls f(number, row) for each, as they rise. How many
+    // they are.
+    template <typename F>
     EMBCOMPRESS_INLINE int64_t number_rows(const Group& group, RowNumbers& numbers,
-                                           int64_t* rows) const {
+                                           const F& f) const {
         for (int64_t at = group.begin; at < group.end; ++at) {
             numbers.mark(row(at) - group.first_row);
         }
         return numbers.finish(group.num_rows(), [&](int64_t number, int64_t offset) {
-            rows[number] = group.first_row + offset;
+            f(number, group.first_row + offset);
         });
     }
 

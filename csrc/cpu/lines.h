@@ -3,12 +3,14 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <new>
 #include <vector>
 
 namespace embcompress {
 
 constexpr size_t kLineBytes = 64;
+constexpr int64_t kLineFloats = kLineBytes / sizeof(float);
 
 template <typename T>
 struct LineAllocator {

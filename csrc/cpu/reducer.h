@@ -66,11 +66,9 @@ class Destination {
         std::fill(sums_, sums_ + count * width_, 0.0f);
     }
 
-    bool is_dense() const { return sink_.dense != nullptr; }
-
     // The gradient of row number k of them.
     EMBCOMPRESS_INLINE float* sums(int64_t k) const {
-        return is_dense() ? sink_.dense + rows_[k] * width_ : sums_ + k * width_;
+        return sink_.dense != nullptr ? sink_.dense + rows_[k] * width_ : sums_ + k * width_;
     }
 
     // When all is added up.
@@ -139,7 +137,8 @@ class Reducer {
         if (static_cast<int64_t>(rows_.size()) < group.most_touched()) {
             rows_.resize(group.most_touched());
         }
-        const int64_t count = gradient.grouped.number_rows(group, numbers_, rows_.data());
+        const int64_t count = gradient.grouped.number_rows(
+            group, numbers_, [&](int64_t number, int64_t row) { rows_[number] = row; });
         destination.start(rows_.data(), count, group.first_touched);
         for (int64_t at = group.begin; at < group.end; at += entries_.count) {
             const int64_t use = load(gradient, at, group.end);

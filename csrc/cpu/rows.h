@@ -8,12 +8,12 @@
 
 #include "addresses.h"
 #include "convert.h"
+#include "lines.h"
 
 namespace embcompress {
 
 // Lines of a row that are prefetched; the hardware follows a longer row by itself.
 constexpr int64_t kPrefetchFloats = 64;
-constexpr int64_t kLineFloats = 16;
 constexpr int64_t kLinesAhead = 64;
 constexpr int64_t kFewestAhead = 16;  // ids
 constexpr int64_t kSmallStore = 32 << 10;
